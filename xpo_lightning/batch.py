@@ -1,0 +1,204 @@
+"""The data that travels through one XPO step.
+
+Shapes in capitals: B pairs, P prompt tokens, T completion tokens, V vocabulary, D hidden size.
+Masks are True on real tokens and are never inferred from token ids. Prompts are padded on the left, completions on the
+right, so that a prompt ends where its completion begins.
+Naming: the variable says who scores, the field says who wrote: `policy_logps.by_reference` is the policy's
+log-probability of the reference's completion.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+Messages = list[dict[str, Any]]
+"""A conversation: `[{"role": "user", "content": "..."}, ...]`."""
+
+RawPrompt = str | Messages
+"""A prompt as the row gave it."""
+
+
+@dataclass(frozen=True)
+class Pair(Generic[T]):
+    """One thing for the policy's completions and the same thing for the reference's."""
+
+    by_policy: T
+    by_reference: T
+
+    def map(self, function: Callable[[T], U]) -> "Pair[U]":
+        """Apply `function` to both sides."""
+        return Pair(function(self.by_policy), function(self.by_reference))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of tokenized prompts.
+
+    Args:
+        ids: Token ids, padded on the left. (B, P)
+        mask: True on real tokens. (B, P)
+        raw: Each prompt as the row gave it, text or chat messages. Length B.
+        columns: The rows' other columns, each of length B, handed on to reward functions.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    raw: tuple[RawPrompt, ...]
+    columns: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the shapes at the border."""
+        _check_ids_and_mask("prompt", self.ids, self.mask)
+        if len(self.raw) != len(self.ids):
+            raise ValueError(f"expected {len(self.ids)} raw prompts, one for each row of `ids`, but got {len(self.raw)}")
+
+    def __len__(self) -> int:
+        """Return B."""
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of real tokens of each prompt. (B,)"""
+        return self.mask.sum(1)
+
+    def select(self, rows: Sequence[int]) -> "Prompts":
+        """Return these rows, with no more padding than they need."""
+        index = torch.as_tensor(rows, device=self.ids.device)
+        mask = self.mask[index]
+        start = mask.shape[1] - int(mask.sum(1).max())
+        columns = {name: tuple(values[row] for row in rows) for name, values in self.columns.items()}
+        return Prompts(self.ids[index, start:], mask[:, start:], tuple(self.raw[row] for row in rows), columns)
+
+
+@dataclass(frozen=True)
+class Completions:
+    """One sampled completion for each prompt of a batch.
+
+    Args:
+        ids: Token ids, padded on the right. The token that ended a completion (EOS) is part of it. (B, T)
+        mask: True on real tokens. (B, T)
+        ended: True where the writer stopped by itself (EOS or a stop string), False where it was cut. (B,)
+        texts: Decoded completions, without special tokens and without the stop string. Length B.
+        token_logps: Natural log-probability of each token under its writer, at temperature 1 and over the full
+            vocabulary whatever the sampling settings; 0 on padding. (B, T)
+    """
+
+    ids: Tensor
+    mask: Tensor
+    ended: Tensor
+    texts: tuple[str, ...]
+    token_logps: Tensor
+
+    def __post_init__(self) -> None:
+        """Check the shapes at the border."""
+        _check_ids_and_mask("completion", self.ids, self.mask)
+        if self.token_logps.shape != self.ids.shape:
+            raise ValueError(f"expected `token_logps` of shape {tuple(self.ids.shape)}, got {tuple(self.token_logps.shape)}")
+        if self.ended.shape != self.ids.shape[:1] or len(self.texts) != len(self.ids):
+            raise ValueError(f"expected {len(self.ids)} entries in `ended` and `texts`")
+
+    def __len__(self) -> int:
+        """Return B."""
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of real tokens of each completion. (B,)"""
+        return self.mask.sum(1)
+
+    @property
+    def logps(self) -> Tensor:
+        """The writer's log-probability of its own completion, summed over tokens. (B,)"""
+        return self.token_logps.sum(1)
+
+    def select(self, rows: Sequence[int]) -> "Completions":
+        """Return these rows, with no more padding than they need."""
+        index = torch.as_tensor(rows, device=self.ids.device)
+        mask = self.mask[index]
+        end = int(mask.sum(1).max())
+        return Completions(
+            ids=self.ids[index, :end],
+            mask=mask[:, :end],
+            ended=self.ended[index],
+            texts=tuple(self.texts[row] for row in rows),
+            token_logps=self.token_logps[index, :end],
+        )
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Labelled pairs, ready for the loss.
+
+    Args:
+        prompts: The prompts. B rows.
+        completions: Who wrote what. B rows a side.
+        scores: The reward model's scores, missing-EOS penalty included. (B,) a side.
+        labels: Probability that the policy's completion is the better one: 1, 0, or 0.5 for a tie. (B,)
+        reference_logps: The reference's log-probability of each completion, summed over tokens. (B,) a side.
+    """
+
+    prompts: Prompts
+    completions: Pair[Completions]
+    scores: Pair[Tensor]
+    labels: Tensor
+    reference_logps: Pair[Tensor]
+
+    def __len__(self) -> int:
+        """Return B."""
+        return len(self.labels)
+
+    @property
+    def identical(self) -> Tensor:
+        """True where both completions are the same tokens. (B,)"""
+        return same_tokens(self.completions)
+
+    def select(self, rows: Sequence[int]) -> "Experience":
+        """Return these pairs."""
+        index = torch.as_tensor(rows, device=self.labels.device)
+        return Experience(
+            prompts=self.prompts.select(rows),
+            completions=self.completions.map(lambda side: side.select(rows)),
+            scores=self.scores.map(lambda side: side[index]),
+            labels=self.labels[index],
+            reference_logps=self.reference_logps.map(lambda side: side[index]),
+        )
+
+
+def left_pad(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Stack token rows of unequal length.
+
+    Args:
+        rows: B rows of token ids, none empty.
+        device: Where the result goes.
+
+    Returns:
+        Token ids, 0 on padding (B, P) and the mask, True on real tokens (B, P).
+    """
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], dtype=torch.long)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(width)[None] >= width - lengths[:, None]
+    return ids.to(device), mask.to(device)
+
+
+def same_tokens(completions: Pair[Completions]) -> Tensor:
+    """Tell which pairs hold the same tokens on both sides. (B,)"""
+    a, b = completions.by_policy, completions.by_reference
+    width = min(a.ids.shape[1], b.ids.shape[1])
+    both_real = a.mask[:, :width] & b.mask[:, :width]
+    equal = (a.ids[:, :width] == b.ids[:, :width]) | ~both_real
+    return (a.lengths == b.lengths) & equal.all(1)
+
+
+def _check_ids_and_mask(what: str, ids: Tensor, mask: Tensor) -> None:
+    if ids.ndim != 2 or mask.shape != ids.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"expected {what} `ids` and a boolean `mask` of one shape (B, L), "
+            f"but got {tuple(ids.shape)} and {tuple(mask.shape)} of {mask.dtype}"
+        )

@@ -1,0 +1,272 @@
+"""The one place that loads causal language models: the policy, its frozen reference, adapters and GGUF files."""
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from xpo_lightning.errors import InputError
+from xpo_lightning.forward import evaluating
+from xpo_lightning.gguf import gguf_pre_tokenizer, unpacked
+from xpo_lightning.sources import explaining_hub_errors, is_local, resolve
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass
+class ModelSpec:
+    """Which causal language model to train, and how to load it.
+
+    Args:
+        path: Folder, GGUF file, hub id, or `package:module/path` for a model inside an installed Python package. A
+            folder that holds a LoRA adapter is loaded with its base model and merged.
+        revision: Branch, tag or commit of a hub id.
+        gguf_file: Name of a GGUF file inside `path`, where that is a hub id or a folder.
+        dtype: Type of the weights. Small learning rates need float32: bfloat16 rounds updates below 1/256 of a weight
+            away. `auto` takes what the files hold.
+        attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None lets transformers choose.
+        trust_remote_code: Run Python code that comes with the model. Off by default: the code can do anything.
+        tokenizer: Where the tokenizer is, if not with the model.
+        chat_template: Jinja chat template, as text or as a file, in place of the tokenizer's own.
+        dropout: Probability of every dropout in the policy while it trains, adapters' own excepted; null keeps what the
+            checkpoint says. Sampling and the reference never use dropout.
+        gradient_checkpointing: Recompute activations in the backward pass, for less memory and more time.
+    """
+
+    path: str
+    revision: str | None = None
+    gguf_file: str | None = None
+    dtype: Dtype = "float32"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    dropout: float | None = 0.0
+    gradient_checkpointing: bool = False
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the policy's tokenizer."""
+        key = "model.policy.path" if self.tokenizer is None else "model.policy.tokenizer"
+        if self.tokenizer is None:
+            source, arguments = self._location()
+        else:
+            source, arguments = resolve(self.tokenizer, key), {}
+        with explaining_hub_errors(source, key):
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, trust_remote_code=self.trust_remote_code, revision=self.revision, **arguments
+            )
+        if "gguf_file" in arguments and is_local(source):
+            pre_tokenizer = gguf_pre_tokenizer(Path(source) / arguments["gguf_file"])
+            if pre_tokenizer is not None:
+                tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
+        if self.chat_template is not None:
+            file = Path(self.chat_template)
+            is_file = len(self.chat_template) < 256 and "{" not in self.chat_template
+            if is_file and not file.exists():
+                raise InputError(f"model.policy.chat_template: there is no file '{file}'")
+            tokenizer.chat_template = file.read_text() if is_file else self.chat_template
+        return tokenizer
+
+    def load_config(self) -> Any:
+        """Load the model's configuration alone, without weights."""
+        source, arguments = self._location()
+        adapter = _adapter_base(source)
+        if adapter is not None:
+            source = adapter
+        with explaining_hub_errors(source, "model.policy.path"):
+            return AutoConfig.from_pretrained(
+                source, trust_remote_code=self.trust_remote_code, revision=self.revision, **arguments
+            )
+
+    def load_model(self) -> nn.Module:
+        """Load the weights, in train mode, with dropout and checkpointing as specified."""
+        source, arguments = self._location()
+        loader = AutoModelForCausalLM if _adapter_base(source) is None else AutoPeftModelForCausalLM
+        if "gguf_file" in arguments:
+            arguments["quantization_config"] = unpacked(arguments["gguf_file"])
+        if self.attn_implementation is not None:
+            arguments["attn_implementation"] = self.attn_implementation
+        with explaining_hub_errors(source, "model.policy.path"):
+            model = loader.from_pretrained(
+                source,
+                dtype="auto" if self.dtype == "auto" else getattr(torch, self.dtype),
+                trust_remote_code=self.trust_remote_code,
+                revision=self.revision,
+                **arguments,
+            )
+        if loader is AutoPeftModelForCausalLM:
+            model = model.merge_and_unload()
+        if self.dropout is not None:
+            _set_dropout(model, self.dropout)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model.train()  # type: ignore[no-any-return]
+
+    def _location(self) -> tuple[str, dict[str, Any]]:
+        """Return the folder or hub id, and the arguments that name a GGUF file in it."""
+        resolved = resolve(self.path, "model.policy.path")
+        if resolved.endswith(".gguf"):
+            return str(Path(resolved).parent), {"gguf_file": Path(resolved).name}
+        return resolved, {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+@dataclass
+class LoadedModel:
+    """A policy that is in memory already, for use from Python in place of a `ModelSpec`.
+
+    Args:
+        model: A transformers causal language model. It is trained in place; its dropout is left as it is.
+        tokenizer: Its tokenizer.
+        path: A name for it, recorded in checkpoints and model cards.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    path: str = "in memory"
+    revision: str | None = None
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer."""
+        return self.tokenizer
+
+    def load_config(self) -> Any:
+        """Return the model's configuration."""
+        return self.model.config
+
+    def load_model(self) -> nn.Module:
+        """Return the model, in train mode."""
+        return self.model.train()
+
+
+@dataclass
+class LoRASpec:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on a frozen policy; the reference is the policy without them.
+
+    Args:
+        r: Rank.
+        alpha: The adapters' output is scaled by alpha / r.
+        dropout: Dropout on the adapters' input while training.
+        target_modules: Names of the modules that get adapters, or `all-linear`.
+        rslora: Scale by alpha / sqrt(r) instead (Kalajdzievski 2023).
+    """
+
+    r: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    rslora: bool = False
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Freeze the model and add trainable adapters to it."""
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.r,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            use_rslora=self.rslora,
+        )
+        try:
+            return get_peft_model(model, config)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise InputError(f"model.lora.target_modules: {error}") from error
+
+
+class Reference(nn.Module):
+    """The frozen reference: a copy of the untrained policy or, with adapters, the policy with its adapters off.
+
+    Args:
+        policy: The policy before training, with adapters if it has them.
+    """
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        has_adapters = hasattr(policy, "disable_adapter")
+        self.frozen = None if has_adapters else copy.deepcopy(policy).eval().requires_grad_(False)
+        self._policy = (policy,)  # In a tuple, or it would be registered a second time.
+
+    @contextmanager
+    def lent(self) -> Iterator[nn.Module]:
+        """Lend the reference model in eval mode. While it is lent, the policy's adapters are off."""
+        if self.frozen is not None:
+            yield self.frozen
+            return
+        policy = self._policy[0]
+        with evaluating(policy), policy.disable_adapter():  # type: ignore[operator]
+            yield policy
+
+    def fingerprint(self) -> str:
+        """Hash the names, shapes and first values of the weights.
+
+        Two references that differ by training have two fingerprints; it is no guard against forgery.
+        """
+        digest = hashlib.sha256()
+        model = self.frozen if self.frozen is not None else self._policy[0].get_base_model()  # type: ignore[operator]
+        for name, weight in sorted(model.named_parameters()):
+            if "lora_" not in name:
+                head = weight.detach().flatten()[:256].float().cpu()
+                digest.update(f"{name.replace('.base_layer', '')} {tuple(weight.shape)} ".encode())
+                digest.update(head.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def check_embeddings(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with more tokens than the model embeds.
+
+    Raises:
+        InputError: They do not belong together.
+    """
+    embedded = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if len(tokenizer) > embedded:
+        raise InputError(
+            f"model.policy.tokenizer: the tokenizer has {len(tokenizer)} tokens, but the model embeds only {embedded}; "
+            f"give the tokenizer that belongs to the model"
+        )
+
+
+def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return every token id that ends a completion, by the model's generation config or the tokenizer.
+
+    Raises:
+        InputError: There is none.
+    """
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    ends = sorted(token for token in ids if token is not None)
+    if not ends:
+        raise InputError(
+            "model.sampling.eos_token_ids: neither the tokenizer nor the model's generation config names an EOS token; "
+            "name the ids, or give [] if every completion is meant to run to max_new_tokens"
+        )
+    return ends
+
+
+def context_length(config: Any) -> int | None:
+    """Return the most tokens that a model takes, or None where its configuration names no limit."""
+    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def _set_dropout(model: nn.Module, probability: float) -> None:
+    """Set every dropout module, and every dropout probability that attention layers keep as a number."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, probability)
+
+
+def _adapter_base(source: str) -> str | None:
+    """Name the base model of a folder that holds a LoRA adapter, or None where it holds none."""
+    if not (Path(source) / "adapter_config.json").is_file():
+        return None
+    return str(LoraConfig.from_pretrained(source).base_model_name_or_path)

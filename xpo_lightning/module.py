@@ -1,0 +1,330 @@
+"""`XPOLightningModule`: holds the policy, the reference and the reward, and takes them through a step."""
+
+import math
+import warnings
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Generator, Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import PreTrainedTokenizerBase
+
+from xpo_lightning.batch import Experience, Prompts, left_pad
+from xpo_lightning.checkpoint import check_reference, check_trained_state, trained_state
+from xpo_lightning.collector import Collector
+from xpo_lightning.errors import InputError
+from xpo_lightning.logps import pair_logps
+from xpo_lightning.losses import PreferenceLoss, SigmoidLoss, xpo_loss
+from xpo_lightning.metrics import PairAverages, pair_metrics
+from xpo_lightning.models import (
+    LoadedModel,
+    LoRASpec,
+    ModelSpec,
+    Reference,
+    check_embeddings,
+    context_length,
+    end_token_ids,
+)
+from xpo_lightning.optimization import WarmupThenDecay, default_optimizer, total_steps
+from xpo_lightning.prompts import PromptEncoder
+from xpo_lightning.rewards.base import Reward
+from xpo_lightning.rollout.local import LocalRollout
+from xpo_lightning.rollout.sampling import Sampling
+from xpo_lightning.schedules import LearningRateShape, Progress, Schedule, as_schedule
+
+
+class XPOLightningModule(LightningModule):
+    """Exploratory Preference Optimization (Xie et al. 2024, arXiv 2405.21046, Algorithm 1) of a language model.
+
+    For each prompt the policy and the frozen reference write a completion each, the reward says which is better, and
+    the policy takes a step on the preference loss of the pair plus `alpha` times the log-probability of the
+    reference's completion.
+
+    A batch is a mapping with `prompt`: B texts or chat conversations, and optionally `prompt_ids`: their token ids;
+    its other entries, of length B, reach the reward as columns. A plain list of prompts will do as well.
+
+    Args:
+        policy: Which model to train, and how to load it. The reference starts as the same model.
+        reward: Scores completions.
+        lora: Train low-rank adapters instead of every weight; the reference is then the policy without them.
+        sampling: How both models sample completions. Log-probabilities in the loss are those of the models themselves,
+            whatever is set here.
+        alpha: Weight of the exploration term: a number, one number an epoch, or a schedule over steps. 0 is online DPO.
+        beta: Strength of the KL constraint: a number, one number an epoch, or a schedule over steps.
+        preference_loss: Loss of a labelled pair; `SigmoidLoss` (DPO's) where None.
+        bonus_clip: Clips the log-ratio inside the exploration term to this many nats either way; null is off. The
+            paper's experiments use 500.
+        missing_eos_penalty: What a completion that was cut at `max_new_tokens` loses in score; null is off.
+        learning_rate: Peak learning rate of AdamW without weight decay; null is 5e-7. Not with `optimizer`.
+        optimizer: Another optimizer, called with the trainable parameters.
+        lr_schedule: How the learning rate falls to 0 after the warm-up: `linear`, `cosine`, or `constant`, not at all;
+            null is linear. Not with `lr_scheduler`.
+        warmup_ratio: Warm-up as a share of all optimizer steps.
+        warmup_steps: Warm-up in optimizer steps, in place of `warmup_ratio`.
+        lr_scheduler: Another scheduler, stepped after each optimizer step.
+        max_grad_norm: Gradients are scaled down to this norm; null is off. In place of `trainer.gradient_clip_val`.
+        micro_batch_size: Pairs per forward and backward pass. Changes memory and speed, not the result. In place of
+            `trainer.accumulate_grad_batches`: the batch of the data module is what one rollout samples and one
+            optimizer step sees.
+        rollout_batch_size: Most prompts sampled together; null is the whole batch.
+        updates_per_rollout: Optimizer steps that share one pass over a batch's pairs.
+        epochs_per_rollout: Passes over a batch's pairs.
+    """
+
+    strict_loading = False
+
+    def __init__(
+        self,
+        policy: ModelSpec,
+        reward: Reward,
+        lora: LoRASpec | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+        alpha: float | list[float] | Schedule = 1e-5,
+        beta: float | list[float] | Schedule = 0.1,
+        preference_loss: PreferenceLoss | None = None,
+        bonus_clip: float | None = None,
+        missing_eos_penalty: float | None = None,
+        learning_rate: float | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_schedule: LearningRateShape | None = None,
+        warmup_ratio: float = 0.0,
+        warmup_steps: int | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        max_grad_norm: float | None = 1.0,
+        micro_batch_size: int = 8,
+        rollout_batch_size: int | None = None,
+        updates_per_rollout: int = 1,
+        epochs_per_rollout: int = 1,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.policy_spec: ModelSpec | LoadedModel = policy
+        self.lora, self.sampling, self.reward = lora, sampling, reward
+        self.alpha, self.beta = as_schedule(alpha), as_schedule(beta)
+        self.preference_loss = preference_loss or SigmoidLoss()
+        self.bonus_clip, self.missing_eos_penalty = bonus_clip, missing_eos_penalty
+        self.learning_rate, self.optimizer_factory = learning_rate, optimizer
+        self.lr_schedule, self.warmup_ratio, self.warmup_steps = lr_schedule, warmup_ratio, warmup_steps
+        self.lr_scheduler_factory, self.max_grad_norm = lr_scheduler, max_grad_norm
+        self.micro_batch_size, self.rollout_batch_size = micro_batch_size, rollout_batch_size
+        self.updates_per_rollout, self.epochs_per_rollout = updates_per_rollout, epochs_per_rollout
+        self._check_settings()
+        self.policy: nn.Module | None = None
+        self.train_averages, self.eval_averages = PairAverages(), PairAverages()
+
+    # ---- models ----
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer, loaded on first use."""
+        return self.policy_spec.load_tokenizer()
+
+    @cached_property
+    def prompt_encoder(self) -> PromptEncoder:
+        """Tokenizes prompts, and knows how long they may be; data modules use it to check prompts before training."""
+        context = context_length(self.policy_spec.load_config())
+        limit = None if context is None else context - self.sampling.max_new_tokens
+        if limit is not None and limit < 1:
+            raise InputError(
+                f"model.sampling.max_new_tokens={self.sampling.max_new_tokens} leaves no room for a prompt in the "
+                f"model's context of {context} tokens; lower it"
+            )
+        return PromptEncoder(self.tokenizer, limit)
+
+    def configure_model(self) -> None:
+        """Load the policy, the reference and the reward; a second call does nothing."""
+        if self.policy is not None:
+            return
+        model = self.policy_spec.load_model()
+        check_embeddings(model, self.tokenizer)
+        eos_token_ids = self.sampling.eos_token_ids
+        if eos_token_ids is None:
+            eos_token_ids = end_token_ids(model, self.tokenizer)
+        if self.missing_eos_penalty and not (eos_token_ids or self.sampling.stop_strings):
+            raise InputError("model.missing_eos_penalty is set, but model.sampling.eos_token_ids names no EOS token")
+        self.policy = model if self.lora is None else self.lora.wrap(model)
+        self.reference = Reference(self.policy)
+        self.reward.load()
+        rollout = LocalRollout(self.tokenizer, self.sampling, eos_token_ids, self.rollout_batch_size)
+        self.collect = Collector(
+            rollout, self.reference, self.reward, self.missing_eos_penalty, rows_at_once=2 * self.micro_batch_size
+        )
+
+    # ---- training ----
+
+    def on_fit_start(self) -> None:
+        """Silence Lightning's surprise at frozen models in eval mode: they are meant to be."""
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+
+    def on_train_start(self) -> None:
+        """Set the length of the run, and the randomness of its rollouts."""
+        self._train_noise = self._noise(purpose=0)
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, WarmupThenDecay):
+            scheduler.begin(self._total_steps)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Sample and label pairs for the whole batch, then take the optimizer steps on them."""
+        progress = Progress(self.global_step, self.current_epoch, self._total_steps)
+        alpha, beta = self.alpha(progress), self.beta(progress)
+        learning_rate = self.optimizers().param_groups[0]["lr"]
+        experience = self.collect(self.policy, self._as_prompts(batch), self._train_noise)
+        self.train_averages.reset()
+        for rows in self._plan_updates(len(experience)):
+            grad_norm = self._update(experience, rows, alpha, beta)
+        numbers = self.train_averages.compute()
+        self.log_dict({**numbers, "alpha": alpha, "beta": beta, "lr": learning_rate, "grad_norm": grad_norm})
+
+    def objective(self, experience: Experience, alpha: float, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Evaluate the XPO objective of labelled pairs under the policy.
+
+        Args:
+            experience: B pairs.
+            alpha: Weight of the exploration term.
+            beta: Strength of the KL constraint.
+
+        Returns:
+            The objective of each pair, with gradient where enabled (B,), and each metric, without (B,) each.
+        """
+        policy_logps = pair_logps(self.policy, experience.prompts, experience.completions)
+        loss = xpo_loss(
+            policy_logps,
+            experience.reference_logps,
+            experience.labels,
+            experience.identical,
+            alpha=alpha,
+            beta=beta,
+            preference_loss=self.preference_loss,
+            bonus_clip=self.bonus_clip,
+        )
+        return loss.total, pair_metrics(experience, loss, policy_logps, beta)
+
+    def _update(self, experience: Experience, rows: list[int], alpha: float, beta: float) -> Tensor:
+        """Take one optimizer step on these pairs, micro-batch by micro-batch; return the norm of the gradient."""
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        optimizer.zero_grad()
+        for start in range(0, len(rows), self.micro_batch_size):
+            losses, numbers = self.objective(experience.select(rows[start : start + self.micro_batch_size]), alpha, beta)
+            self.manual_backward(losses.sum() / len(rows))
+            self.train_averages.update(numbers)
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        grad_norm = nn.utils.clip_grad_norm_(self.trained_parameters(), limit)
+        optimizer.step()
+        scheduler.step()
+        return grad_norm
+
+    def _plan_updates(self, size: int) -> Iterator[list[int]]:
+        """Yield the rows of each optimizer step: all of them, shortest work first, unless a batch makes several steps."""
+        for _ in range(self.epochs_per_rollout):
+            rows = list(range(size))
+            if self.updates_per_rollout > 1:
+                rows = torch.randperm(size, generator=self._train_noise, device=self.device).tolist()
+            share = math.ceil(size / self.updates_per_rollout)
+            for start in range(0, size, share):
+                yield rows[start : start + share]
+
+    # ---- validation and prediction ----
+
+    def on_validation_epoch_start(self) -> None:
+        """Start from the same randomness each time: two validations differ by the policy alone."""
+        self._eval_noise = self._noise(purpose=1)
+        self.eval_averages.reset()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Sample pairs for held-out prompts and measure them as in training."""
+        progress = Progress(self.global_step, self.current_epoch, self._total_steps)
+        experience = self.collect(self.policy, self._as_prompts(batch), self._eval_noise)
+        for start in range(0, len(experience), self.micro_batch_size):
+            rows = range(start, min(start + self.micro_batch_size, len(experience)))
+            _, numbers = self.objective(experience.select(rows), self.alpha(progress), self.beta(progress))
+            self.eval_averages.update(numbers)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the averages over all held-out prompts and processes."""
+        self.log_dict({f"eval/{name}": value for name, value in self.eval_averages.compute().items()})
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Experience:
+        """Sample and score pairs for a batch of prompts."""
+        noise = self._noise(purpose=2 + batch_idx)
+        return self.collect(self.policy, self._as_prompts(batch), noise)
+
+    # ---- what the trainer asks for ----
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimizer of the trainable weights and its learning-rate schedule."""
+        trained = self.trained_parameters()
+        make_optimizer = self.optimizer_factory or default_optimizer(self.learning_rate)
+        optimizer = make_optimizer(trained)
+        if self.lr_scheduler_factory is None:
+            scheduler = WarmupThenDecay(optimizer, self.lr_schedule or "linear", self.warmup_ratio, self.warmup_steps)
+        else:
+            scheduler = self.lr_scheduler_factory(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the policy's weights that are trained."""
+        return [weight for weight in self.policy.parameters() if weight.requires_grad]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return what a checkpoint holds of the models: the trained weights."""
+        state = super().state_dict(*args, **kwargs)
+        return trained_state(state, self.policy, kwargs.get("prefix", "") + "policy.")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record which reference the weights were trained against."""
+        checkpoint["xpo_reference"] = self._reference_identity()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model or another reference."""
+        self.configure_model()
+        check_trained_state(checkpoint["state_dict"], self.state_dict())
+        check_reference(checkpoint.get("xpo_reference"), self._reference_identity())
+
+    def _reference_identity(self) -> dict[str, Any]:
+        spec = self.policy_spec
+        return {"path": spec.path, "revision": spec.revision, "fingerprint": self.reference.fingerprint()}
+
+    # ---- small things ----
+
+    def _as_prompts(self, batch: Any) -> Prompts:
+        """Take a mapping of columns or a plain list of prompts."""
+        columns = dict(batch) if isinstance(batch, dict) else {"prompt": list(batch)}
+        if "prompt" not in columns:
+            raise InputError(f"a batch needs the key 'prompt', but has {sorted(columns)}; see data.prompt_column")
+        raw, rows = columns.pop("prompt"), columns.pop("prompt_ids", None)
+        if rows is None:
+            rows = self.prompt_encoder.encode_all(raw)
+        ids, mask = left_pad(rows, self.device)
+        return Prompts(ids, mask, tuple(raw), {name: tuple(values) for name, values in columns.items()})
+
+    def _noise(self, purpose: int) -> Generator:
+        """Return a source of randomness of its own for each process and purpose, from the global seed."""
+        seed = hash((torch.initial_seed(), self.global_rank, purpose)) % 2**63
+        return Generator(self.device).manual_seed(seed)
+
+    @property
+    def _total_steps(self) -> int | None:
+        return total_steps(self.trainer, self.updates_per_rollout * self.epochs_per_rollout)
+
+    def _check_settings(self) -> None:
+        """Refuse settings out of range, and settings that exclude each other."""
+        for name in ("micro_batch_size", "updates_per_rollout", "epochs_per_rollout"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name} must be at least 1, but is {getattr(self, name)}")
+        if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
+            raise InputError(f"model.rollout_batch_size must be at least 1 or null, but is {self.rollout_batch_size}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise InputError(f"model.warmup_ratio must be at least 0 and below 1, but is {self.warmup_ratio}")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise InputError(f"model.max_grad_norm must be above 0 or null, but is {self.max_grad_norm}")
+        if self.optimizer_factory is not None and self.learning_rate is not None:
+            raise InputError("model.learning_rate is that of the built-in optimizer; set lr in model.optimizer instead")
+        own = {"lr_schedule": self.lr_schedule, "warmup_steps": self.warmup_steps, "warmup_ratio": self.warmup_ratio}
+        given = [f"model.{name}" for name, value in own.items() if value]
+        if self.lr_scheduler_factory is not None and given:
+            raise InputError(f"{', '.join(given)} cannot be set together with model.lr_scheduler; set one or the other")

@@ -1,0 +1,146 @@
+"""From a prompt as the row gives it to the token ids that the policy continues."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from xpo_lightning.batch import RawPrompt
+from xpo_lightning.errors import InputError
+
+Truncation = Literal["left", "drop", "error"]
+
+
+def check_prompt(prompt: Any, where: str) -> None:
+    """Refuse what is neither text nor a conversation.
+
+    Args:
+        prompt: What the row holds.
+        where: File and row, for the error.
+
+    Raises:
+        InputError: The prompt is missing, empty, or of another type.
+    """
+    if prompt is None:
+        raise InputError(f"{where}: the prompt is null; give text or a list of chat messages, or delete the row")
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise InputError(f"{where}: the prompt is empty; give text, or delete the row")
+        return
+    if not isinstance(prompt, list):
+        raise InputError(
+            f"{where}: the prompt must be text or a list of chat messages, but is {type(prompt).__name__} ({prompt!r:.60})"
+        )
+    if not prompt:
+        raise InputError(f"{where}: the prompt is an empty list of messages; give at least one, or delete the row")
+    for message in prompt:
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
+            raise InputError(
+                f"{where}: a chat message must be a mapping with text under 'role' and 'content', but is {message!r:.80}"
+            )
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Tokenizes prompts for the policy.
+
+    Text is tokenized as the tokenizer does by default, without a trailing EOS where it would add one. Chat messages go
+    through the tokenizer's chat template with `add_generation_prompt`; a conversation that ends with an assistant's
+    message is continued instead.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        limit: Most tokens that a prompt may have: the model's context less the new tokens. None where it has no limit.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    limit: int | None = None
+
+    def __call__(self, prompt: RawPrompt, where: str = "prompt") -> list[int]:
+        """Tokenize one prompt.
+
+        Args:
+            prompt: Text or chat messages.
+            where: File and row, for errors.
+
+        Returns:
+            Token ids, at least one.
+
+        Raises:
+            InputError: The prompt is malformed, or the tokenizer has no chat template for a conversation.
+        """
+        check_prompt(prompt, where)
+        ids = self._encode_text(prompt) if isinstance(prompt, str) else self._encode_messages(prompt, where)
+        if not ids:
+            raise InputError(f"{where}: the prompt has no tokens; give text, or delete the row")
+        return ids
+
+    def encode_all(self, prompts: Sequence[RawPrompt]) -> list[list[int]]:
+        """Tokenize the prompts of a batch, which must fit the model's context.
+
+        Raises:
+            InputError: A prompt is malformed or too long.
+        """
+        named = [(prompt, f"prompt {number} of a batch") for number, prompt in enumerate(prompts, 1)]
+        return [self.fitting(self(prompt, where), where) for prompt, where in named]
+
+    def truncate(self, ids: list[int], max_tokens: int | None, rule: Truncation, where: str) -> list[int] | None:
+        """Apply the length limits to one prompt.
+
+        Args:
+            ids: Token ids of the prompt.
+            max_tokens: Most tokens to keep, `data.max_prompt_tokens`; None where only the context limits.
+            rule: What to do with a longer prompt.
+            where: File and row, for errors.
+
+        Returns:
+            The ids to use, or None where the prompt is dropped.
+
+        Raises:
+            InputError: The prompt is too long and the rule is "error", or no `max_tokens` is set.
+        """
+        if max_tokens is not None and len(ids) > max_tokens:
+            if rule == "drop":
+                return None
+            if rule == "error":
+                raise InputError(
+                    f"{where}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens={max_tokens}; "
+                    f"shorten it, or set data.truncate to left or drop"
+                )
+            ids = ids[-max_tokens:]
+        return self.fitting(ids, where)
+
+    def fitting(self, ids: list[int], where: str) -> list[int]:
+        """Return the ids if the model's context holds them and the new tokens.
+
+        Raises:
+            InputError: It does not.
+        """
+        if self.limit is not None and len(ids) > self.limit:
+            raise InputError(
+                f"{where}: the prompt's {len(ids)} tokens and model.sampling.max_new_tokens exceed the model's context, "
+                f"which leaves {self.limit} tokens for a prompt; set data.max_prompt_tokens to {self.limit} or less with "
+                f"data.truncate left or drop, or lower model.sampling.max_new_tokens"
+            )
+        return ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        ids = list(self.tokenizer(text)["input_ids"])
+        if ids and ids[-1] == self.tokenizer.eos_token_id:
+            bare = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            if not bare or bare[-1] != ids[-1]:
+                ids.pop()
+        return ids
+
+    def _encode_messages(self, messages: list[dict[str, Any]], where: str) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            raise InputError(
+                f"{where}: the prompt is a conversation, but the policy's tokenizer has no chat template; "
+                f"set model.policy.chat_template, or give prompts as text"
+            )
+        to_continue = messages[-1]["role"] == "assistant"
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=not to_continue, continue_final_message=to_continue
+        )
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

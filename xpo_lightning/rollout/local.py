@@ -1,0 +1,107 @@
+"""Sampling completions with the model at hand, in this process."""
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedTokenizerBase, StopStringCriteria
+
+from xpo_lightning.batch import Completions, Prompts
+from xpo_lightning.forward import evaluating, last_logits, positions_from
+from xpo_lightning.rollout.sampling import Sampling, TokenSampler
+
+Decoded = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Token ids (B, T), mask (B, T), ended (B,), token log-probabilities (B, T)."""
+
+
+class LocalRollout:
+    """Samples one completion a prompt from a causal language model, with a key-value cache, in eval mode.
+
+    Args:
+        tokenizer: The policy's tokenizer, to decode completions and to find stop strings.
+        sampling: How tokens are drawn.
+        eos_token_ids: Token ids that end a completion.
+        rows_at_once: Most prompts that are decoded together; None decodes all. Less needs less memory.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        eos_token_ids: list[int],
+        rows_at_once: int | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.eos_token_ids = eos_token_ids
+        self.rows_at_once = rows_at_once
+        self.sampler = TokenSampler(sampling)
+        self.stops = StopStringCriteria(tokenizer, sampling.stop_strings) if sampling.stop_strings else None
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, prompts: Prompts, generator: torch.Generator) -> Completions:
+        """Sample one completion for each prompt.
+
+        Args:
+            model: A transformers causal language model on the device of the prompts; its train and eval modes are left
+                as they were.
+            prompts: B prompts.
+            generator: Source of randomness, on the device of the prompts.
+
+        Returns:
+            B completions, with the model's own log-probabilities of their tokens.
+        """
+        order = sorted(range(len(prompts)), key=prompts.lengths.tolist().__getitem__)
+        size = self.rows_at_once or len(order)
+        groups = [order[start : start + size] for start in range(0, len(order), size)]
+        with evaluating(model):
+            parts = [self._decode(model, prompts.select(rows), generator) for rows in groups]
+        ids, mask, ended, logps = (torch.cat(column) for column in zip(*map(self._pad, parts), strict=True))
+        completions = Completions(ids, mask, ended, self._texts(ids, mask), logps)
+        return completions.select([order.index(row) for row in range(len(order))])
+
+    def _decode(self, model: nn.Module, prompts: Prompts, generator: torch.Generator) -> Decoded:
+        """Write token by token until every row has ended."""
+        rows = len(prompts)
+        eos = torch.tensor(self.eos_token_ids, dtype=torch.long, device=prompts.ids.device)
+        # Repetition penalties look at the context: padding must not count as a token of its own.
+        context = torch.where(prompts.mask, prompts.ids, prompts.ids[:, -1:])
+        mask, positions, new_ids = prompts.mask, positions_from(prompts.mask), prompts.ids
+        ended = torch.zeros(rows, dtype=torch.bool, device=mask.device)
+        tokens, logps, reals = [], [], []
+        cache = DynamicCache(config=model.config)
+        for _ in range(self.sampling.max_new_tokens):
+            logits = last_logits(model, new_ids, mask, positions, keep=1, cache=cache)[:, 0]
+            token, logp = self.sampler(logits, context, generator)
+            tokens.append(torch.where(ended, 0, token))
+            logps.append(torch.where(ended, 0.0, logp))
+            reals.append(~ended)
+            ended = ended | torch.isin(token, eos) | self._stopped(tokens)
+            if bool(ended.all()):
+                break
+            context = torch.cat([context, token[:, None]], 1)
+            new_ids, positions = token[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        return torch.stack(tokens, 1), torch.stack(reals, 1), ended, torch.stack(logps, 1)
+
+    def _stopped(self, tokens: list[Tensor]) -> Tensor | bool:
+        if self.stops is None:
+            return False
+        # Completion tokens alone: a stop string that began in the prompt is not the completion's.
+        return self.stops(torch.stack(tokens, 1), None)
+
+    def _pad(self, part: Decoded) -> Decoded:
+        ids, mask, ended, logps = part
+        missing = self.sampling.max_new_tokens - ids.shape[1]
+        ids, mask, logps = (torch.nn.functional.pad(column, (0, missing)) for column in (ids, mask, logps))
+        return ids, mask, ended, logps
+
+    def _texts(self, ids: Tensor, mask: Tensor) -> tuple[str, ...]:
+        rows = [row[real].tolist() for row, real in zip(ids.cpu(), mask.cpu(), strict=True)]
+        special = set(self.eos_token_ids)
+        texts = self.tokenizer.batch_decode(
+            [row[:-1] if row[-1] in special else row for row in rows], skip_special_tokens=True
+        )
+        return tuple(self._without_stop_string(text) for text in texts)
+
+    def _without_stop_string(self, text: str) -> str:
+        found = [position for stop in self.sampling.stop_strings if (position := text.find(stop)) >= 0]
+        return text[: min(found)] if found else text

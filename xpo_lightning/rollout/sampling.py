@@ -1,0 +1,133 @@
+"""How a token is drawn from logits."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from xpo_lightning.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled; the meaning of each setting is that of transformers' generation config.
+
+    Args:
+        max_new_tokens: Most tokens of a completion, EOS included.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_k: Keep the k most likely tokens; 0 keeps all.
+        top_p: Keep the smallest set of tokens whose probabilities sum to at least p; 1 keeps all.
+        min_p: Keep tokens at least this share as likely as the likeliest; 0 keeps all.
+        repetition_penalty: Penalty on tokens that the prompt or the completion already has; 1 is none.
+        stop_strings: Texts that end a completion; the ending counts as the completion's own, like EOS.
+        eos_token_ids: Token ids that end a completion. None takes those of the model's generation config and tokenizer;
+            an empty list says that nothing does, and every completion runs to `max_new_tokens`.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_strings: list[str] = field(default_factory=list)
+    eos_token_ids: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        _require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
+        _require(self.temperature >= 0, "temperature", "at least 0", self.temperature)
+        _require(self.top_k >= 0, "top_k", "at least 0", self.top_k)
+        _require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
+        _require(0 <= self.min_p <= 1, "min_p", "from 0 to 1", self.min_p)
+        _require(self.repetition_penalty > 0, "repetition_penalty", "above 0", self.repetition_penalty)
+        _require(all(self.stop_strings), "stop_strings", "texts that are not empty", self.stop_strings)
+
+    @property
+    def is_the_policy(self) -> bool:
+        """True where samples follow the model's own distribution: temperature 1, nothing filtered or penalized."""
+        return self.temperature == 1 and self.repetition_penalty == 1 and not self.filters
+
+    @property
+    def filters(self) -> bool:
+        """True where some tokens are never drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    def processors(self) -> LogitsProcessorList:
+        """Build transformers' own processors for these settings, in transformers' order."""
+        processors = LogitsProcessorList()
+        if self.repetition_penalty != 1:
+            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.temperature not in (0, 1):
+            processors.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k > 0:
+            processors.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            processors.append(TopPLogitsWarper(self.top_p))
+        if self.min_p > 0:
+            processors.append(MinPLogitsWarper(self.min_p))
+        return processors
+
+
+class TokenSampler:
+    """Draws one token a row, and tells its log-probability under the model itself.
+
+    Args:
+        sampling: The settings.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.processors = sampling.processors()
+        self.greedy = sampling.temperature == 0
+
+    def __call__(self, logits: Tensor, context: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw one token a row.
+
+        Args:
+            logits: The model's logits. (B, V)
+            context: Token ids so far, prompt and completion, padding replaced by a real token of the row. (B, L)
+            generator: Source of randomness, on the device of the logits.
+
+        Returns:
+            Token ids (B,) and their log-probabilities at temperature 1 over the full vocabulary (B,).
+        """
+        logits = logits.float()
+        peak = logits.max(dim=1, keepdim=True).values
+        weights = (logits - peak).exp_()
+        log_total = weights.sum(1, dtype=torch.float64).log().float() + peak[:, 0]
+        if self.processors:
+            processed = self.processors(context, logits.clone())
+            weights = (processed - processed.max(dim=1, keepdim=True).values).exp_()
+        tokens = weights.argmax(1) if self.greedy else draw(weights, generator)
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - log_total
+
+
+def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw an index a row, with probability in proportion to the weights, by inverting their cumulative sum.
+
+    A weight of 0 is never drawn: the first index whose cumulative sum exceeds the threshold has added to it.
+
+    Args:
+        weights: Not negative, not all 0. (B, V)
+        generator: Source of randomness, on the device of the weights.
+
+    Returns:
+        Indices. (B,)
+    """
+    cumulative = weights.cumsum(1, dtype=torch.float64)
+    uniform = torch.rand(len(weights), 1, dtype=torch.float64, generator=generator, device=weights.device)
+    threshold = uniform * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_(max=weights.shape[1] - 1)
+
+
+def _require(holds: bool, name: str, expected: str, value: object) -> None:
+    if not holds:
+        raise InputError(f"model.sampling.{name} must be {expected}, but is {value!r}")

@@ -1,0 +1,141 @@
+"""Values that change over training: alpha and beta, and the learning rate's factor."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+from xpo_lightning.errors import InputError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands.
+
+    Args:
+        step: Optimizer steps taken.
+        epoch: Epochs finished.
+        total_steps: Optimizer steps of the whole run, None where the run has no known end.
+    """
+
+    step: int
+    epoch: int
+    total_steps: int | None
+
+
+class Schedule(ABC):
+    """A number that depends on where training stands."""
+
+    @abstractmethod
+    def __call__(self, progress: Progress) -> float:
+        """Return the value at this point of training."""
+
+
+class Constant(Schedule):
+    """The same value throughout.
+
+    Args:
+        value: The value.
+    """
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __call__(self, progress: Progress) -> float:
+        """See `Schedule`."""
+        return self.value
+
+
+class PerEpoch(Schedule):
+    """One value for each epoch; the last one holds from its epoch on.
+
+    Args:
+        values: The values, first epoch first.
+    """
+
+    def __init__(self, values: list[float]) -> None:
+        if not values:
+            raise InputError("a per-epoch list of values must not be empty")
+        self.values = [float(value) for value in values]
+
+    def __call__(self, progress: Progress) -> float:
+        """See `Schedule`."""
+        return self.values[min(progress.epoch, len(self.values) - 1)]
+
+
+class Linear(Schedule):
+    """A straight line over steps, from `start` to `end`, which then holds.
+
+    Args:
+        start: Value at the first step.
+        end: Value from `steps` on.
+        steps: Optimizer steps from `start` to `end`; the whole run where None.
+    """
+
+    def __init__(self, start: float, end: float, steps: int | None = None) -> None:
+        if steps is not None and steps < 1:
+            raise InputError(f"steps of a schedule must be at least 1, but is {steps}")
+        self.start, self.end, self.steps = start, end, steps
+
+    def __call__(self, progress: Progress) -> float:
+        """See `Schedule`."""
+        return self.start + (self.end - self.start) * self.shape(_share_done(progress, self.steps))
+
+    def shape(self, share: float) -> float:
+        """Map the share of the way done to the share of the change made; both in [0, 1]."""
+        return share
+
+
+class Cosine(Linear):
+    """Half a cosine over steps, from `start` to `end`, which then holds. Arguments as those of `Linear`."""
+
+    def shape(self, share: float) -> float:
+        """See `Linear.shape`."""
+        return (1 - math.cos(math.pi * share)) / 2
+
+
+def as_schedule(value: float | list[float] | Schedule) -> Schedule:
+    """Turn a number, or a list with one number an epoch, into a schedule."""
+    if isinstance(value, Schedule):
+        return value
+    if isinstance(value, list):
+        return PerEpoch(value)
+    return Constant(float(value))
+
+
+LearningRateShape = Literal["linear", "cosine", "constant"]
+
+
+def learning_rate_factor(
+    step: int, shape: LearningRateShape, warmup_ratio: float, warmup_steps: int | None, total_steps: int | None
+) -> float:
+    """Return the share of the peak learning rate that optimizer step `step` (from 0) takes.
+
+    Warm-up rises in equal parts and reaches the peak at its last step; its first step is already above 0, where
+    transformers' schedules waste one step at 0. After it the rate falls to 0 at the end of the run.
+
+    Args:
+        step: Optimizer steps taken before this one.
+        shape: How the rate falls after the warm-up.
+        warmup_ratio: Warm-up as a share of the run, rounded up to whole steps. Ignored where `warmup_steps` is given.
+        warmup_steps: Warm-up in steps.
+        total_steps: Steps of the whole run. May be None for a constant shape whose warm-up is given in steps or absent.
+
+    Returns:
+        A factor in (0, 1], or 0 past the end.
+    """
+    if warmup_steps is None:
+        warmup_steps = math.ceil(warmup_ratio * total_steps) if total_steps and warmup_ratio else 0
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if shape == "constant" or total_steps is None:
+        return 1.0
+    share = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    return 1 - share if shape == "linear" else (1 + math.cos(math.pi * share)) / 2
+
+
+def _share_done(progress: Progress, steps: int | None) -> float:
+    steps = steps if steps is not None else progress.total_steps
+    if steps is None:
+        raise InputError("a schedule over the whole run needs its length: set steps in the schedule, or trainer.max_steps")
+    return min(progress.step / steps, 1.0)
