@@ -56,7 +56,9 @@ class Prompts:
         """Check the shapes at the border."""
         _check_ids_and_mask("prompt", self.ids, self.mask)
         if len(self.raw) != len(self.ids):
-            raise ValueError(f"expected {len(self.ids)} raw prompts, one for each row of `ids`, but got {len(self.raw)}")
+            raise ValueError(
+                f"expected {len(self.ids)} raw prompts, one for each row of `ids`, but got {len(self.raw)}"
+            )
 
     def __len__(self) -> int:
         """Return B."""
@@ -64,7 +66,7 @@ class Prompts:
 
     @property
     def lengths(self) -> Tensor:
-        """Number of real tokens of each prompt. (B,)"""
+        """Number of real tokens of each prompt, of shape (B,)."""
         return self.mask.sum(1)
 
     def select(self, rows: Sequence[int]) -> "Prompts":
@@ -99,7 +101,9 @@ class Completions:
         """Check the shapes at the border."""
         _check_ids_and_mask("completion", self.ids, self.mask)
         if self.token_logps.shape != self.ids.shape:
-            raise ValueError(f"expected `token_logps` of shape {tuple(self.ids.shape)}, got {tuple(self.token_logps.shape)}")
+            raise ValueError(
+                f"expected `token_logps` of shape {tuple(self.ids.shape)}, got {tuple(self.token_logps.shape)}"
+            )
         if self.ended.shape != self.ids.shape[:1] or len(self.texts) != len(self.ids):
             raise ValueError(f"expected {len(self.ids)} entries in `ended` and `texts`")
 
@@ -109,12 +113,12 @@ class Completions:
 
     @property
     def lengths(self) -> Tensor:
-        """Number of real tokens of each completion. (B,)"""
+        """Number of real tokens of each completion, of shape (B,)."""
         return self.mask.sum(1)
 
     @property
     def logps(self) -> Tensor:
-        """The writer's log-probability of its own completion, summed over tokens. (B,)"""
+        """The writer's log-probability of its own completion, summed over tokens, of shape (B,)."""
         return self.token_logps.sum(1)
 
     def select(self, rows: Sequence[int]) -> "Completions":
@@ -155,7 +159,7 @@ class Experience:
 
     @property
     def identical(self) -> Tensor:
-        """True where both completions are the same tokens. (B,)"""
+        """True where both completions are the same tokens, of shape (B,)."""
         return same_tokens(self.completions)
 
     def select(self, rows: Sequence[int]) -> "Experience":
@@ -188,7 +192,7 @@ def left_pad(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") 
 
 
 def same_tokens(completions: Pair[Completions]) -> Tensor:
-    """Tell which pairs hold the same tokens on both sides. (B,)"""
+    """Tell which pairs hold the same tokens on both sides, of shape (B,)."""
     a, b = completions.by_policy, completions.by_reference
     width = min(a.ids.shape[1], b.ids.shape[1])
     both_real = a.mask[:, :width] & b.mask[:, :width]

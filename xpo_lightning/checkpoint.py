@@ -52,6 +52,6 @@ def check_reference(saved: dict[str, Any] | None, current: dict[str, Any]) -> No
     if saved is not None and saved["fingerprint"] != current["fingerprint"]:
         raise InputError(
             f"ckpt_path: the checkpoint was trained against the reference '{saved['path']}' (revision "
-            f"{saved['revision']}), but model.policy.path='{current['path']}' (revision {current['revision']}) has other "
-            f"weights; name the model it was trained from"
+            f"{saved['revision']}), but model.policy.path='{current['path']}' (revision {current['revision']}) "
+            f"has other weights; name the model it was trained from"
         )

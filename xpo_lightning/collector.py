@@ -10,6 +10,7 @@ from xpo_lightning.logps import token_logps
 from xpo_lightning.models import Reference
 from xpo_lightning.preference import argmax_labels, penalize_missing_eos
 from xpo_lightning.rewards.base import Reward
+from xpo_lightning.rewards.checks import as_scores
 from xpo_lightning.rollout.local import LocalRollout
 
 
@@ -52,14 +53,15 @@ class Collector:
         return Experience(prompts, completions, scores, argmax_labels(scores), reference_logps)
 
     def _logps(self, model: nn.Module, prompts: Prompts, completions: Completions) -> Tensor:
-        """Sum the log-probabilities that a model gives completions, some rows at a time. (B,)"""
+        """Sum the log-probabilities that a model gives completions, some rows at a time, of shape (B,)."""
         rows = range(len(prompts))
         groups = [rows[start : start + self.rows_at_once] for start in range(0, len(rows), self.rows_at_once)]
         return torch.cat([token_logps(model, prompts.select(g), completions.select(g)).sum(1) for g in groups])
 
     def _scores(self, prompts: Prompts, completions: Completions) -> Tensor:
-        """Score completions, and take the missing-EOS penalty from those that were cut. (B,)"""
-        scores = self.reward(prompts.raw, completions.texts, prompts.columns).to(completions.ids.device)
+        """Score completions, and take the missing-EOS penalty from those that were cut, of shape (B,)."""
+        values = self.reward(prompts.raw, completions.texts, prompts.columns)
+        scores = as_scores(values, len(completions), type(self.reward).__name__).to(completions.ids.device)
         if self.missing_eos_penalty is None:
             return scores
         return penalize_missing_eos(scores, completions.ended, self.missing_eos_penalty)

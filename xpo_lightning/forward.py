@@ -10,7 +10,7 @@ from transformers import Cache
 
 
 def positions_from(mask: Tensor) -> Tensor:
-    """Number the real tokens of each row from 0; padding on the left gets 0. (B, L) -> (B, L)"""
+    """Number the real tokens of each row from 0; padding on the left gets 0, shape (B, L) as the mask."""
     return (mask.long().cumsum(1) - 1).clamp_(min=0)
 
 
@@ -61,5 +61,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _parameters_of_forward(model: nn.Module) -> frozenset[str]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return frozenset(inspect.signature(base.forward).parameters)

@@ -92,7 +92,7 @@ class XPOLoss:
 
     @property
     def total(self) -> Tensor:
-        """What is minimised, per pair. (B,)"""
+        """What is minimised, per pair, of shape (B,)."""
         return self.preference + self.bonus
 
 

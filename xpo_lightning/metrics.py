@@ -75,7 +75,7 @@ class PairAverages(Metric):
         self.set_dtype(torch.float64)
 
     def update(self, values: dict[str, Tensor]) -> None:
-        """Add a batch: one number a pair for each metric, the same metrics each time. (B,) each"""
+        """Add a batch: one number a pair for each metric, the same metrics each time, of shape (B,) each."""
         self.names = list(values)
         stacked = torch.stack(list(values.values())).to(self.count.device, torch.float64)  # (metrics, B)
         if not len(self.sums):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
@@ -60,7 +60,7 @@ class ModelSpec:
         else:
             source, arguments = resolve(self.tokenizer, key), {}
         with explaining_hub_errors(source, key):
-            tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer: Any = AutoTokenizer.from_pretrained(
                 source, trust_remote_code=self.trust_remote_code, revision=self.revision, **arguments
             )
         if "gguf_file" in arguments and is_local(source):
@@ -73,7 +73,7 @@ class ModelSpec:
             if is_file and not file.exists():
                 raise InputError(f"model.policy.chat_template: there is no file '{file}'")
             tokenizer.chat_template = file.read_text() if is_file else self.chat_template
-        return tokenizer
+        return cast("PreTrainedTokenizerBase", tokenizer)
 
     def load_config(self) -> Any:
         """Load the model's configuration alone, without weights."""
@@ -95,7 +95,7 @@ class ModelSpec:
         if self.attn_implementation is not None:
             arguments["attn_implementation"] = self.attn_implementation
         with explaining_hub_errors(source, "model.policy.path"):
-            model = loader.from_pretrained(
+            model: Any = loader.from_pretrained(
                 source,
                 dtype="auto" if self.dtype == "auto" else getattr(torch, self.dtype),
                 trust_remote_code=self.trust_remote_code,
@@ -108,7 +108,7 @@ class ModelSpec:
             _set_dropout(model, self.dropout)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return model.train()  # type: ignore[no-any-return]
+        return cast("nn.Module", model.train())
 
     def _location(self) -> tuple[str, dict[str, Any]]:
         """Return the folder or hub id, and the arguments that name a GGUF file in it."""
@@ -148,7 +148,7 @@ class LoadedModel:
 
 @dataclass
 class LoRASpec:
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on a frozen policy; the reference is the policy without them.
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on a frozen policy; the reference is it without them.
 
     Args:
         r: Rank.
@@ -175,7 +175,7 @@ class LoRASpec:
             use_rslora=self.rslora,
         )
         try:
-            return get_peft_model(model, config)  # type: ignore[arg-type]
+            return get_peft_model(model, config)
         except ValueError as error:
             raise InputError(f"model.lora.target_modules: {error}") from error
 

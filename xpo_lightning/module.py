@@ -4,14 +4,15 @@ import math
 import warnings
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Generator, Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import PreTrainedTokenizerBase
 
 from xpo_lightning.batch import Experience, Prompts, left_pad
@@ -77,6 +78,9 @@ class XPOLightningModule(LightningModule):
     """
 
     strict_loading = False
+    policy: nn.Module
+    reference: Reference
+    collect: Collector
 
     def __init__(
         self,
@@ -114,7 +118,7 @@ class XPOLightningModule(LightningModule):
         self.micro_batch_size, self.rollout_batch_size = micro_batch_size, rollout_batch_size
         self.updates_per_rollout, self.epochs_per_rollout = updates_per_rollout, epochs_per_rollout
         self._check_settings()
-        self.policy: nn.Module | None = None
+        self._configured = False
         self.train_averages, self.eval_averages = PairAverages(), PairAverages()
 
     # ---- models ----
@@ -138,8 +142,9 @@ class XPOLightningModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the policy, the reference and the reward; a second call does nothing."""
-        if self.policy is not None:
+        if self._configured:
             return
+        self._configured = True
         model = self.policy_spec.load_model()
         check_embeddings(model, self.tokenizer)
         eos_token_ids = self.sampling.eos_token_ids
@@ -157,22 +162,27 @@ class XPOLightningModule(LightningModule):
 
     # ---- training ----
 
-    def on_fit_start(self) -> None:
-        """Silence Lightning's surprise at frozen models in eval mode: they are meant to be."""
+    def setup(self, stage: str) -> None:
+        """Refuse what would touch more than the policy, and silence what Lightning cannot know to be meant."""
+        if self.trainer.precision not in ("32-true", "bf16-mixed"):
+            raise InputError(
+                f"trainer.precision={self.trainer.precision} is not supported; use 32-true or bf16-mixed, and "
+                f"model.policy.dtype for the type of the weights (other settings would convert the reward as well)"
+            )
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
 
     def on_train_start(self) -> None:
         """Set the length of the run, and the randomness of its rollouts."""
         self._train_noise = self._noise(purpose=0)
-        scheduler = self.lr_schedulers()
-        if isinstance(scheduler, WarmupThenDecay):
-            scheduler.begin(self._total_steps)
+        if isinstance(self._scheduler, WarmupThenDecay):
+            self._scheduler.begin(self._total_steps)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Sample and label pairs for the whole batch, then take the optimizer steps on them."""
         progress = Progress(self.global_step, self.current_epoch, self._total_steps)
         alpha, beta = self.alpha(progress), self.beta(progress)
-        learning_rate = self.optimizers().param_groups[0]["lr"]
+        learning_rate = self._optimizer.param_groups[0]["lr"]
         experience = self.collect(self.policy, self._as_prompts(batch), self._train_noise)
         self.train_averages.reset()
         for rows in self._plan_updates(len(experience)):
@@ -206,20 +216,21 @@ class XPOLightningModule(LightningModule):
 
     def _update(self, experience: Experience, rows: list[int], alpha: float, beta: float) -> Tensor:
         """Take one optimizer step on these pairs, micro-batch by micro-batch; return the norm of the gradient."""
-        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        optimizer.zero_grad()
+        self._optimizer.zero_grad()
         for start in range(0, len(rows), self.micro_batch_size):
-            losses, numbers = self.objective(experience.select(rows[start : start + self.micro_batch_size]), alpha, beta)
+            losses, numbers = self.objective(
+                experience.select(rows[start : start + self.micro_batch_size]), alpha, beta
+            )
             self.manual_backward(losses.sum() / len(rows))
             self.train_averages.update(numbers)
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         grad_norm = nn.utils.clip_grad_norm_(self.trained_parameters(), limit)
-        optimizer.step()
-        scheduler.step()
+        self._optimizer.step()
+        self._scheduler.step()
         return grad_norm
 
     def _plan_updates(self, size: int) -> Iterator[list[int]]:
-        """Yield the rows of each optimizer step: all of them, shortest work first, unless a batch makes several steps."""
+        """Yield the rows of each optimizer step: all of them, unless a batch makes several steps."""
         for _ in range(self.epochs_per_rollout):
             rows = list(range(size))
             if self.updates_per_rollout > 1:
@@ -235,7 +246,7 @@ class XPOLightningModule(LightningModule):
         self._eval_noise = self._noise(purpose=1)
         self.eval_averages.reset()
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> Experience:  # type: ignore[override]
         """Sample pairs for held-out prompts and measure them as in training."""
         progress = Progress(self.global_step, self.current_epoch, self._total_steps)
         experience = self.collect(self.policy, self._as_prompts(batch), self._eval_noise)
@@ -243,6 +254,7 @@ class XPOLightningModule(LightningModule):
             rows = range(start, min(start + self.micro_batch_size, len(experience)))
             _, numbers = self.objective(experience.select(rows), self.alpha(progress), self.beta(progress))
             self.eval_averages.update(numbers)
+        return experience
 
     def on_validation_epoch_end(self) -> None:
         """Log the averages over all held-out prompts and processes."""
@@ -260,17 +272,22 @@ class XPOLightningModule(LightningModule):
         trained = self.trained_parameters()
         make_optimizer = self.optimizer_factory or default_optimizer(self.learning_rate)
         optimizer = make_optimizer(trained)
+        scheduler: LRScheduler | ReduceLROnPlateau
         if self.lr_scheduler_factory is None:
             scheduler = WarmupThenDecay(optimizer, self.lr_schedule or "linear", self.warmup_ratio, self.warmup_steps)
         else:
             scheduler = self.lr_scheduler_factory(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise InputError(
+                "model.lr_scheduler: ReduceLROnPlateau needs a metric at each step, which is not supported"
+            )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the policy's weights that are trained."""
         return [weight for weight in self.policy.parameters() if weight.requires_grad]
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return what a checkpoint holds of the models: the trained weights."""
         state = super().state_dict(*args, **kwargs)
         return trained_state(state, self.policy, kwargs.get("prefix", "") + "policy.")
@@ -306,6 +323,14 @@ class XPOLightningModule(LightningModule):
         """Return a source of randomness of its own for each process and purpose, from the global seed."""
         seed = hash((torch.initial_seed(), self.global_rank, purpose)) % 2**63
         return Generator(self.device).manual_seed(seed)
+
+    @property
+    def _optimizer(self) -> LightningOptimizer:
+        return cast("LightningOptimizer", self.optimizers())
+
+    @property
+    def _scheduler(self) -> LRScheduler:
+        return cast("LRScheduler", self.lr_schedulers())
 
     @property
     def _total_steps(self) -> int | None:

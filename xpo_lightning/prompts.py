@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from xpo_lightning.batch import RawPrompt
@@ -30,14 +31,17 @@ def check_prompt(prompt: Any, where: str) -> None:
         return
     if not isinstance(prompt, list):
         raise InputError(
-            f"{where}: the prompt must be text or a list of chat messages, but is {type(prompt).__name__} ({prompt!r:.60})"
+            f"{where}: the prompt must be text or a list of chat messages, "
+            f"but is {type(prompt).__name__} ({prompt!r:.60})"
         )
     if not prompt:
         raise InputError(f"{where}: the prompt is an empty list of messages; give at least one, or delete the row")
     for message in prompt:
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
+        texts = [message.get(name) for name in ("role", "content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
             raise InputError(
-                f"{where}: a chat message must be a mapping with text under 'role' and 'content', but is {message!r:.80}"
+                f"{where}: a chat message must be a mapping with text under 'role' and 'content', "
+                f"but is {message!r:.80}"
             )
 
 
@@ -119,9 +123,9 @@ class PromptEncoder:
         """
         if self.limit is not None and len(ids) > self.limit:
             raise InputError(
-                f"{where}: the prompt's {len(ids)} tokens and model.sampling.max_new_tokens exceed the model's context, "
-                f"which leaves {self.limit} tokens for a prompt; set data.max_prompt_tokens to {self.limit} or less with "
-                f"data.truncate left or drop, or lower model.sampling.max_new_tokens"
+                f"{where}: the prompt's {len(ids)} tokens and model.sampling.max_new_tokens exceed the context, "
+                f"which leaves {self.limit} tokens for a prompt; set data.max_prompt_tokens to {self.limit} or less "
+                f"with data.truncate left or drop, or lower model.sampling.max_new_tokens"
             )
         return ids
 
@@ -140,7 +144,10 @@ class PromptEncoder:
                 f"set model.policy.chat_template, or give prompts as text"
             )
         to_continue = messages[-1]["role"] == "assistant"
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not to_continue, continue_final_message=to_continue
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=not to_continue, continue_final_message=to_continue
+            )
+        except (TemplateError, ValueError) as error:
+            raise InputError(f"{where}: the policy's chat template refuses the conversation: {error}") from error
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

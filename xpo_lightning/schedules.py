@@ -137,5 +137,7 @@ def learning_rate_factor(
 def _share_done(progress: Progress, steps: int | None) -> float:
     steps = steps if steps is not None else progress.total_steps
     if steps is None:
-        raise InputError("a schedule over the whole run needs its length: set steps in the schedule, or trainer.max_steps")
+        raise InputError(
+            "a schedule over the whole run needs its length: set steps in the schedule, or trainer.max_steps"
+        )
     return min(progress.step / steps, 1.0)

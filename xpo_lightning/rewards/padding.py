@@ -1,0 +1,90 @@
+"""Scores of token rows of unequal length, each the same as if its row were scored alone."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def score_rows(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], micro_batch_size: int, pad_ids: Sequence[int | None]
+) -> Tensor:
+    """Score token rows in micro-batches of similar length.
+
+    Decoders read the score at the last token whose id is not `config.pad_token_id`. Where padding is EOS, that would be
+    one token before a real EOS, and without a pad id they refuse batches. So each micro-batch is padded on the right
+    with an id that ends none of its rows, and the config is told. Encoders end their rows with a special token of
+    their own, so they keep their true pad id. Padding on the right moves no position; the mask hides it.
+
+    Args:
+        model: A sequence classifier with one label, in eval mode.
+        rows: B rows of token ids, none empty.
+        micro_batch_size: Most rows in one forward.
+        pad_ids: Ids to pad with, best first; None entries are skipped.
+
+    Returns:
+        The scores, float32, on the model's device. (B,)
+    """
+    device = next(model.parameters()).device
+    vocabulary = vocabulary_size(model)
+    scores = torch.empty(len(rows), dtype=torch.float32, device=device)
+    # Longest first: memory runs out at once or never.
+    by_length = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+    size = min(micro_batch_size, vocabulary - 1)  # more rows could end in every id that there is
+    for start in range(0, len(rows), size):
+        chosen = by_length[start : start + size]
+        ids, mask, pad_id = pad_right([rows[row] for row in chosen], pad_ids, vocabulary)
+        # Autocast would override the dtype that the user chose for this model.
+        with padded_with(model.config, pad_id), torch.autocast(device.type, enabled=False):
+            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits  # (micro-batch, 1)
+        scores[chosen] = logits[:, 0].float()
+    return scores
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Count the token ids that a model knows."""
+    return model.get_input_embeddings().get_parameter("weight").shape[0]
+
+
+def pad_right(
+    rows: Sequence[Sequence[int]], pad_ids: Sequence[int | None], vocabulary: int
+) -> tuple[Tensor, Tensor, int]:
+    """Stack token rows with padding that cannot be taken for a row's last token.
+
+    Args:
+        rows: B rows of token ids, none empty; B < vocabulary.
+        pad_ids: Ids to pad with, best first; those that end a row are passed over.
+        vocabulary: Number of token ids that the model knows.
+
+    Returns:
+        Token ids (B, L), the mask, 1 on real tokens (B, L), and the id used on padding.
+    """
+    last = {row[-1] for row in rows}
+    wanted = [pad_id for pad_id in pad_ids if pad_id is not None and 0 <= pad_id < vocabulary]
+    pad_id = next(candidate for candidate in chain(wanted, range(vocabulary)) if candidate not in last)
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], dtype=torch.long)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = (torch.arange(width)[None] < lengths[:, None]).long()
+    return ids, mask, pad_id
+
+
+@contextmanager
+def padded_with(config: PreTrainedConfig, pad_id: int) -> Iterator[None]:
+    """Tell a model's config the pad id for a while.
+
+    Args:
+        config: The model's config; that of its text part is told too.
+        pad_id: The id on padding.
+    """
+    text_config = config.get_text_config()
+    before = [(each, getattr(each, "pad_token_id", None)) for each in (config, text_config)]
+    config.pad_token_id = text_config.pad_token_id = pad_id
+    try:
+        yield
+    finally:
+        for each, own in before:
+            each.pad_token_id = own
