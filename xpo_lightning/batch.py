@@ -8,7 +8,7 @@ log-probability of the reference's completion.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -121,6 +121,11 @@ class Completions:
         """The writer's log-probability of its own completion, summed over tokens, of shape (B,)."""
         return self.token_logps.sum(1)
 
+    def to(self, device: torch.device | str) -> "Completions":
+        """Return the same completions on another device."""
+        names = ("ids", "mask", "ended", "token_logps")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
     def select(self, rows: Sequence[int]) -> "Completions":
         """Return these rows, with no more padding than they need."""
         index = torch.as_tensor(rows, device=self.ids.device)
@@ -161,6 +166,17 @@ class Experience:
     def identical(self) -> Tensor:
         """True where both completions are the same tokens, of shape (B,)."""
         return same_tokens(self.completions)
+
+    def to(self, device: torch.device | str) -> "Experience":
+        """Return the same pairs on another device; Lightning calls it on predictions."""
+        prompts = replace(self.prompts, ids=self.prompts.ids.to(device), mask=self.prompts.mask.to(device))
+        return Experience(
+            prompts=prompts,
+            completions=self.completions.map(lambda side: side.to(device)),
+            scores=self.scores.map(lambda side: side.to(device)),
+            labels=self.labels.to(device),
+            reference_logps=self.reference_logps.map(lambda side: side.to(device)),
+        )
 
     def select(self, rows: Sequence[int]) -> "Experience":
         """Return these pairs."""

@@ -18,7 +18,9 @@ def trained_state(state: dict[str, Tensor], policy: nn.Module, prefix: str) -> d
     Returns:
         The entries of the policy's trained weights and of its buffers.
     """
-    frozen = {prefix + name for name, weight in policy.named_parameters() if not weight.requires_grad}
+    # Tied weights have several names, and each is in the state.
+    weights = policy.named_parameters(remove_duplicate=False)
+    frozen = {prefix + name for name, weight in weights if not weight.requires_grad}
     return {name: value for name, value in state.items() if name.startswith(prefix) and name not in frozen}
 
 

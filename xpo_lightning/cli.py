@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.cli import ArgsType, LightningCLI
@@ -18,6 +19,7 @@ _TRAINER_KEYS_OF_THE_MODULE = {
     "gradient_clip_algorithm": (None, "model.max_grad_norm (gradients are clipped by norm)"),
     "accumulate_grad_batches": (1, "data.batch_size (prompts an optimizer step) and model.micro_batch_size"),
 }
+_CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
 
 
 class XPOCLI(LightningCLI):
@@ -45,8 +47,15 @@ class XPOCLI(LightningCLI):
         return {name: offered[name] for name in ("fit", "validate", "predict")}
 
     def before_instantiate_classes(self) -> None:
-        """Refuse trainer options whose work the module does itself."""
-        trainer = self.config[self.subcommand].trainer
+        """Refuse a checkpoint that is not there, and trainer options whose work the module does itself."""
+        config = self.config[self.subcommand]
+        checkpoint = config.get("ckpt_path") or "last"
+        is_file = checkpoint not in _CHECKPOINT_WORDS and "://" not in checkpoint
+        if is_file and not Path(checkpoint).exists():
+            raise InputError(f"ckpt_path: there is no checkpoint '{checkpoint}'")
+        trainer = config.trainer
+        if str(trainer.get("precision")) in ("16", "16-mixed"):  # On a CPU, Lightning would take bf16-mixed instead.
+            raise InputError(f"trainer.precision={trainer.precision} is not supported; use 32-true or bf16-mixed")
         for key, (default, instead) in _TRAINER_KEYS_OF_THE_MODULE.items():
             if trainer.get(key) not in (None, default):
                 raise InputError(f"trainer.{key} has no effect here; set {instead} instead")

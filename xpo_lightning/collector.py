@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from xpo_lightning.batch import Completions, Experience, Pair, Prompts
 from xpo_lightning.logps import token_logps
-from xpo_lightning.models import Reference
 from xpo_lightning.preference import argmax_labels, penalize_missing_eos
+from xpo_lightning.reference import Reference
 from xpo_lightning.rewards.base import Reward
 from xpo_lightning.rewards.checks import as_scores
 from xpo_lightning.rollout.local import LocalRollout

@@ -1,9 +1,5 @@
-"""The one place that loads causal language models: the policy, its frozen reference, adapters and GGUF files."""
+"""The one place that loads causal language models: folders, hub ids, adapters and GGUF files."""
 
-import copy
-import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,7 +10,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from xpo_lightning.errors import InputError
-from xpo_lightning.forward import evaluating
 from xpo_lightning.gguf import gguf_pre_tokenizer, unpacked
 from xpo_lightning.sources import explaining_hub_errors, is_local, resolve
 
@@ -57,6 +52,9 @@ class ModelSpec:
         key = "model.policy.path" if self.tokenizer is None else "model.policy.tokenizer"
         if self.tokenizer is None:
             source, arguments = self._location()
+            base = _adapter_base(source)
+            if base is not None and not (Path(source) / "tokenizer_config.json").is_file():
+                source = base  # peft saves an adapter without a tokenizer.
         else:
             source, arguments = resolve(self.tokenizer, key), {}
         with explaining_hub_errors(source, key):
@@ -103,7 +101,12 @@ class ModelSpec:
                 **arguments,
             )
         if loader is AutoPeftModelForCausalLM:
-            model = model.merge_and_unload()
+            model = model.merge_and_unload().requires_grad_(True)
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise InputError(
+                f"model.policy.path: '{self.path}' holds a LoRA adapter on the hub; download it and give its folder, "
+                f"to start from the base model with the adapter merged"
+            )
         if self.dropout is not None:
             _set_dropout(model, self.dropout)
         if self.gradient_checkpointing:
@@ -180,44 +183,6 @@ class LoRASpec:
             raise InputError(f"model.lora.target_modules: {error}") from error
 
 
-class Reference(nn.Module):
-    """The frozen reference: a copy of the untrained policy or, with adapters, the policy with its adapters off.
-
-    Args:
-        policy: The policy before training, with adapters if it has them.
-    """
-
-    def __init__(self, policy: nn.Module) -> None:
-        super().__init__()
-        has_adapters = hasattr(policy, "disable_adapter")
-        self.frozen = None if has_adapters else copy.deepcopy(policy).eval().requires_grad_(False)
-        self._policy = (policy,)  # In a tuple, or it would be registered a second time.
-
-    @contextmanager
-    def lent(self) -> Iterator[nn.Module]:
-        """Lend the reference model in eval mode. While it is lent, the policy's adapters are off."""
-        if self.frozen is not None:
-            yield self.frozen
-            return
-        policy = self._policy[0]
-        with evaluating(policy), policy.disable_adapter():  # type: ignore[operator]
-            yield policy
-
-    def fingerprint(self) -> str:
-        """Hash the names, shapes and first values of the weights.
-
-        Two references that differ by training have two fingerprints; it is no guard against forgery.
-        """
-        digest = hashlib.sha256()
-        model = self.frozen if self.frozen is not None else self._policy[0].get_base_model()  # type: ignore[operator]
-        for name, weight in sorted(model.named_parameters()):
-            if "lora_" not in name:
-                head = weight.detach().flatten()[:256].float().cpu()
-                digest.update(f"{name.replace('.base_layer', '')} {tuple(weight.shape)} ".encode())
-                digest.update(head.numpy().tobytes())
-        return digest.hexdigest()
-
-
 def check_embeddings(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer with more tokens than the model embeds.
 
@@ -232,14 +197,23 @@ def check_embeddings(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> No
         )
 
 
-def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every token id that ends a completion, by the model's generation config or the tokenizer.
+def end_token_ids(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, configured: list[int] | None = None
+) -> list[int]:
+    """Return every token id that ends a completion.
+
+    Args:
+        model: Its generation config may name some.
+        tokenizer: It may name one.
+        configured: `model.sampling.eos_token_ids`, which wins where it is given.
 
     Raises:
-        InputError: There is none.
+        InputError: Nobody names one.
     """
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    if configured is not None:
+        return configured
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
     ends = sorted(token for token in ids if token is not None)
     if not ends:
         raise InputError(
@@ -247,6 +221,21 @@ def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[
             "name the ids, or give [] if every completion is meant to run to max_new_tokens"
         )
     return ends
+
+
+def prompt_limit(config: Any, max_new_tokens: int) -> int | None:
+    """Return the most tokens that a prompt may have, or None where the model names no limit.
+
+    Raises:
+        InputError: There is no room for a prompt.
+    """
+    context = context_length(config)
+    if context is not None and context <= max_new_tokens:
+        raise InputError(
+            f"model.sampling.max_new_tokens={max_new_tokens} leaves no room for a prompt in the model's context of "
+            f"{context} tokens; lower it"
+        )
+    return None if context is None else context - max_new_tokens
 
 
 def context_length(config: Any) -> int | None:
@@ -261,7 +250,7 @@ def _set_dropout(model: nn.Module, probability: float) -> None:
         if isinstance(module, nn.Dropout):
             module.p = probability
         for name, value in list(vars(module).items()):
-            if "dropout" in name and isinstance(value, float):
+            if "dropout" in name and isinstance(value, int | float) and not isinstance(value, bool):
                 setattr(module, name, probability)
 
 

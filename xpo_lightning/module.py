@@ -1,21 +1,19 @@
 """`XPOLightningModule`: holds the policy, the reference and the reward, and takes them through a step."""
 
-import math
 import warnings
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, cast
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Generator, Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
-from xpo_lightning.batch import Experience, Prompts, left_pad
+from xpo_lightning.batch import Experience
 from xpo_lightning.checkpoint import check_reference, check_trained_state, trained_state
 from xpo_lightning.collector import Collector
 from xpo_lightning.errors import InputError
@@ -26,17 +24,17 @@ from xpo_lightning.models import (
     LoadedModel,
     LoRASpec,
     ModelSpec,
-    Reference,
     check_embeddings,
-    context_length,
     end_token_ids,
+    prompt_limit,
 )
-from xpo_lightning.optimization import WarmupThenDecay, default_optimizer, total_steps
-from xpo_lightning.prompts import PromptEncoder
+from xpo_lightning.optimization import Optimization, UpdatePlan, WarmupThenDecay, total_steps
+from xpo_lightning.prompts import PromptEncoder, as_prompts
+from xpo_lightning.reference import Reference
 from xpo_lightning.rewards.base import Reward
 from xpo_lightning.rollout.local import LocalRollout
-from xpo_lightning.rollout.sampling import Sampling
-from xpo_lightning.schedules import LearningRateShape, Progress, Schedule, as_schedule
+from xpo_lightning.rollout.sampling import Sampling, noise_source
+from xpo_lightning.schedules import FIRST_STEP, LearningRateShape, Progress, Schedule, as_positive_schedule, as_schedule
 
 
 class XPOLightningModule(LightningModule):
@@ -109,19 +107,16 @@ class XPOLightningModule(LightningModule):
         self.automatic_optimization = False
         self.policy_spec: ModelSpec | LoadedModel = policy
         self.lora, self.sampling, self.reward = lora, sampling, reward
-        self.alpha, self.beta = as_schedule(alpha), as_schedule(beta)
+        self.alpha, self.beta = as_schedule(alpha), as_positive_schedule(beta, "model.beta")
         self.preference_loss = preference_loss or SigmoidLoss()
         self.bonus_clip, self.missing_eos_penalty = bonus_clip, missing_eos_penalty
-        self.learning_rate, self.optimizer_factory = learning_rate, optimizer
-        self.lr_schedule, self.warmup_ratio, self.warmup_steps = lr_schedule, warmup_ratio, warmup_steps
-        self.lr_scheduler_factory, self.max_grad_norm = lr_scheduler, max_grad_norm
-        self.micro_batch_size, self.rollout_batch_size = micro_batch_size, rollout_batch_size
-        self.updates_per_rollout, self.epochs_per_rollout = updates_per_rollout, epochs_per_rollout
-        self._check_settings()
+        self.optimization = Optimization(
+            learning_rate, optimizer, lr_schedule, warmup_ratio, warmup_steps, lr_scheduler, max_grad_norm
+        )
+        self.rollout_batch_size = rollout_batch_size
+        self.plan = UpdatePlan(micro_batch_size, updates_per_rollout, epochs_per_rollout)
         self._configured = False
         self.train_averages, self.eval_averages = PairAverages(), PairAverages()
-
-    # ---- models ----
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -131,13 +126,7 @@ class XPOLightningModule(LightningModule):
     @cached_property
     def prompt_encoder(self) -> PromptEncoder:
         """Tokenizes prompts, and knows how long they may be; data modules use it to check prompts before training."""
-        context = context_length(self.policy_spec.load_config())
-        limit = None if context is None else context - self.sampling.max_new_tokens
-        if limit is not None and limit < 1:
-            raise InputError(
-                f"model.sampling.max_new_tokens={self.sampling.max_new_tokens} leaves no room for a prompt in the "
-                f"model's context of {context} tokens; lower it"
-            )
+        limit = prompt_limit(self.policy_spec.load_config(), self.sampling.max_new_tokens)
         return PromptEncoder(self.tokenizer, limit)
 
     def configure_model(self) -> None:
@@ -147,9 +136,7 @@ class XPOLightningModule(LightningModule):
         self._configured = True
         model = self.policy_spec.load_model()
         check_embeddings(model, self.tokenizer)
-        eos_token_ids = self.sampling.eos_token_ids
-        if eos_token_ids is None:
-            eos_token_ids = end_token_ids(model, self.tokenizer)
+        eos_token_ids = end_token_ids(model, self.tokenizer, self.sampling.eos_token_ids)
         if self.missing_eos_penalty and not (eos_token_ids or self.sampling.stop_strings):
             raise InputError("model.missing_eos_penalty is set, but model.sampling.eos_token_ids names no EOS token")
         self.policy = model if self.lora is None else self.lora.wrap(model)
@@ -157,10 +144,8 @@ class XPOLightningModule(LightningModule):
         self.reward.load()
         rollout = LocalRollout(self.tokenizer, self.sampling, eos_token_ids, self.rollout_batch_size)
         self.collect = Collector(
-            rollout, self.reference, self.reward, self.missing_eos_penalty, rows_at_once=2 * self.micro_batch_size
+            rollout, self.reference, self.reward, self.missing_eos_penalty, rows_at_once=2 * self.plan.micro_batch_size
         )
-
-    # ---- training ----
 
     def setup(self, stage: str) -> None:
         """Refuse what would touch more than the policy, and silence what Lightning cannot know to be meant."""
@@ -170,6 +155,7 @@ class XPOLightningModule(LightningModule):
                 f"model.policy.dtype for the type of the weights (other settings would convert the reward as well)"
             )
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+        warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\(.*sync_dist=True")
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
 
     def on_train_start(self) -> None:
@@ -180,15 +166,15 @@ class XPOLightningModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Sample and label pairs for the whole batch, then take the optimizer steps on them."""
-        progress = Progress(self.global_step, self.current_epoch, self._total_steps)
-        alpha, beta = self.alpha(progress), self.beta(progress)
+        alpha, beta = self._alpha_and_beta()
         learning_rate = self._optimizer.param_groups[0]["lr"]
-        experience = self.collect(self.policy, self._as_prompts(batch), self._train_noise)
+        experience = self._collect(batch, self._train_noise)
         self.train_averages.reset()
-        for rows in self._plan_updates(len(experience)):
-            grad_norm = self._update(experience, rows, alpha, beta)
+        for micro_batches in self.plan(len(experience), self._train_noise):
+            grad_norm = self._update([experience.select(rows) for rows in micro_batches], alpha, beta)
         numbers = self.train_averages.compute()
-        self.log_dict({**numbers, "alpha": alpha, "beta": beta, "lr": learning_rate, "grad_norm": grad_norm})
+        settings = {"alpha": alpha, "beta": beta, "lr": learning_rate, "step": float(self.global_step)}
+        self.log_dict({**numbers, **settings, "grad_norm": grad_norm})
 
     def objective(self, experience: Experience, alpha: float, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Evaluate the XPO objective of labelled pairs under the policy.
@@ -214,32 +200,18 @@ class XPOLightningModule(LightningModule):
         )
         return loss.total, pair_metrics(experience, loss, policy_logps, beta)
 
-    def _update(self, experience: Experience, rows: list[int], alpha: float, beta: float) -> Tensor:
+    def _update(self, micro_batches: list[Experience], alpha: float, beta: float) -> Tensor:
         """Take one optimizer step on these pairs, micro-batch by micro-batch; return the norm of the gradient."""
+        pairs = sum(map(len, micro_batches))
         self._optimizer.zero_grad()
-        for start in range(0, len(rows), self.micro_batch_size):
-            losses, numbers = self.objective(
-                experience.select(rows[start : start + self.micro_batch_size]), alpha, beta
-            )
-            self.manual_backward(losses.sum() / len(rows))
+        for experience in micro_batches:
+            losses, numbers = self.objective(experience, alpha, beta)
+            self.manual_backward(losses.sum() / pairs)
             self.train_averages.update(numbers)
-        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        grad_norm = nn.utils.clip_grad_norm_(self.trained_parameters(), limit)
+        grad_norm = self.optimization.clip(self.trained_parameters())
         self._optimizer.step()
         self._scheduler.step()
         return grad_norm
-
-    def _plan_updates(self, size: int) -> Iterator[list[int]]:
-        """Yield the rows of each optimizer step: all of them, unless a batch makes several steps."""
-        for _ in range(self.epochs_per_rollout):
-            rows = list(range(size))
-            if self.updates_per_rollout > 1:
-                rows = torch.randperm(size, generator=self._train_noise, device=self.device).tolist()
-            share = math.ceil(size / self.updates_per_rollout)
-            for start in range(0, size, share):
-                yield rows[start : start + share]
-
-    # ---- validation and prediction ----
 
     def on_validation_epoch_start(self) -> None:
         """Start from the same randomness each time: two validations differ by the policy alone."""
@@ -248,39 +220,25 @@ class XPOLightningModule(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> Experience:  # type: ignore[override]
         """Sample pairs for held-out prompts and measure them as in training."""
-        progress = Progress(self.global_step, self.current_epoch, self._total_steps)
-        experience = self.collect(self.policy, self._as_prompts(batch), self._eval_noise)
-        for start in range(0, len(experience), self.micro_batch_size):
-            rows = range(start, min(start + self.micro_batch_size, len(experience)))
-            _, numbers = self.objective(experience.select(rows), self.alpha(progress), self.beta(progress))
+        alpha, beta = self._alpha_and_beta()
+        experience = self._collect(batch, self._eval_noise)
+        for rows in self.plan.micro_batches(range(len(experience))):
+            _, numbers = self.objective(experience.select(rows), alpha, beta)
             self.eval_averages.update(numbers)
         return experience
 
     def on_validation_epoch_end(self) -> None:
         """Log the averages over all held-out prompts and processes."""
-        self.log_dict({f"eval/{name}": value for name, value in self.eval_averages.compute().items()})
+        numbers = {f"eval/{name}": value for name, value in self.eval_averages.compute().items()}
+        self.log_dict({**numbers, "step": float(self.global_step)})
 
     def predict_step(self, batch: Any, batch_idx: int) -> Experience:
         """Sample and score pairs for a batch of prompts."""
-        noise = self._noise(purpose=2 + batch_idx)
-        return self.collect(self.policy, self._as_prompts(batch), noise)
-
-    # ---- what the trainer asks for ----
+        return self._collect(batch, self._noise(purpose=2 + batch_idx))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimizer of the trainable weights and its learning-rate schedule."""
-        trained = self.trained_parameters()
-        make_optimizer = self.optimizer_factory or default_optimizer(self.learning_rate)
-        optimizer = make_optimizer(trained)
-        scheduler: LRScheduler | ReduceLROnPlateau
-        if self.lr_scheduler_factory is None:
-            scheduler = WarmupThenDecay(optimizer, self.lr_schedule or "linear", self.warmup_ratio, self.warmup_steps)
-        else:
-            scheduler = self.lr_scheduler_factory(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise InputError(
-                "model.lr_scheduler: ReduceLROnPlateau needs a metric at each step, which is not supported"
-            )
+        """Build the optimizer of the trained weights and its learning-rate schedule."""
+        optimizer, scheduler = self.optimization.build(self.trained_parameters())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -306,23 +264,20 @@ class XPOLightningModule(LightningModule):
         spec = self.policy_spec
         return {"path": spec.path, "revision": spec.revision, "fingerprint": self.reference.fingerprint()}
 
-    # ---- small things ----
+    def _collect(self, batch: Any, noise: Generator) -> Experience:
+        return self.collect(self.policy, as_prompts(batch, self.prompt_encoder, self.device), noise)
 
-    def _as_prompts(self, batch: Any) -> Prompts:
-        """Take a mapping of columns or a plain list of prompts."""
-        columns = dict(batch) if isinstance(batch, dict) else {"prompt": list(batch)}
-        if "prompt" not in columns:
-            raise InputError(f"a batch needs the key 'prompt', but has {sorted(columns)}; see data.prompt_column")
-        raw, rows = columns.pop("prompt"), columns.pop("prompt_ids", None)
-        if rows is None:
-            rows = self.prompt_encoder.encode_all(raw)
-        ids, mask = left_pad(rows, self.device)
-        return Prompts(ids, mask, tuple(raw), {name: tuple(values) for name, values in columns.items()})
+    def _alpha_and_beta(self) -> tuple[float, float]:
+        """Return their values now; outside of training, and before it, those of the first step."""
+        has_begun = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        progress = Progress(self.global_step, self.current_epoch, self._total_steps) if has_begun else FIRST_STEP
+        alpha, beta = self.alpha(progress), self.beta(progress)
+        if beta <= 0:
+            raise InputError(f"model.beta must be above 0, but its schedule gives {beta} at step {progress.step}")
+        return alpha, beta
 
     def _noise(self, purpose: int) -> Generator:
-        """Return a source of randomness of its own for each process and purpose, from the global seed."""
-        seed = hash((torch.initial_seed(), self.global_rank, purpose)) % 2**63
-        return Generator(self.device).manual_seed(seed)
+        return noise_source(self.device, self.global_rank, purpose)
 
     @property
     def _optimizer(self) -> LightningOptimizer:
@@ -334,22 +289,4 @@ class XPOLightningModule(LightningModule):
 
     @property
     def _total_steps(self) -> int | None:
-        return total_steps(self.trainer, self.updates_per_rollout * self.epochs_per_rollout)
-
-    def _check_settings(self) -> None:
-        """Refuse settings out of range, and settings that exclude each other."""
-        for name in ("micro_batch_size", "updates_per_rollout", "epochs_per_rollout"):
-            if getattr(self, name) < 1:
-                raise InputError(f"model.{name} must be at least 1, but is {getattr(self, name)}")
-        if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
-            raise InputError(f"model.rollout_batch_size must be at least 1 or null, but is {self.rollout_batch_size}")
-        if not 0 <= self.warmup_ratio < 1:
-            raise InputError(f"model.warmup_ratio must be at least 0 and below 1, but is {self.warmup_ratio}")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise InputError(f"model.max_grad_norm must be above 0 or null, but is {self.max_grad_norm}")
-        if self.optimizer_factory is not None and self.learning_rate is not None:
-            raise InputError("model.learning_rate is that of the built-in optimizer; set lr in model.optimizer instead")
-        own = {"lr_schedule": self.lr_schedule, "warmup_steps": self.warmup_steps, "warmup_ratio": self.warmup_ratio}
-        given = [f"model.{name}" for name, value in own.items() if value]
-        if self.lr_scheduler_factory is not None and given:
-            raise InputError(f"{', '.join(given)} cannot be set together with model.lr_scheduler; set one or the other")
+        return total_steps(self.trainer, self.plan.steps)

@@ -1,13 +1,16 @@
 """The optimizer, its learning rate over steps, and the length of a run."""
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+import torch
 from lightning.pytorch import Trainer
-from torch import nn
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from xpo_lightning.errors import InputError
 from xpo_lightning.schedules import LearningRateShape, learning_rate_factor
@@ -15,9 +18,110 @@ from xpo_lightning.schedules import LearningRateShape, learning_rate_factor
 DEFAULT_LEARNING_RATE = 5e-7
 
 
-def default_optimizer(learning_rate: float | None) -> Callable[[list[nn.Parameter]], Optimizer]:
-    """Make AdamW without weight decay, which would confound exploration: it pulls towards the uniform policy."""
-    return partial(AdamW, lr=DEFAULT_LEARNING_RATE if learning_rate is None else learning_rate, weight_decay=0.0)
+@dataclass
+class Optimization:
+    """How weights are updated; the fields are `XPOLightningModule`'s options of the same names.
+
+    Raises:
+        InputError: A value is out of range, or two options exclude each other.
+    """
+
+    learning_rate: float | None
+    optimizer: OptimizerCallable | None
+    lr_schedule: LearningRateShape | None
+    warmup_ratio: float
+    warmup_steps: int | None
+    lr_scheduler: LRSchedulerCallable | None
+    max_grad_norm: float | None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if not 0 <= self.warmup_ratio < 1:
+            raise InputError(f"model.warmup_ratio must be at least 0 and below 1, but is {self.warmup_ratio}")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise InputError(f"model.warmup_steps must be at least 0, but is {self.warmup_steps}")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise InputError(f"model.max_grad_norm must be above 0 or null, but is {self.max_grad_norm}")
+        if self.learning_rate is not None and self.learning_rate < 0:
+            raise InputError(f"model.learning_rate must be at least 0, but is {self.learning_rate}")
+        if self.warmup_steps is not None and self.warmup_ratio:
+            raise InputError("model.warmup_steps and model.warmup_ratio exclude each other; set one")
+        if self.optimizer is not None and self.learning_rate is not None:
+            raise InputError("model.learning_rate is that of the built-in optimizer; set lr in model.optimizer instead")
+        own = {name: getattr(self, name) for name in ("lr_schedule", "warmup_steps", "warmup_ratio")}
+        given = [f"model.{name}" for name, value in own.items() if value]
+        if self.lr_scheduler is not None and given:
+            raise InputError(f"{', '.join(given)} cannot be set together with model.lr_scheduler; set one or the other")
+
+    def build(self, trained: list[nn.Parameter]) -> tuple[Optimizer, LRScheduler]:
+        """Build the optimizer and its schedule.
+
+        The default is AdamW without weight decay, which would confound exploration: it pulls towards the uniform
+        policy.
+
+        Args:
+            trained: The weights to train.
+
+        Raises:
+            InputError: The scheduler needs a metric.
+        """
+        rate = DEFAULT_LEARNING_RATE if self.learning_rate is None else self.learning_rate
+        optimizer = self.optimizer(trained) if self.optimizer else AdamW(trained, lr=rate, weight_decay=0.0)
+        if self.lr_scheduler is None:
+            shape = self.lr_schedule or "linear"
+            return optimizer, WarmupThenDecay(optimizer, shape, self.warmup_ratio, self.warmup_steps)
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise InputError("model.lr_scheduler: ReduceLROnPlateau needs a metric at each step; it is not supported")
+        return optimizer, scheduler
+
+    def clip(self, trained: list[nn.Parameter]) -> Tensor:
+        """Scale gradients down to `max_grad_norm` and return their norm before that."""
+        return clip_grad_norm_(trained, math.inf if self.max_grad_norm is None else self.max_grad_norm)
+
+
+@dataclass(frozen=True)
+class UpdatePlan:
+    """Which pairs of a batch go into which optimizer step, and which of those into which micro-batch.
+
+    Args:
+        micro_batch_size: Pairs per forward and backward pass.
+        updates_per_rollout: Steps that share one pass over a batch's pairs.
+        epochs_per_rollout: Passes over a batch's pairs.
+    """
+
+    micro_batch_size: int
+    updates_per_rollout: int
+    epochs_per_rollout: int
+
+    def __post_init__(self) -> None:
+        """Refuse numbers below 1."""
+        for name, value in vars(self).items():
+            if value < 1:
+                raise InputError(f"model.{name} must be at least 1, but is {value}")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps a batch, where it has at least as many pairs."""
+        return self.updates_per_rollout * self.epochs_per_rollout
+
+    def __call__(self, pairs: int, noise: torch.Generator) -> Iterator[list[Sequence[int]]]:
+        """Yield the micro-batches of each optimizer step; several steps a pass share the pairs out at random."""
+        for _ in range(self.epochs_per_rollout):
+            rows: Sequence[int] = range(pairs)
+            if self.updates_per_rollout > 1:
+                rows = torch.randperm(pairs, generator=noise, device=noise.device).tolist()
+            for step_rows in _cut(rows, math.ceil(pairs / self.updates_per_rollout)):
+                yield self.micro_batches(step_rows)
+
+    def micro_batches(self, rows: Sequence[int]) -> list[Sequence[int]]:
+        """Cut rows into micro-batches."""
+        return list(_cut(rows, self.micro_batch_size))
+
+
+def _cut(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 class WarmupThenDecay(LambdaLR):

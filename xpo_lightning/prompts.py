@@ -1,13 +1,14 @@
 """From a prompt as the row gives it to the token ids that the policy continues."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from xpo_lightning.batch import RawPrompt
+from xpo_lightning.batch import Prompts, RawPrompt, left_pad
 from xpo_lightning.errors import InputError
 
 Truncation = Literal["left", "drop", "error"]
@@ -151,3 +152,22 @@ class PromptEncoder:
         except (TemplateError, ValueError) as error:
             raise InputError(f"{where}: the policy's chat template refuses the conversation: {error}") from error
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def as_prompts(batch: Any, encoder: PromptEncoder, device: torch.device) -> Prompts:
+    """Turn a batch as a data loader gives it into tokenized prompts.
+
+    Args:
+        batch: A mapping of columns, `prompt` among them and `prompt_ids` if they are tokenized, or a list of prompts.
+        encoder: Tokenizes prompts that are not.
+        device: Where the tokens go.
+
+    Raises:
+        InputError: The batch has no prompts, or one that is malformed or too long.
+    """
+    columns = dict(batch) if isinstance(batch, Mapping) else {"prompt": list(batch)}
+    if "prompt" not in columns:
+        raise InputError(f"a batch needs the key 'prompt', but has {sorted(columns)}; see data.prompt_column")
+    raw, rows = columns.pop("prompt"), columns.pop("prompt_ids", None)
+    ids, mask = left_pad(encoder.encode_all(raw) if rows is None else rows, device)
+    return Prompts(ids, mask, tuple(raw), {name: tuple(values) for name, values in columns.items()})

@@ -23,6 +23,10 @@ class Progress:
     total_steps: int | None
 
 
+FIRST_STEP = Progress(step=0, epoch=0, total_steps=1)
+"""The start of any run, whatever its length."""
+
+
 class Schedule(ABC):
     """A number that depends on where training stands."""
 
@@ -101,6 +105,22 @@ def as_schedule(value: float | list[float] | Schedule) -> Schedule:
     if isinstance(value, list):
         return PerEpoch(value)
     return Constant(float(value))
+
+
+def as_positive_schedule(value: float | list[float] | Schedule, key: str) -> Schedule:
+    """Turn numbers above 0 into a schedule.
+
+    Args:
+        value: A number, one number an epoch, or a schedule, which is not looked into.
+        key: The configuration key that holds it, for the error.
+
+    Raises:
+        InputError: A number is not above 0.
+    """
+    numbers = value if isinstance(value, list) else [] if isinstance(value, Schedule) else [value]
+    if any(number <= 0 for number in numbers):
+        raise InputError(f"{key} must be above 0, but is {value}")
+    return as_schedule(value)
 
 
 LearningRateShape = Literal["linear", "cosine", "constant"]

@@ -58,7 +58,7 @@ class Encoding:
                 truncated += was_cut
                 yield total - 1, row, ids
         if total == 0:
-            raise InputError(f"{name}: there are no rows")
+            raise InputError(f"{name}: there are no rows; give data.source or data.validation_source one that has some")
         if kept == 0:
             raise InputError(
                 f"{name}: all {total} were dropped, being longer than data.max_prompt_tokens={self.max_tokens}"

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase, StopStringCriteria
 
 from xpo_lightning.batch import Completions, Prompts
+from xpo_lightning.errors import InputError
 from xpo_lightning.forward import evaluating, last_logits, positions_from
 from xpo_lightning.rollout.sampling import Sampling, TokenSampler
 
@@ -29,6 +30,8 @@ class LocalRollout:
         eos_token_ids: list[int],
         rows_at_once: int | None = None,
     ) -> None:
+        if rows_at_once is not None and rows_at_once < 1:
+            raise InputError(f"model.rollout_batch_size must be at least 1 or null, but is {rows_at_once}")
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.eos_token_ids = eos_token_ids
@@ -67,7 +70,7 @@ class LocalRollout:
         mask, positions, new_ids = prompts.mask, positions_from(prompts.mask), prompts.ids
         ended = torch.zeros(rows, dtype=torch.bool, device=mask.device)
         tokens, logps, reals = [], [], []
-        cache = DynamicCache(config=model.config)
+        cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
         for _ in range(self.sampling.max_new_tokens):
             logits = last_logits(model, new_ids, mask, positions, keep=1, cache=cache)[:, 0]
             token, logp = self.sampler(logits, context, generator)
@@ -82,11 +85,12 @@ class LocalRollout:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         return torch.stack(tokens, 1), torch.stack(reals, 1), ended, torch.stack(logps, 1)
 
-    def _stopped(self, tokens: list[Tensor]) -> Tensor | bool:
+    def _stopped(self, tokens: list[Tensor]) -> Tensor:
         if self.stops is None:
-            return False
+            return torch.zeros_like(tokens[0], dtype=torch.bool)
         # Completion tokens alone: a stop string that began in the prompt is not the completion's.
-        return self.stops(torch.stack(tokens, 1), None)
+        stopped: Tensor = self.stops(torch.stack(tokens, 1), None)
+        return stopped
 
     def _pad(self, part: Decoded) -> Decoded:
         ids, mask, ended, logps = part
@@ -96,12 +100,17 @@ class LocalRollout:
 
     def _texts(self, ids: Tensor, mask: Tensor) -> tuple[str, ...]:
         rows = [row[real].tolist() for row, real in zip(ids.cpu(), mask.cpu(), strict=True)]
-        special = set(self.eos_token_ids)
-        texts = self.tokenizer.batch_decode(
-            [row[:-1] if row[-1] in special else row for row in rows], skip_special_tokens=True
-        )
-        return tuple(self._without_stop_string(text) for text in texts)
+        return tuple(self._text(row) for row in rows)
 
-    def _without_stop_string(self, text: str) -> str:
-        found = [position for stop in self.sampling.stop_strings if (position := text.find(stop)) >= 0]
-        return text[: min(found)] if found else text
+    def _text(self, row: list[int]) -> str:
+        """Decode a completion up to its stop string, without the EOS that ended it and without special tokens."""
+        kept = row[:-1] if row[-1] in self.eos_token_ids else row
+        # A stop string may hold special tokens, so it is looked for while they still show.
+        whole = str(self.tokenizer.decode(kept)) if self.stops else ""
+        found = [position for stop in self.sampling.stop_strings if (position := whole.find(stop)) >= 0]
+        if not found:
+            return str(self.tokenizer.decode(kept, skip_special_tokens=True))
+        text = whole[: min(found)]
+        for token in self.tokenizer.added_tokens_decoder.values():
+            text = text.replace(token.content, "") if token.special else text
+        return text

@@ -1,6 +1,7 @@
 """How a token is drawn from logits."""
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ class TokenSampler:
         weights = (logits - peak).exp_()
         log_total = weights.sum(1, dtype=torch.float64).log().float() + peak[:, 0]
         if self.processors:
-            processed = self.processors(context, logits.clone())
+            processed = self.processors(cast("torch.LongTensor", context), cast("torch.FloatTensor", logits.clone()))
             weights = (processed - processed.max(dim=1, keepdim=True).values).exp_()
         tokens = weights.argmax(1) if self.greedy else draw(weights, generator)
         return tokens, logits.gather(1, tokens[:, None])[:, 0] - log_total
@@ -126,6 +127,17 @@ def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
     uniform = torch.rand(len(weights), 1, dtype=torch.float64, generator=generator, device=weights.device)
     threshold = uniform * cumulative[:, -1:]
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_(max=weights.shape[1] - 1)
+
+
+def noise_source(device: torch.device, rank: int, purpose: int) -> torch.Generator:
+    """Make a source of randomness of its own for each process and purpose, from the global seed.
+
+    Args:
+        device: Where it draws.
+        rank: Number of the process: processes must not draw the same completions.
+        purpose: Tells training from validation, so that neither disturbs the other.
+    """
+    return torch.Generator(device).manual_seed(hash((torch.initial_seed(), rank, purpose)) % 2**63)
 
 
 def _require(holds: bool, name: str, expected: str, value: object) -> None:

@@ -1,0 +1,114 @@
+"""Imports inside the package point one way, and its files stay small and named for what they do."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import xpo_lightning
+
+PACKAGE = Path(xpo_lightning.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+NAMES = [str(file.relative_to(PACKAGE).with_suffix("")) for file in FILES]
+LONGEST = 300  # lines
+
+# What a room may import of ours, itself excepted. A folder is one room.
+MAY_IMPORT = {
+    "errors": set(),
+    "batch": {"errors"},
+    "losses": {"batch", "errors"},
+    "logps": {"batch", "errors", "forward"},
+    "forward": {"batch", "errors"},
+    "preference": {"batch", "errors"},
+    "schedules": {"batch", "errors"},
+    "sources": {"errors"},
+    "rollout": {"batch", "errors", "forward"},
+}
+TOP = {"module", "callbacks", "cli"}
+MAY_NOT_IMPORT = {
+    "rewards": TOP | {"models"},
+    "data": TOP | {"models"},
+    "prompts": TOP | {"models"},
+    "gguf": TOP | {"models"},
+    "models": TOP,
+    "metrics": TOP,
+    "collector": TOP,
+    "optimization": TOP,
+    "checkpoint": TOP,
+    "embedded": TOP,
+    "module": {"callbacks", "cli"},
+    "callbacks": {"cli"},
+}
+
+
+def room(module: str) -> str:
+    """Name the room of a dotted module name: `xpo_lightning.rewards.base` is in `rewards`."""
+    return [*module.split("."), "__init__"][1]
+
+
+def top(name: str) -> str:
+    """Name the room of a file: `rewards/base` is in `rewards`."""
+    return name.partition("/")[0]
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Yield the dotted names of ours that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name}:{node.lineno} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports_of(name: str) -> set[str]:
+    """Collect the rooms that a file imports, its own left out."""
+    ours = [module for module in imported(PACKAGE / f"{name}.py") if f"{module}.".startswith("xpo_lightning.")]
+    return {room(module) for module in ours} - {top(name)}
+
+
+def test_import_reader_sees_every_form_of_import(tmp_path: Path):
+    file = tmp_path / "one.py"
+    file.write_text("import a.b\nfrom c.d import e, f\ndef g():\n    from h import i\n    import j as k\n")
+    assert sorted(imported(file)) == ["a.b", "c.d.e", "c.d.f", "h.i", "j"]
+    assert room("xpo_lightning.rewards.base.Reward") == "rewards"
+
+
+def test_every_ruled_room_exists():
+    rooms = {top(name) for name in NAMES}
+    assert MAY_IMPORT.keys() <= rooms
+    assert MAY_NOT_IMPORT.keys() - {"callbacks"} <= rooms
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_imports_point_down(name: str):
+    own, imports = top(name), imports_of(name)
+    assert not imports - MAY_IMPORT.get(own, imports)
+    assert not imports & MAY_NOT_IMPORT.get(own, set())
+    if own != "__init__":
+        assert "__init__" not in imports, "import from the file itself, not from the package"
+
+
+def test_imports_make_no_circle():
+    graph: dict[str, set[str]] = {}
+    for name in NAMES:
+        graph.setdefault(top(name), set()).update(imports_of(name))
+    finished: set[str] = set()
+
+    def visit(node: str, path: tuple[str, ...]) -> None:
+        assert node not in path, " -> ".join([*path, node])
+        if node not in finished:
+            for other in sorted(graph.get(node, set())):
+                visit(other, (*path, node))
+            finished.add(node)
+
+    for node in sorted(graph):
+        visit(node, ())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_file_is_short_and_named_for_its_job(name: str):
+    assert Path(name).name not in {"utils", "util", "helpers", "helper", "common", "misc"}
+    lines = (PACKAGE / f"{name}.py").read_text().count("\n")
+    assert lines <= LONGEST

@@ -1,0 +1,119 @@
+"""Every YAML parses through the real command line, and the recipes say what they must."""
+
+from pathlib import Path
+
+import pytest
+from jsonargparse import Namespace
+
+from xpo_lightning.cli import XPOCLI
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+OVERLAYS = {"tldr_lora.yaml": "tldr.yaml"}
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+
+
+class ParsingCLI(XPOCLI):
+    """Parses and checks arguments, and stops there."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+def parse(*args: str) -> Namespace:
+    cli = ParsingCLI(list(args))
+    return cli.config[cli.subcommand]
+
+
+def parse_file(path: Path, *args: str) -> Namespace:
+    bases = [CONFIGS / OVERLAYS[path.name]] if path.name in OVERLAYS else []
+    return parse("fit", *(part for file in [*bases, path] for part in ("--config", str(file))), *args)
+
+
+def test_configs_are_found():
+    assert {"quickstart.yaml", "tldr.yaml", "tldr_lora.yaml", "smollm2.yaml"} <= {file.name for file in FILES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_config_parses_and_is_complete(file):
+    config = parse_file(file)
+    assert config.model.policy.path
+    assert config.data.source
+    assert config.model.reward.class_path.startswith("xpo_lightning.")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_config_header_says_what_it_does_needs_and_takes(file):
+    header = file.read_text().split("\n\n")[0] + file.read_text()[:1500]
+    for heading in ("What it does", "What it needs", "How long"):
+        assert f"# {heading}" in header
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_config_files_it_names_exist(file):
+    data = parse_file(file).data
+    for source in (data.source, data.validation_source):
+        if source and source.startswith("configs/"):
+            assert (CONFIGS.parent / source).is_file()
+
+
+def test_tldr_is_the_run_of_trls_example():
+    config = parse_file(CONFIGS / "tldr.yaml")
+    model, data, trainer = config.model, config.data, config.trainer
+    assert model.policy.path == model.reward.init_args.path == "EleutherAI/pythia-14m"
+    assert data.source == "trl-lib/tldr"
+    assert model.learning_rate == 5e-7
+    assert data.batch_size == 4 * 32
+    assert model.micro_batch_size == 4
+    assert trainer.max_epochs == 3
+    assert model.sampling.max_new_tokens == 53
+    assert model.warmup_ratio == 0.1
+    assert model.missing_eos_penalty == 1.0
+    assert (model.alpha, model.beta, model.sampling.temperature) == (1e-5, 0.1, 0.9)
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "0.00001"])
+def test_alpha_in_yaml_when_in_scientific_notation_then_it_is_a_number(tmp_path, text):
+    overlay = tmp_path / "alpha.yaml"
+    overlay.write_text(f"model:\n  alpha: {text}\n  learning_rate: {text}\n")
+    model = parse_file(CONFIGS / "quickstart.yaml", "--config", str(overlay)).model
+    assert model.alpha == model.learning_rate == 1e-5
+    assert isinstance(model.alpha, float)
+
+
+def test_alpha_when_a_list_or_a_schedule_then_both_parse(tmp_path):
+    overlay = tmp_path / "alpha.yaml"
+    overlay.write_text(
+        "model:\n  alpha: [1e-5, 5e-6, 0]\n"
+        "  beta:\n    class_path: Cosine\n    init_args: {start: 0.2, end: 0.05, steps: 10}\n"
+    )
+    model = parse_file(CONFIGS / "quickstart.yaml", "--config", str(overlay)).model
+    assert model.alpha == [1e-5, 5e-6, 0]
+    assert model.beta.class_path == "xpo_lightning.Cosine"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model.alfa", "1"],
+        ["--model.policy.pfad", "x"],
+        ["--data.batchsize", "3"],
+        ["--model.sampling.temprature", "1"],
+        ["--model.reward.init_args.pth", "x"],
+        ["--model.alpha", "much"],
+        ["--data.batch_size", "2.5"],
+        ["--data.truncate", "right"],
+        ["--model.policy.dtype", "int8"],
+        ["--model.lr_schedule", "exponential"],
+        ["--model.sampling.stop_strings", "7"],
+        ["--model.reward", "NoSuchReward"],
+    ],
+    ids=" ".join,
+)
+def test_unknown_keys_and_wrong_types_when_given_then_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_file(CONFIGS / "quickstart.yaml", *arguments)
+    assert stopped.value.code == 2
+    assert arguments[0].removeprefix("--").split(".")[-1] in capsys.readouterr().err

@@ -1,0 +1,106 @@
+"""Each command and each Python example of README and docs is parsed or run."""
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from test_configs import parse
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEST_LINE = "pip install -q -c constraints.txt -e '.[dev]' && python -m pytest -q -n 2"
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
+    return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
+
+
+def check_pip(words: list[str]) -> None:
+    known = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    pins = (ROOT / "constraints.txt").read_text()
+    for option, value in pairwise(words):
+        assert option != "-c" or (ROOT / value).is_file()
+    for word in words:
+        extras = re.fullmatch(r"\.\[(.+)\]", word)
+        assert extras is None or set(extras[1].split(",")) <= known
+    assert "-c" in words or "--no-deps" in words, "an install that takes no pins"
+    for name in (word for word in words[2:] if re.fullmatch(r"[a-z]+", word)):
+        assert re.search(rf"^{name}==", pins, re.MULTILINE), f"{name} is not pinned"
+
+
+def check_run(words: list[str], checkpoint: Path) -> None:
+    """Parse a command; a checkpoint it names is one that an earlier command leaves."""
+    if "--ckpt_path" in words:
+        place = words.index("--ckpt_path") + 1
+        named, words[place] = words[place], str(checkpoint)
+        assert named.startswith(parse(*words).trainer.default_root_dir + "/version_0/checkpoints/")
+    parse(*words)
+
+
+def test_the_readme_has_its_two_commands():
+    fenced = [block.strip() for block in blocks(ROOT / "README.md", "bash")]
+    assert fenced[0] == "pip install -q -c constraints.txt -e . && xpo fit --config configs/quickstart.yaml"
+    assert fenced[1] == TEST_LINE
+
+
+@pytest.mark.parametrize("command", sorted(set(commands())))
+def test_command_is_one_that_works(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(re.sub(r"^[A-Z_]+=\S+ ", "", command), comments=True)
+    if words[0] == "xpo":
+        if {"--help", "--print_config"} & set(words):
+            with pytest.raises(SystemExit) as stopped:
+                parse(*words[1:])
+            assert stopped.value.code == 0
+            assert "model" in capsys.readouterr().out
+        else:
+            torch.save({}, tmp_path / "any.ckpt")
+            check_run(words[1:], tmp_path / "any.ckpt")
+    elif words[:2] == ["pip", "install"]:
+        check_pip(words)
+    elif words[:3] == ["python", "-m", "pytest"]:
+        assert command in TEST_LINE or all(Path(word).exists() for word in words[3:] if "/" in word)
+    elif words[:2] == ["python", "-m"]:
+        done = subprocess.run([sys.executable, "-m", words[2], "--help"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    else:
+        assert words[0] in {"ruff", "mypy", "codespell", "pre-commit", "source", "python3", "bash", "git", "cd"}, (
+            command
+        )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), {"__name__": "example"})  # noqa: S102
+
+
+def test_the_readme_has_a_python_example():
+    assert blocks(ROOT / "README.md", "python")
+
+
+def test_the_tree_names_every_room():
+    tree = (ROOT / "README.md").read_text().split("## The tree")[1]
+    package = ROOT / "xpo_lightning"
+    rooms = {path.name for path in package.glob("*.py") if not path.name.startswith("__")}
+    rooms |= {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    named = set(re.findall(r"^  (\S+)  ", tree, re.MULTILINE))
+    assert named == rooms
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target

@@ -1,0 +1,22 @@
+"""Callbacks: what a run shows and leaves behind, each on or off in `trainer.callbacks`."""
+
+from xpo_lightning.callbacks.baseline import Baseline
+from xpo_lightning.callbacks.completions import CompletionsTable
+from xpo_lightning.callbacks.curves import LearningCurves
+from xpo_lightning.callbacks.export import PolicyExport, save_policy
+from xpo_lightning.callbacks.plot import draw_curves
+from xpo_lightning.callbacks.predictions import PredictionsWriter
+from xpo_lightning.callbacks.progress import XPOProgressBar
+from xpo_lightning.callbacks.summary import RunSummary
+
+__all__ = [
+    "Baseline",
+    "CompletionsTable",
+    "LearningCurves",
+    "PolicyExport",
+    "PredictionsWriter",
+    "RunSummary",
+    "XPOProgressBar",
+    "draw_curves",
+    "save_policy",
+]

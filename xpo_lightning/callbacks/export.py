@@ -1,0 +1,192 @@
+"""`PolicyExport`: the policy as a folder that transformers loads."""
+
+import copy
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from xpo_lightning.callbacks.card import model_card
+from xpo_lightning.callbacks.run import FileWriter, is_fast_dev_run
+from xpo_lightning.errors import InputError
+from xpo_lightning.module import XPOLightningModule
+
+MODEL_FILES = ("config.json", "adapter_config.json")
+
+
+class PolicyExport(FileWriter):
+    """Saves the policy in Hugging Face format: weights (safetensors), tokenizer, generation config and a model card.
+
+    What is saved is the policy as it is then, not the best checkpoint. The folder appears, or is replaced, once all of
+    it is written.
+
+    Args:
+        folder: Name of the folder inside the run's folder.
+        at: When: at the end of training, or after each validation, where a later one replaces an earlier one.
+        merge_adapters: With LoRA, save a full model with the adapters merged in; otherwise save the adapters alone, for
+            `peft`. Training goes on with untouched weights either way.
+    """
+
+    def __init__(
+        self, folder: str = "policy", at: Literal["end", "validation"] = "end", merge_adapters: bool = True
+    ) -> None:
+        super().__init__()
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", folder):
+            raise InputError(
+                f"trainer.callbacks: PolicyExport.folder must be a relative path of letters, digits, '_', '-', '.' and "
+                f"'/', but is {folder!r}"
+            )
+        self.export_folder, self.at, self.merge_adapters = folder, at, merge_adapters
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse before training what could not be saved after it.
+
+        Raises:
+            InputError: Another module, sharded weights, no validation to save after, or a folder in use.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, XPOLightningModule):
+            raise InputError(
+                f"trainer.callbacks: PolicyExport saves an XPOLightningModule, not {type(pl_module).__name__}"
+            )
+        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+            raise InputError(
+                "trainer.strategy: PolicyExport needs all weights in one process; use ddp, or remove PolicyExport"
+            )
+        if self.at == "validation" and not trainer.enable_validation and not is_fast_dev_run(trainer):
+            raise InputError("trainer.callbacks: PolicyExport.at is 'validation', but there are no validation prompts")
+        _check_replaceable(self.folder / self.export_folder)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse models that could not be saved faithfully, now that they are loaded."""
+        check_exportable(pl_module.policy, self.merge_adapters)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, if that is when."""
+        if self.at == "validation" and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._export(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, if that is when."""
+        if self.at == "end":
+            self._export(trainer, pl_module)
+
+    def _export(self, trainer: Trainer, module: Any) -> None:
+        metrics = dict(trainer.callback_metrics)  # May be reduced over processes, so all of them ask.
+        if not trainer.is_global_zero or is_fast_dev_run(trainer):
+            return
+        target = self.folder / self.export_folder
+        is_adapter = isinstance(module.policy, PeftModel) and not self.merge_adapters
+        card = model_card(trainer, module, metrics, is_adapter)
+        save_policy(module.policy, module.tokenizer, target, self.merge_adapters, card)
+        self.written["policy"] = target
+
+
+def save_policy(policy: nn.Module, tokenizer: Any, target: Path, merge_adapters: bool, card: str) -> None:
+    """Save a policy so that transformers loads it.
+
+    Args:
+        policy: A transformers causal language model, with adapters or without. It is left as it was.
+        tokenizer: Its tokenizer.
+        target: The folder. If it exists it is replaced once the new one is complete.
+        merge_adapters: Merge adapters into a copy and save that, rather than the adapters alone.
+        card: Text of the README.
+    """
+    _check_replaceable(target)
+    model: Any = merged_copy(policy) if merge_adapters and isinstance(policy, PeftModel) else policy
+    with replacing(target) as folder, _cached_generation(model):
+        if isinstance(model, PeftModel):
+            # The embeddings are the base model's own; left to itself, peft asks the hub whether they are.
+            model.save_pretrained(str(folder), save_embedding_layers=False)
+            model.generation_config.save_pretrained(folder)
+        else:
+            model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def merged_copy(policy: PeftModel) -> nn.Module:
+    """Merge the adapters into a copy in main memory.
+
+    Merging in place and unmerging would leave rounding errors in the weights, and a copy on the device might not fit.
+    """
+    copies = {id(weight): nn.Parameter(weight.detach().to("cpu", copy=True), False) for weight in policy.parameters()}
+    return copy.deepcopy(policy, copies).cpu().merge_and_unload()  # type: ignore[no-any-return]
+
+
+def check_exportable(policy: Any, merge_adapters: bool) -> None:
+    """Refuse a policy that cannot be saved faithfully.
+
+    Raises:
+        InputError: It is no transformers model, adapters on tied embeddings would have to be merged, or transformers
+            refuses the generation config.
+    """
+    if not hasattr(policy, "save_pretrained"):
+        raise InputError(
+            f"trainer.callbacks: PolicyExport saves transformers models, and {type(policy).__name__} is none"
+        )
+    if isinstance(policy, PeftModel) and merge_adapters:
+        ends = (policy.get_input_embeddings(), policy.get_output_embeddings())
+        if policy.config.tie_word_embeddings and any(isinstance(layer, BaseTunerLayer) for layer in ends):
+            raise InputError(
+                "model.lora.target_modules: adapters on embeddings that the model ties to its output cannot be merged "
+                "for PolicyExport; set merge_adapters to false, or leave the embeddings out"
+            )
+    with tempfile.TemporaryDirectory() as folder, _cached_generation(policy):
+        try:
+            policy.generation_config.save_pretrained(folder)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"model.policy: transformers will not save the generation config ({reason})") from error
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Give an empty folder, which becomes `target` when the block is done, and vanishes when it fails."""
+    new, old = (target.with_name(f".{target.name}.{state}") for state in ("new", "old"))
+    if old.exists() and not target.exists():  # An earlier process died between the two renames below.
+        old.rename(target)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _cached_generation(model: Any) -> Iterator[None]:
+    """Let the saved config allow the key-value cache, which some training setups switch off, and sampling needs."""
+    configs = (model.config, model.generation_config)
+    switched_off = [config for config in configs if getattr(config, "use_cache", None) is False]
+    for config in switched_off:
+        config.use_cache = True
+    try:
+        yield
+    finally:
+        for config in switched_off:
+            config.use_cache = False
+
+
+def _check_replaceable(target: Path) -> None:
+    if target.exists() and not any((target / name).is_file() for name in MODEL_FILES):
+        raise InputError(
+            f"trainer.callbacks: PolicyExport.folder: '{target}' exists and is no exported policy; name another"
+        )

@@ -1,0 +1,48 @@
+"""Pairs as rows for people and files: a prompt, both completions, and what the reward said."""
+
+import json
+from pathlib import Path
+from typing import Any, TextIO
+
+from xpo_lightning.batch import Experience, RawPrompt
+
+Row = dict[str, Any]
+
+
+def pair_rows(experience: Experience) -> list[Row]:
+    """Turn B pairs into B rows of plain values.
+
+    Returns:
+        Rows with `prompt` (as the data has it), `policy` and `reference` (the completions), their scores, `label` (the
+        probability that the policy's is better), and whether each ended by itself.
+    """
+    policy, reference = experience.completions.by_policy, experience.completions.by_reference
+    columns = {
+        "prompt": experience.prompts.raw,
+        "policy": policy.texts,
+        "reference": reference.texts,
+        "policy_score": experience.scores.by_policy.tolist(),
+        "reference_score": experience.scores.by_reference.tolist(),
+        "label": experience.labels.tolist(),
+        "policy_ended": policy.ended.tolist(),
+        "reference_ended": reference.ended.tolist(),
+    }
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def prompt_text(prompt: RawPrompt) -> str:
+    """Show a prompt as text; a conversation as one `role: content` line a message."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def append_rows(file: TextIO, rows: list[Row]) -> None:
+    """Write rows as JSON lines. Values that JSON does not know, as dates in a data set's columns, become text."""
+    file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def open_text(path: Path, mode: str) -> TextIO:
+    """Open a UTF-8 file, and make its folder if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open(mode, encoding="utf-8")  # type: ignore[return-value]

@@ -1,0 +1,71 @@
+"""`RunSummary`: where everything is, and what came of it."""
+
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from xpo_lightning.callbacks.run import FileWriter, counts_as_validation, run_folder, say
+
+HELD_OUT = ("eval/win_rate", "eval/objective/kl")
+
+
+class RunSummary(Callback):
+    """Prints where the files of a finished training run are, and how the held-out win rate and KL changed.
+
+    Its place among the callbacks does not matter: it prints in `teardown`, which Lightning calls after every callback
+    has seen the end of training. A run that fails or is interrupted has no summary.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[str, str] = {}
+        self._last: dict[str, str] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the run's folder, on all processes."""
+        self.folder = run_folder(trainer)
+        if stage == "fit":
+            self._first, self._last = {}, {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the first and the last validation of the run."""
+        if trainer.state.fn == "fit" and counts_as_validation(trainer):
+            self._last = {name: text for name in HELD_OUT if (text := _with_error(trainer, name))}
+            self._first = self._first or self._last
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Print."""
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        lines = {"run folder": str(self.folder)}
+        lines |= {name: str(path) for name, path in self._files(trainer).items() if path.exists()}
+        lines |= {
+            name: f"{self._first[name]} -> {self._last[name]}"
+            for name in HELD_OUT
+            if name in self._first and name in self._last
+        }
+        width = max(map(len, lines))
+        for name, text in lines.items():
+            say(f"{name:{width}}  {text}")
+
+    def _files(self, trainer: Trainer) -> dict[str, Path]:
+        files = {"config": self.folder / "config.yaml"}
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                files["metrics"] = Path(logger.log_dir) / "metrics.csv"
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FileWriter):
+                files |= callback.written
+            elif isinstance(callback, ModelCheckpoint):
+                paths = {"best checkpoint": callback.best_model_path, "last checkpoint": callback.last_model_path}
+                files |= {name: Path(path) for name, path in paths.items() if path}
+        return files
+
+
+def _with_error(trainer: Trainer, name: str) -> str:
+    metrics = trainer.callback_metrics
+    if name not in metrics:
+        return ""
+    error = metrics.get(f"{name}_stderr")
+    return f"{float(metrics[name]):z.3f}" + ("" if error is None else f" ± {float(error):.3f}")
