@@ -216,7 +216,7 @@ def test_completions_in_the_terminal(
 def test_terminal_shows_markup_and_control_characters_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     row = {"prompt": CHAT, "policy": "[bold]a[/bold]\x1b[31m\nb", "reference": "c", "label": 0.5}
     row |= {"policy_score": 1.0, "reference_score": 1.0, "policy_ended": True, "reference_ended": False}
-    Console(width=80).print(completions_room._terminal_table([row], 7))
+    Console(width=200).print(completions_room._terminal_table([row], 7))
     shown = capsys.readouterr().out
     assert "[bold]a[/bold]�[31m⏎b " in shown
     assert "c … " in shown

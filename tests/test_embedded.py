@@ -1,0 +1,212 @@
+"""The assets that ship with the package: formats, limits, and whether policy and reward model do their work."""
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import xpo_lightning.embedded
+from xpo_lightning.embedded import grammar, judge
+
+ASSETS: Final = Path(xpo_lightning.embedded.__file__).parent
+FRESH_SEED: Final = 987_654
+CLEAN_PAIR_BOUND: Final = 0.9
+DAMAGED_PAIR_BOUND: Final = 0.85
+
+
+def read_prompts(name: str) -> list[str]:
+    """Reads a file of prompts and checks the form of each line."""
+    rows = [json.loads(line) for line in (ASSETS / name).read_text(encoding="ascii").splitlines()]
+    assert all(set(row) == {"prompt"} for row in rows)
+    return [row["prompt"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def train_prompts() -> list[str]:
+    """Training prompts."""
+    return read_prompts("prompts.jsonl")
+
+
+@pytest.fixture(scope="module")
+def validation_prompts() -> list[str]:
+    """Validation prompts."""
+    return read_prompts("prompts_validation.jsonl")
+
+
+@pytest.fixture(scope="module")
+def policy() -> tuple[Any, Any]:
+    """The policy and its tokenizer."""
+    path = ASSETS / "policy"
+    return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def reward() -> tuple[Any, Any]:
+    """The reward model and its tokenizer."""
+    path = ASSETS / "reward"
+    return AutoModelForSequenceClassification.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def sampled(policy: tuple[Any, Any], validation_prompts: list[str]) -> tuple[list[str], torch.Tensor]:
+    """Completions of 64 validation prompts at temperature 1, and their tokens."""
+    model, tokenizer = policy
+    torch.manual_seed(FRESH_SEED)
+    batch = tokenizer(validation_prompts[:64], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        output = model.generate(**batch, do_sample=True, top_k=0, max_new_tokens=64)
+    new = output[:, batch["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(new, skip_special_tokens=True), new
+
+
+def score(reward: tuple[Any, Any], texts: list[str]) -> list[float]:
+    """Scores whole texts."""
+    model, tokenizer = reward
+    with torch.no_grad():
+        logits = model(**tokenizer(texts, return_tensors="pt", padding=True)).logits
+    assert logits.shape == (len(texts), 1)
+    return [float(value) for value in logits[:, 0]]
+
+
+def pair_accuracy(reward: tuple[Any, Any], damaged: float, groups: int = 40) -> float:
+    """How often the reward model orders fresh completions of the same held-out prompt as the true utility does."""
+    rng = random.Random(FRESH_SEED)
+    right: list[bool] = []
+    for _ in range(groups):
+        facts = grammar.draw_facts(rng, held_out=True)
+        prompt = grammar.draw_prompt(rng, facts)
+        texts = [grammar.draw_completion(rng, facts, grammar.draw_moods(rng)) for _ in range(4)]
+        texts = [judge.damage(rng, text) if rng.random() < damaged else text for text in texts]
+        found = score(reward, [prompt + text for text in texts])
+        true = [judge.utility(prompt, text) for text in texts]
+        for i, k in itertools.combinations(range(4), 2):
+            if abs(true[i] - true[k]) > 1e-6:
+                right.append((true[i] > true[k]) == (found[i] > found[k]))
+    assert len(right) > 3 * groups
+    return sum(right) / len(right)
+
+
+def test_parameters_and_bytes_are_within_limits(policy: tuple[Any, Any], reward: tuple[Any, Any]) -> None:
+    """A package must stay small enough to ship them."""
+    assert 100_000 < policy[0].num_parameters() <= 1_200_000
+    assert 50_000 < reward[0].num_parameters() <= 500_000
+    assert (ASSETS / "policy" / "model.safetensors").stat().st_size <= 4_800_000
+    built = [*ASSETS.glob("policy/*"), *ASSETS.glob("reward/*"), *ASSETS.glob("*.jsonl"), ASSETS / "README.md"]
+    assert sum(path.stat().st_size for path in built) <= 8_000_000
+
+
+def test_special_tokens_are_distinct_and_never_added(policy: tuple[Any, Any], reward: tuple[Any, Any]) -> None:
+    """A plain call adds neither BOS nor EOS, and padding cannot be mistaken for the end."""
+    for model, tokenizer in (policy, reward):
+        special = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+        assert None not in special
+        assert len(set(special)) == 4
+        assert not set(special) & set(tokenizer("Mara the baker met a lost child.")["input_ids"])
+        assert len(tokenizer) == model.config.vocab_size <= 1024
+        assert model.config.pad_token_id == tokenizer.pad_token_id
+        assert model.config.max_position_embeddings >= 256
+    assert policy[1].padding_side == "left"
+    assert policy[0].generation_config.eos_token_id == policy[1].eos_token_id
+    assert policy[0].generation_config.pad_token_id == policy[1].pad_token_id
+
+
+@pytest.mark.parametrize(
+    "text", ["Mara  met a fox ,\n\tand left .", " He said: \u201cna\u00efve\u201d \U0001f98a!", "a  b "]
+)
+def test_tokenizers_round_trip(policy: tuple[Any, Any], reward: tuple[Any, Any], text: str) -> None:
+    """Any text comes back exactly."""
+    for _, tokenizer in (policy, reward):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_prompts_are_unique_and_disjoint(train_prompts: list[str], validation_prompts: list[str]) -> None:
+    """Validation prompts share neither text nor the pair of name and companion with training prompts."""
+    assert len(set(train_prompts)) == len(train_prompts) >= 1500
+    assert len(set(validation_prompts)) == len(validation_prompts) >= 250
+    assert all(prompt.endswith(".") for prompt in train_prompts + validation_prompts)
+    pairs = [{(f.n, f.o) for f in map(grammar.read_facts, some)} for some in (train_prompts, validation_prompts)]
+    assert not pairs[0] & pairs[1]
+
+
+def test_prompts_are_short(policy: tuple[Any, Any], train_prompts: list[str], validation_prompts: list[str]) -> None:
+    """Every prompt has fewer than 60 tokens."""
+    lengths = [len(ids) for ids in policy[1](train_prompts + validation_prompts)["input_ids"]]
+    assert 8 <= min(lengths) <= max(lengths) < 60
+
+
+def test_reward_model_ranks_fresh_clean_pairs(reward: tuple[Any, Any]) -> None:
+    """On unseen names and places it follows the true utility."""
+    assert pair_accuracy(reward, damaged=0.0) > CLEAN_PAIR_BOUND
+
+
+def test_reward_model_ranks_damaged_completions(reward: tuple[Any, Any]) -> None:
+    """Broken, shuffled or repeated text does not fool it."""
+    assert pair_accuracy(reward, damaged=0.5) > DAMAGED_PAIR_BOUND
+
+
+def test_reward_model_does_not_pay_for_repeating_happy_phrases(reward: tuple[Any, Any]) -> None:
+    """The best clean story beats cheap ways to look happy."""
+    prompt = "Mara the baker found a wet kitten behind the old mill."
+    act, reply = " She wrapped the kitten in her warm scarf", "the kitten nestled close and felt safe"
+    best = f"{act}, and {reply}. Mara felt loved and at peace."
+    cheap = [
+        " Mara felt loved and at peace." * 4,
+        f"{act}." * 3,
+        " happy" * 30,
+        "",
+        best[: len(best) // 2],
+    ]
+    # A salad of different happy words is the weak spot of the model: the good story wins, but not by much.
+    salad = " wonderful day with joy joy joy smiling bright stars loved loved loved."
+    found = score(reward, [prompt + text for text in [best, salad, *cheap]])
+    assert found[0] > found[1]
+    assert found[0] > max(found[2:]) + 1.0
+
+
+def test_reward_scores_are_centred_and_spread(
+    reward: tuple[Any, Any], sampled: tuple[list[str], torch.Tensor], validation_prompts: list[str]
+) -> None:
+    """Scores of the policy's own samples lie around zero, and tell kind from unkind stories."""
+    texts = [prompt + text for prompt, text in zip(validation_prompts, sampled[0], strict=False)]
+    found = torch.tensor(score(reward, texts))
+    assert abs(found.mean().item()) < 2.0
+    assert 1.0 < found.std().item() < 4.0
+
+
+def test_policy_ends_with_eos(policy: tuple[Any, Any], sampled: tuple[list[str], torch.Tensor]) -> None:
+    """Nearly every sample ends by itself, and none is empty."""
+    ended = (sampled[1] == policy[1].eos_token_id).any(dim=1)
+    assert ended.float().mean().item() >= 0.95
+    assert all(text.startswith(" ") and len(text.split()) > 5 for text in sampled[0])
+
+
+def test_policy_is_coherent_and_varied(sampled: tuple[list[str], torch.Tensor], validation_prompts: list[str]) -> None:
+    """Most samples fit grammar and prompt, few are alike, and moods are mixed."""
+    stories = list(zip(validation_prompts[:64], sampled[0], strict=True))
+    assert len(set(sampled[0])) > 50
+    assert sum(judge.is_clean(prompt, text) for prompt, text in stories) > 0.5 * len(stories)
+    utilities = torch.tensor([judge.utility(prompt, text) for prompt, text in stories])
+    assert abs(utilities.mean().item()) < 1.2
+    assert utilities.std().item() > 1.0
+
+
+def test_utility_of_known_texts() -> None:
+    """The true utility adds moods up and charges for faults and missing elements."""
+    prompt = "Mara the baker found a wet kitten behind the old mill."
+    act, reply, end = (
+        " She threw a stone at the kitten.",
+        " The kitten nestled close and felt safe.",
+        " Mara felt loved and at peace.",
+    )
+    assert judge.utility(prompt, act + " But the kitten nestled close and felt safe." + end) == 1.0
+    assert judge.utility(prompt, act + reply) == -1.5
+    assert judge.utility(prompt, act + reply + end + end) == -1.0
+    assert judge.utility(prompt, "") < judge.utility(prompt, act) < judge.utility(prompt, act + reply)
+    assert judge.utility(prompt, act.replace("kitten", "lamb") + reply + end) == 1.0 - judge.SLIP_COST
+    unknown = act.replace("threw", "flew")
+    assert judge.utility(prompt, unknown + reply + end) == 2.0 - judge.FAULT_COST - judge.MISSING_COST
