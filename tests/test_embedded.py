@@ -11,12 +11,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import xpo_lightning.embedded
-from xpo_lightning.embedded import grammar, judge
+from xpo_lightning.embedded import damage, grammar, judge
+from xpo_lightning.embedded.vocabulary import make_tokenizer
 
 ASSETS: Final = Path(xpo_lightning.embedded.__file__).parent
 FRESH_SEED: Final = 987_654
-CLEAN_PAIR_BOUND: Final = 0.9
-DAMAGED_PAIR_BOUND: Final = 0.85
+ACT: Final = " She wrapped the kitten in her warm scarf"
+BEST: Final = f"{ACT}, and the kitten nestled close and felt safe. Mara felt loved and at peace."
+PROMPT: Final = "One cold morning, Mara the baker found a wet kitten behind the old mill."
+CLEAN_PAIR_BOUND: Final = 0.95
+DAMAGED_PAIR_BOUND: Final = 0.86
+# What the build's card says, less four standard errors of as many samples.
+FAULTLESS_BOUND: Final = 0.94
 
 
 def read_prompts(name: str) -> list[str]:
@@ -54,10 +60,10 @@ def reward() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def sampled(policy: tuple[Any, Any], validation_prompts: list[str]) -> tuple[list[str], torch.Tensor]:
-    """Completions of 64 validation prompts at temperature 1, and their tokens."""
+    """Completions of the validation prompts at temperature 1, and their tokens."""
     model, tokenizer = policy
     torch.manual_seed(FRESH_SEED)
-    batch = tokenizer(validation_prompts[:64], return_tensors="pt", padding=True)
+    batch = tokenizer(validation_prompts, return_tensors="pt", padding=True)
     with torch.no_grad():
         output = model.generate(**batch, do_sample=True, top_k=0, max_new_tokens=64)
     new = output[:, batch["input_ids"].shape[1] :]
@@ -81,7 +87,7 @@ def pair_accuracy(reward: tuple[Any, Any], damaged: float, groups: int = 40) -> 
         facts = grammar.draw_facts(rng, held_out=True)
         prompt = grammar.draw_prompt(rng, facts)
         texts = [grammar.draw_completion(rng, facts, grammar.draw_moods(rng)) for _ in range(4)]
-        texts = [judge.damage(rng, text) if rng.random() < damaged else text for text in texts]
+        texts = [damage.damage(rng, facts, text) if rng.random() < damaged else text for text in texts]
         found = score(reward, [prompt + text for text in texts])
         true = [judge.utility(prompt, text) for text in texts]
         for i, k in itertools.combinations(range(4), 2):
@@ -97,7 +103,7 @@ def test_parameters_and_bytes_are_within_limits(policy: tuple[Any, Any], reward:
     assert 50_000 < reward[0].num_parameters() <= 500_000
     assert (ASSETS / "policy" / "model.safetensors").stat().st_size <= 4_800_000
     built = [*ASSETS.glob("policy/*"), *ASSETS.glob("reward/*"), *ASSETS.glob("*.jsonl"), ASSETS / "README.md"]
-    assert sum(path.stat().st_size for path in built) <= 8_000_000
+    assert sum(path.stat().st_size for path in built) <= 7_000_000
 
 
 def test_special_tokens_are_distinct_and_never_added(policy: tuple[Any, Any], reward: tuple[Any, Any]) -> None:
@@ -106,7 +112,7 @@ def test_special_tokens_are_distinct_and_never_added(policy: tuple[Any, Any], re
         special = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
         assert None not in special
         assert len(set(special)) == 4
-        assert not set(special) & set(tokenizer("Mara the baker met a lost child.")["input_ids"])
+        assert not set(special) & set(tokenizer(PROMPT)["input_ids"])
         assert len(tokenizer) == model.config.vocab_size <= 1024
         assert model.config.pad_token_id == tokenizer.pad_token_id
         assert model.config.max_position_embeddings >= 256
@@ -122,6 +128,27 @@ def test_tokenizers_round_trip(policy: tuple[Any, Any], reward: tuple[Any, Any],
     """Any text comes back exactly."""
     for _, tokenizer in (policy, reward):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_words_of_the_grammar_are_single_tokens(policy: tuple[Any, Any], reward: tuple[Any, Any]) -> None:
+    """A name, a companion and a place are one token each, the same one in prompt and completion."""
+    rng = random.Random(FRESH_SEED)
+    for _ in range(100):
+        prompt, completion = grammar.draw_story(rng)
+        facts = grammar.read_facts(prompt)
+        for _, tokenizer in (policy, reward):
+            ids = tokenizer(prompt)["input_ids"]
+            assert len(tokenizer(completion)["input_ids"]) < 48
+            for fact in filter(None, (facts.n, facts.o, facts.x, facts.spot)):
+                (token,) = tokenizer(f" {fact}")["input_ids"]
+                assert token in ids
+
+
+def test_tokenizer_makes_bytes_of_unknown_words() -> None:
+    """Words become tokens together with the space before them; other text falls into bytes."""
+    tokenizer = make_tokenizer(["A fox.", "A hen met a fox!"], "left")
+    assert tokenizer.tokenize(" A fox. a") == ["\u0120", "A", "\u0120fox", ".", "\u0120a"]
+    assert len(tokenizer) == 4 + 256 + len({" fox", " hen", " met", " a"})
 
 
 def test_prompts_are_unique_and_disjoint(train_prompts: list[str], validation_prompts: list[str]) -> None:
@@ -149,23 +176,67 @@ def test_reward_model_ranks_damaged_completions(reward: tuple[Any, Any]) -> None
     assert pair_accuracy(reward, damaged=0.5) > DAMAGED_PAIR_BOUND
 
 
-def test_reward_model_does_not_pay_for_repeating_happy_phrases(reward: tuple[Any, Any]) -> None:
-    """The best clean story beats cheap ways to look happy."""
-    prompt = "Mara the baker found a wet kitten behind the old mill."
-    act, reply = " She wrapped the kitten in her warm scarf", "the kitten nestled close and felt safe"
-    best = f"{act}, and {reply}. Mara felt loved and at peace."
-    cheap = [
+@pytest.mark.parametrize(
+    "cheap",
+    [
         " Mara felt loved and at peace." * 4,
-        f"{act}." * 3,
+        f"{ACT}." * 3,
         " happy" * 30,
         "",
-        best[: len(best) // 2],
-    ]
-    # A salad of different happy words is the weak spot of the model: the good story wins, but not by much.
-    salad = " wonderful day with joy joy joy smiling bright stars loved loved loved."
-    found = score(reward, [prompt + text for text in [best, salad, *cheap]])
-    assert found[0] > found[1]
-    assert found[0] > max(found[2:]) + 1.0
+        BEST[: len(BEST) // 2],
+        BEST.removesuffix("."),
+        BEST.removesuffix(" at peace."),
+        f"{BEST} The next morning brought sweet music to the mill.",
+        f"{BEST} happy",
+        f"{BEST.removesuffix('.')} bright warm sunny friends",
+        " wonderful day with joy joy joy smiling bright stars loved loved loved.",
+        " delight and hugs and kindness and love",
+    ],
+)
+def test_reward_model_does_not_pay_for_cheap_happiness(reward: tuple[Any, Any], cheap: str) -> None:
+    """A kind story clearly beats cheap ways to look happy."""
+    best, other = score(reward, [PROMPT + BEST, PROMPT + cheap])
+    assert best > other + 1.0
+
+
+@pytest.mark.xfail(reason="the reward model is too small, or trained too briefly, to notice", strict=True)
+@pytest.mark.parametrize(
+    "faulty",
+    [
+        f"{BEST} Mara felt loved and at peace.",
+        f"{BEST} happy happy joy smiling loved.",
+        f"{BEST.removesuffix('.')} bright warm sunny friends.",
+        BEST.replace("wrapped the kitten", "wrapped the lamb"),
+        BEST.replace(" Mara", " Tom"),
+    ],
+)
+def test_reward_model_notices_small_faults_of_kind_stories(reward: tuple[Any, Any], faulty: str) -> None:
+    """Its known weak spots: a happy end told twice or drawn out, and wrong names."""
+    best, other = score(reward, [PROMPT + BEST, PROMPT + faulty])
+    assert best > other + 1.0
+
+
+# What the reward model does not notice for sure is left out.
+LOST: Final = {way: 0.85 for way in damage.WAYS if way not in ("wrong words", "a wrong name or place")} | {
+    "happy words inside a story": 0.65
+}
+
+
+@pytest.mark.parametrize("way", LOST)
+def test_damaged_kind_stories_lose_to_intact_ones(reward: tuple[Any, Any], way: str) -> None:
+    """An intact kind story about the same prompt scores higher than nearly every damaged one, on average clearly so."""
+    rng = random.Random(FRESH_SEED)
+    texts: list[str] = []
+    while len(texts) < 80:
+        facts = grammar.draw_facts(rng, held_out=True)
+        prompt = grammar.draw_prompt(rng, facts)
+        damaged = damage.WAYS[way][0](rng, facts, grammar.draw_completion(rng, facts, (1, 1, 1)))
+        if not judge.is_clean(prompt, damaged):
+            texts += [prompt + grammar.draw_completion(rng, facts, (1, 1, 1)), prompt + damaged]
+    found = torch.tensor(score(reward, texts)).view(-1, 2)
+    margins = found[:, 0] - found[:, 1]
+    assert (margins > 0).float().mean().item() >= LOST[way]
+    assert margins.mean().item() > 1.0
 
 
 def test_reward_scores_are_centred_and_spread(
@@ -174,39 +245,38 @@ def test_reward_scores_are_centred_and_spread(
     """Scores of the policy's own samples lie around zero, and tell kind from unkind stories."""
     texts = [prompt + text for prompt, text in zip(validation_prompts, sampled[0], strict=False)]
     found = torch.tensor(score(reward, texts))
-    assert abs(found.mean().item()) < 2.0
+    assert abs(found.mean().item()) < 1.0
     assert 1.0 < found.std().item() < 4.0
 
 
 def test_policy_ends_with_eos(policy: tuple[Any, Any], sampled: tuple[list[str], torch.Tensor]) -> None:
     """Nearly every sample ends by itself, and none is empty."""
     ended = (sampled[1] == policy[1].eos_token_id).any(dim=1)
-    assert ended.float().mean().item() >= 0.95
+    assert ended.float().mean().item() >= 0.98
     assert all(text.startswith(" ") and len(text.split()) > 5 for text in sampled[0])
 
 
 def test_policy_is_coherent_and_varied(sampled: tuple[list[str], torch.Tensor], validation_prompts: list[str]) -> None:
-    """Most samples fit grammar and prompt, few are alike, and moods are mixed."""
-    stories = list(zip(validation_prompts[:64], sampled[0], strict=True))
-    assert len(set(sampled[0])) > 50
-    assert sum(judge.is_clean(prompt, text) for prompt, text in stories) > 0.5 * len(stories)
+    """Nearly all samples fit grammar and prompt, few are alike, and moods are mixed."""
+    stories = list(zip(validation_prompts, sampled[0], strict=True))
+    assert len(set(sampled[0])) > 0.95 * len(stories)
+    assert sum(judge.is_clean(prompt, text) for prompt, text in stories) > FAULTLESS_BOUND * len(stories)
     utilities = torch.tensor([judge.utility(prompt, text) for prompt, text in stories])
-    assert abs(utilities.mean().item()) < 1.2
-    assert utilities.std().item() > 1.0
+    assert abs(utilities.mean().item()) < 0.6
+    assert utilities.std().item() > 1.3
 
 
 def test_utility_of_known_texts() -> None:
     """The true utility adds moods up and charges for faults and missing elements."""
-    prompt = "Mara the baker found a wet kitten behind the old mill."
     act, reply, end = (
         " She threw a stone at the kitten.",
         " The kitten nestled close and felt safe.",
         " Mara felt loved and at peace.",
     )
-    assert judge.utility(prompt, act + " But the kitten nestled close and felt safe." + end) == 1.0
-    assert judge.utility(prompt, act + reply) == -1.5
-    assert judge.utility(prompt, act + reply + end + end) == -1.0
-    assert judge.utility(prompt, "") < judge.utility(prompt, act) < judge.utility(prompt, act + reply)
-    assert judge.utility(prompt, act.replace("kitten", "lamb") + reply + end) == 1.0 - judge.SLIP_COST
+    assert judge.utility(PROMPT, act + " But the kitten nestled close and felt safe." + end) == 1.0
+    assert judge.utility(PROMPT, act + reply) == -1.5
+    assert judge.utility(PROMPT, act + reply + end + end) == -1.0
+    assert judge.utility(PROMPT, "") < judge.utility(PROMPT, act) < judge.utility(PROMPT, act + reply)
+    assert judge.utility(PROMPT, act.replace("kitten", "lamb") + reply + end) == 1.0 - judge.SLIP_COST
     unknown = act.replace("threw", "flew")
-    assert judge.utility(prompt, unknown + reply + end) == 2.0 - judge.FAULT_COST - judge.MISSING_COST
+    assert judge.utility(PROMPT, unknown + reply + end) == 2.0 - judge.FAULT_COST - judge.MISSING_COST

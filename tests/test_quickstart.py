@@ -74,7 +74,7 @@ def test_quickstart_exports_the_trained_policy_for_plain_transformers(run: tuple
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(saved[f"policy.{name}"], weight) for name, weight in model.named_parameters())
-    inputs = tokenizer("Mara the baker found a wet kitten behind the old mill.", return_tensors="pt")
+    inputs = tokenizer("One cold morning, Mara the baker found a wet kitten behind the old mill.", return_tensors="pt")
     torch.manual_seed(0)
     story = tokenizer.decode(model.generate(**inputs, do_sample=True, max_new_tokens=64)[0], skip_special_tokens=True)
     assert story.count(".") >= 2
