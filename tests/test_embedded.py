@@ -199,23 +199,6 @@ def test_reward_model_does_not_pay_for_cheap_happiness(reward: tuple[Any, Any], 
     assert best > other + 1.0
 
 
-@pytest.mark.xfail(reason="the reward model is too small, or trained too briefly, to notice", strict=True)
-@pytest.mark.parametrize(
-    "faulty",
-    [
-        f"{BEST} Mara felt loved and at peace.",
-        f"{BEST} happy happy joy smiling loved.",
-        f"{BEST.removesuffix('.')} bright warm sunny friends.",
-        BEST.replace("wrapped the kitten", "wrapped the lamb"),
-        BEST.replace(" Mara", " Tom"),
-    ],
-)
-def test_reward_model_notices_small_faults_of_kind_stories(reward: tuple[Any, Any], faulty: str) -> None:
-    """Its known weak spots: a happy end told twice or drawn out, and wrong names."""
-    best, other = score(reward, [PROMPT + BEST, PROMPT + faulty])
-    assert best > other + 1.0
-
-
 # What the reward model does not notice for sure is left out.
 LOST: Final = {way: 0.85 for way in damage.WAYS if way not in ("wrong words", "a wrong name or place")} | {
     "happy words inside a story": 0.65

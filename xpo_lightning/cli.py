@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Arguments in place of `sys.argv`, without the program's name.
     """
+    # Lightning 2.6 warns of its own use of torch; nothing that a user could change.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     try:
         XPOCLI(args)
     except InputError as error:

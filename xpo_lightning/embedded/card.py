@@ -75,6 +75,9 @@ Damaged kind stories against intact kind stories of the same prompt: by how much
 | --- | --- | --- | --- |
 $margins
 
+Its weak spots: it does not notice a wrong name or place, and hardly a happy end told twice or drawn out with happy
+words. A policy that is trained on it long enough will find them; read the KL beside the win rate.
+
 ## Samples of the policy
 
 $stories
