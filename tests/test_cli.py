@@ -106,8 +106,11 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     with pytest.raises(SystemExit) as stopped:
         main(list(args))
     assert stopped.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    shown = capsys.readouterr().err.splitlines()
+    lines = [line for line in shown if line.startswith("xpo: error: ")]
     assert len(lines) == 1
+    assert shown[-1] == lines[0]
+    assert not any("usage:" in line or "Traceback" in line for line in shown)
     return lines[0]
 
 
@@ -316,13 +319,31 @@ def test_missing_local_path_is_refused(write_config: Write, capsys: pytest.Captu
         ("model.updates_per_rollout", "0", "model.updates_per_rollout"),
         ("model.warmup_ratio", "1.5", "model.warmup_ratio"),
         ("model.beta", "0", "model.beta"),
+        ("model.bonus_clip", "-1", "model.bonus_clip"),
+        ("model.missing_eos_penalty", "-1", "model.missing_eos_penalty"),
+        ("model.lora.r", "0", "model.lora.r"),
+        ("model.lora.alpha", "0", "model.lora.alpha"),
+        ("model.lora.target_modules", "[no_such_layer]", "model.lora.target_modules"),
+        ("model.policy.revision", "v1", "model.policy.path is local"),
+        ("model.policy.dropout", "1.5", "model.policy.dropout"),
+        ("model.sampling.eos_token_ids", "[99999]", "model.sampling.eos_token_ids"),
+        ("model.optimizer", "{class_path: torch.optim.SGD, init_args: {lr: -1}}", "learning rate"),
+        ("model.optimizer", "{class_path: torch.optim.LBFGS}", "LBFGS"),
+        ("model.alpha", "{class_path: Linear, init_args: {start: 1, end: 0, steps: 0}}", "at least 1"),
+        ("model.preference_loss", "{class_path: IPOLoss, init_args: {label_smoothing: 0.9}}", "below 0.5"),
+        ("trainer.devices", "0", "trainer"),
+        ("trainer.strategy", "bogus", "bogus"),
+        ("trainer.callbacks", "[{class_path: CompletionsTable, init_args: {rows: 0}}]", "rows"),
+        ("ckpt_path", "/", "no checkpoint"),
+        ("ckpt_path", __file__, "no checkpoint"),
         ("data.truncate", "left", "max_prompt_tokens"),
     ],
 )
 def test_option_that_cannot_be_honoured_is_refused(
     write_config: Write, capsys: pytest.CaptureFixture[str], key: str, value: str, instead: str
 ):
-    line = refused(capsys, "fit", "--config", write_config(), f"--{key}", value)
+    config = write_config(**({"model__learning_rate": None} if key == "model.optimizer" else {}))
+    line = refused(capsys, "fit", "--config", config, f"--{key}", value)
     assert key.rsplit(".", maxsplit=1)[-1] in line
     assert instead in line
 

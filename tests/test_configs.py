@@ -1,5 +1,6 @@
 """Every YAML parses through the real command line, and the recipes say what they must."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -116,4 +117,15 @@ def test_unknown_keys_and_wrong_types_when_given_then_refused(arguments, capsys)
     with pytest.raises(SystemExit) as stopped:
         parse_file(CONFIGS / "quickstart.yaml", *arguments)
     assert stopped.value.code == 2
-    assert arguments[0].removeprefix("--").split(".")[-1] in capsys.readouterr().err
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("xpo: error: ")
+    assert arguments[0].removeprefix("--").split(".")[-1] in line
+
+
+def test_no_page_or_config_holds_a_placeholder_or_names_a_page_that_is_not_there():
+    root = CONFIGS.parent
+    for file in [*FILES, root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").rglob("*.md")]:
+        text = file.read_text()
+        assert not re.search(r"\b(RESULT|MEASURED|TODO|FIXME|XXX)\b", text), file
+        for page in re.findall(r"\bdocs/\w+\.md", text):
+            assert (root / page).is_file(), (file, page)

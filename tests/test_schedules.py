@@ -9,6 +9,7 @@ import torch
 from conftest import PROMPTS, Recorder, fit_quietly, loader, quiet_trainer
 
 from xpo_lightning import Constant, Cosine, InputError, IPOLoss, Linear, PerEpoch, XPOLightningModule
+from xpo_lightning.optimization import UpdatePlan, WarmupThenDecay
 from xpo_lightning.schedules import Progress, as_schedule, learning_rate_factor
 
 MakeModule = Callable[..., XPOLightningModule]
@@ -150,9 +151,9 @@ def test_learning_rate_of_a_run_warms_up_then_falls(make_module: MakeModule):
 
 
 def test_learning_rate_counts_every_update_of_a_rollout(make_module: MakeModule):
-    """Two rollouts of two updates each: the second rollout begins at optimizer step 2 of 4, at half the peak."""
+    """Two rollouts of two updates each, 4 steps in all: the last update of each, steps 1 and 3, at 3/4 and 1/4."""
     rates = logged(make_module(learning_rate=0.004, updates_per_rollout=2), "lr")
-    assert rates == pytest.approx([0.004, 0.002])
+    assert rates == pytest.approx([0.003, 0.001])
 
 
 def test_first_step_at_the_peak_learning_rate_moves_the_weights_by_it(make_module: MakeModule):
@@ -185,3 +186,35 @@ def test_schedule_over_the_whole_run_before_it_begins_has_its_first_value(make_m
     assert recorder.of("alpha") == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
     (numbers,) = quiet_trainer().validate(module, loader(PROMPTS, 2), verbose=False)
     assert numbers["eval/loss/xpo"] == pytest.approx(1e-3 * numbers["eval/logps/reference_completions"])
+
+
+def test_max_steps_is_kept_when_a_batch_makes_several_updates(make_module: MakeModule):
+    trainer = fit_quietly(make_module(updates_per_rollout=2), PROMPTS, 5, max_steps=3, max_epochs=-1)
+    assert trainer.global_step == 3
+
+
+@pytest.mark.parametrize(("pairs", "updates", "sizes"), [(6, 4, [1, 2, 1, 2]), (5, 4, [1, 1, 1, 2]), (3, 5, [1, 1, 1])])
+def test_update_plan_takes_as_many_updates_as_it_was_told(pairs: int, updates: int, sizes: list[int]):
+    plan = UpdatePlan(micro_batch_size=1, updates_per_rollout=updates, epochs_per_rollout=1)
+    steps = list(plan(pairs, torch.Generator()))
+    assert [len(micro_batches) for micro_batches in steps] == sizes
+    assert sorted(row for step in steps for rows in step for row in rows) == list(range(pairs))
+
+
+def test_resumed_schedule_takes_its_settings_from_the_config_and_its_place_from_the_checkpoint():
+    weight = torch.nn.Parameter(torch.zeros(1))
+
+    def schedule(rate: float, shape: Any) -> WarmupThenDecay:
+        made = WarmupThenDecay(torch.optim.SGD([weight], lr=rate), shape, 0.0, None)
+        made.begin(10)
+        return made
+
+    before = schedule(1.0, "linear")
+    for _ in range(4):
+        before.optimizer.step()
+        before.step()
+    after = schedule(0.5, "constant")
+    after.load_state_dict(before.state_dict())
+    after.begin(10)
+    assert after.last_epoch == 4
+    assert after.optimizer.param_groups[0]["lr"] == 0.5

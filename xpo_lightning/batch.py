@@ -190,6 +190,11 @@ class Experience:
         )
 
 
+def cut(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Cut rows into groups of at most `size`, in their order."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
 def left_pad(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Stack token rows of unequal length.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from xpo_lightning.batch import Completions, Experience, Pair, Prompts
+from xpo_lightning.batch import Completions, Experience, Pair, Prompts, cut
 from xpo_lightning.logps import token_logps
 from xpo_lightning.preference import argmax_labels, penalize_missing_eos
 from xpo_lightning.reference import Reference
@@ -54,8 +54,7 @@ class Collector:
 
     def _logps(self, model: nn.Module, prompts: Prompts, completions: Completions) -> Tensor:
         """Sum the log-probabilities that a model gives completions, some rows at a time, of shape (B,)."""
-        rows = range(len(prompts))
-        groups = [rows[start : start + self.rows_at_once] for start in range(0, len(rows), self.rows_at_once)]
+        groups = cut(range(len(prompts)), self.rows_at_once)
         return torch.cat([token_logps(model, prompts.select(g), completions.select(g)).sum(1) for g in groups])
 
     def _scores(self, prompts: Prompts, completions: Completions) -> Tensor:

@@ -29,7 +29,10 @@ class PreferenceLoss(ABC):
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         if not 0.0 <= label_smoothing < 0.5:
-            raise InputError(f"label_smoothing must be at least 0 and below 0.5, but is {label_smoothing}")
+            raise InputError(
+                f"model.preference_loss.init_args.label_smoothing must be at least 0 and below 0.5, "
+                f"but is {label_smoothing}"
+            )
         self.label_smoothing = label_smoothing
 
     @abstractmethod

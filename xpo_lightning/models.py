@@ -21,7 +21,7 @@ class ModelSpec:
     """Which causal language model to train, and how to load it.
 
     Args:
-        path: Folder, GGUF file, hub id, or `package:module/path` for a model inside an installed Python package. A
+        path: Folder, GGUF file, hub id, or `package:name/path` for a model inside an installed Python package. A
             folder that holds a LoRA adapter is loaded with its base model and merged.
         revision: Branch, tag or commit of a hub id.
         gguf_file: Name of a GGUF file inside `path`, where that is a hub id or a folder.
@@ -47,6 +47,11 @@ class ModelSpec:
     dropout: float | None = 0.0
     gradient_checkpointing: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise InputError(f"model.policy.dropout must be at least 0 and below 1, or null, but is {self.dropout}")
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the policy's tokenizer."""
         key = "model.policy.path" if self.tokenizer is None else "model.policy.tokenizer"
@@ -59,7 +64,10 @@ class ModelSpec:
             source, arguments = resolve(self.tokenizer, key), {}
         with explaining_hub_errors(source, key):
             tokenizer: Any = AutoTokenizer.from_pretrained(
-                source, trust_remote_code=self.trust_remote_code, revision=self.revision, **arguments
+                source,
+                trust_remote_code=self.trust_remote_code,
+                revision=self.revision if self.tokenizer is None else None,
+                **arguments,
             )
         if "gguf_file" in arguments and is_local(source):
             pre_tokenizer = gguf_pre_tokenizer(Path(source) / arguments["gguf_file"])
@@ -116,7 +124,11 @@ class ModelSpec:
     def _location(self) -> tuple[str, dict[str, Any]]:
         """Return the folder or hub id, and the arguments that name a GGUF file in it."""
         resolved = resolve(self.path, "model.policy.path")
+        if is_local(resolved) and self.revision is not None:
+            raise InputError("model.policy.revision is for hub ids, but model.policy.path is local; remove one")
         if resolved.endswith(".gguf"):
+            if self.gguf_file is not None:
+                raise InputError("model.policy.gguf_file is set, but model.policy.path names a GGUF file; remove one")
             return str(Path(resolved).parent), {"gguf_file": Path(resolved).name}
         return resolved, {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
@@ -167,6 +179,15 @@ class LoRASpec:
     target_modules: str | list[str] = "all-linear"
     rslora: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        if self.r < 1:
+            raise InputError(f"model.lora.r must be at least 1, but is {self.r}")
+        if not self.alpha > 0:
+            raise InputError(f"model.lora.alpha must be above 0, but is {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"model.lora.dropout must be at least 0 and below 1, but is {self.dropout}")
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """Freeze the model and add trainable adapters to it."""
         config = LoraConfig(
@@ -183,17 +204,32 @@ class LoRASpec:
             raise InputError(f"model.lora.target_modules: {error}") from error
 
 
-def check_embeddings(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer with more tokens than the model embeds.
+def check_loaded(model: nn.Module, tokenizer: PreTrainedTokenizerBase, eos_token_ids: list[int] | None) -> None:
+    """Refuse a model that has adapters already, and token ids that the model does not embed.
+
+    Args:
+        model: The policy as it was loaded.
+        tokenizer: Its tokenizer.
+        eos_token_ids: `model.sampling.eos_token_ids`.
 
     Raises:
-        InputError: They do not belong together.
+        InputError: The model, the tokenizer and the ids do not belong together.
     """
+    if hasattr(model, "disable_adapter"):
+        raise InputError(
+            "model.policy has adapters already, so it is not clear what the reference is; merge them first "
+            "(merge_and_unload), or give the base model and model.lora"
+        )
     embedded = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     if len(tokenizer) > embedded:
         raise InputError(
             f"model.policy.tokenizer: the tokenizer has {len(tokenizer)} tokens, but the model embeds only {embedded}; "
             f"give the tokenizer that belongs to the model"
+        )
+    unknown = [token for token in eos_token_ids or [] if not 0 <= token < embedded]
+    if unknown:
+        raise InputError(
+            f"model.sampling.eos_token_ids: the model embeds {embedded} tokens, so it never writes {unknown}"
         )
 
 

@@ -24,7 +24,7 @@ from xpo_lightning.models import (
     LoadedModel,
     LoRASpec,
     ModelSpec,
-    check_embeddings,
+    check_loaded,
     end_token_ids,
     prompt_limit,
 )
@@ -53,7 +53,8 @@ class XPOLightningModule(LightningModule):
         lora: Train low-rank adapters instead of every weight; the reference is then the policy without them.
         sampling: How both models sample completions. Log-probabilities in the loss are those of the models themselves,
             whatever is set here.
-        alpha: Weight of the exploration term: a number, one number an epoch, or a schedule over steps. 0 is online DPO.
+        alpha: Weight of the exploration term: a number, one number an epoch, or a schedule over steps. 0 is online DPO;
+            below 0 the reference's samples are imitated, a control.
         beta: Strength of the KL constraint: a number, one number an epoch, or a schedule over steps.
         preference_loss: Loss of a labelled pair; `SigmoidLoss` (DPO's) where None.
         bonus_clip: Clips the log-ratio inside the exploration term to this many nats either way; null is off. The
@@ -86,8 +87,9 @@ class XPOLightningModule(LightningModule):
         reward: Reward,
         lora: LoRASpec | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
-        alpha: float | list[float] | Schedule = 1e-5,
-        beta: float | list[float] | Schedule = 0.1,
+        # The schedule comes first, because of several types the parser gives the reason why the first did not fit.
+        alpha: Schedule | float | list[float] = 1e-5,
+        beta: Schedule | float | list[float] = 0.1,
         preference_loss: PreferenceLoss | None = None,
         bonus_clip: float | None = None,
         missing_eos_penalty: float | None = None,
@@ -114,6 +116,10 @@ class XPOLightningModule(LightningModule):
             learning_rate, optimizer, lr_schedule, warmup_ratio, warmup_steps, lr_scheduler, max_grad_norm
         )
         self.rollout_batch_size = rollout_batch_size
+        if bonus_clip is not None and not bonus_clip > 0:
+            raise InputError(f"model.bonus_clip must be above 0 or null, but is {bonus_clip}")
+        if missing_eos_penalty is not None and not missing_eos_penalty >= 0:
+            raise InputError(f"model.missing_eos_penalty must be at least 0 or null, but is {missing_eos_penalty}")
         self.plan = UpdatePlan(micro_batch_size, updates_per_rollout, epochs_per_rollout)
         self._configured = False
         self.train_averages, self.eval_averages = PairAverages(), PairAverages()
@@ -135,7 +141,7 @@ class XPOLightningModule(LightningModule):
             return
         self._configured = True
         model = self.policy_spec.load_model()
-        check_embeddings(model, self.tokenizer)
+        check_loaded(model, self.tokenizer, self.sampling.eos_token_ids)
         eos_token_ids = end_token_ids(model, self.tokenizer, self.sampling.eos_token_ids)
         if self.missing_eos_penalty and not (eos_token_ids or self.sampling.stop_strings):
             raise InputError("model.missing_eos_penalty is set, but model.sampling.eos_token_ids names no EOS token")
@@ -160,21 +166,21 @@ class XPOLightningModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Set the length of the run, and the randomness of its rollouts."""
-        self._train_noise = self._noise(purpose=0)
+        # A resumed run goes on with other random numbers than those it began with.
+        self._train_noise = self._noise(self.global_step, purpose=0)
         if isinstance(self._scheduler, WarmupThenDecay):
             self._scheduler.begin(self._total_steps)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Sample and label pairs for the whole batch, then take the optimizer steps on them."""
-        alpha, beta = self._alpha_and_beta()
-        learning_rate = self._optimizer.param_groups[0]["lr"]
         experience = self._collect(batch, self._train_noise)
         self.train_averages.reset()
+        settings: dict[str, Any] = {}
         for micro_batches in self.plan(len(experience), self._train_noise):
-            grad_norm = self._update([experience.select(rows) for rows in micro_batches], alpha, beta)
-        numbers = self.train_averages.compute()
-        settings = {"alpha": alpha, "beta": beta, "lr": learning_rate, "step": float(self.global_step)}
-        self.log_dict({**numbers, **settings, "grad_norm": grad_norm})
+            if 0 < self.trainer.max_steps <= self.global_step:
+                break
+            settings = self._update([experience.select(rows) for rows in micro_batches])
+        self.log_dict({**self.train_averages.compute(), **settings, "step": float(self.global_step)})
 
     def objective(self, experience: Experience, alpha: float, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Evaluate the XPO objective of labelled pairs under the policy.
@@ -200,8 +206,10 @@ class XPOLightningModule(LightningModule):
         )
         return loss.total, pair_metrics(experience, loss, policy_logps, beta)
 
-    def _update(self, micro_batches: list[Experience], alpha: float, beta: float) -> Tensor:
-        """Take one optimizer step on these pairs, micro-batch by micro-batch; return the norm of the gradient."""
+    def _update(self, micro_batches: list[Experience]) -> dict[str, Any]:
+        """Take one optimizer step on these pairs, micro-batch by micro-batch; return what it was taken with."""
+        alpha, beta = self._alpha_and_beta()
+        learning_rate = self._optimizer.param_groups[0]["lr"]
         pairs = sum(map(len, micro_batches))
         self._optimizer.zero_grad()
         for experience in micro_batches:
@@ -211,7 +219,7 @@ class XPOLightningModule(LightningModule):
         grad_norm = self.optimization.clip(self.trained_parameters())
         self._optimizer.step()
         self._scheduler.step()
-        return grad_norm
+        return {"alpha": alpha, "beta": beta, "lr": learning_rate, "grad_norm": grad_norm}
 
     def on_validation_epoch_start(self) -> None:
         """Start from the same randomness each time: two validations differ by the policy alone."""
@@ -234,7 +242,7 @@ class XPOLightningModule(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Experience:
         """Sample and score pairs for a batch of prompts."""
-        return self._collect(batch, self._noise(purpose=2 + batch_idx))
+        return self._collect(batch, self._noise(batch_idx, purpose=2))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer of the trained weights and its learning-rate schedule."""
@@ -276,8 +284,8 @@ class XPOLightningModule(LightningModule):
             raise InputError(f"model.beta must be above 0, but its schedule gives {beta} at step {progress.step}")
         return alpha, beta
 
-    def _noise(self, purpose: int) -> Generator:
-        return noise_source(self.device, self.global_rank, purpose)
+    def _noise(self, number: int = 0, *, purpose: int) -> Generator:
+        return noise_source(self.device, self.global_rank, purpose, number)
 
     @property
     def _optimizer(self) -> LightningOptimizer:

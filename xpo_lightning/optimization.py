@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -12,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from xpo_lightning.batch import cut
 from xpo_lightning.errors import InputError
 from xpo_lightning.schedules import LearningRateShape, learning_rate_factor
 
@@ -66,11 +69,15 @@ class Optimization:
             InputError: The scheduler needs a metric.
         """
         rate = DEFAULT_LEARNING_RATE if self.learning_rate is None else self.learning_rate
-        optimizer = self.optimizer(trained) if self.optimizer else AdamW(trained, lr=rate, weight_decay=0.0)
+        with _naming("model.optimizer"):
+            optimizer = self.optimizer(trained) if self.optimizer else AdamW(trained, lr=rate, weight_decay=0.0)
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise InputError("model.optimizer: LBFGS evaluates the loss several times a step; it is not supported")
         if self.lr_scheduler is None:
             shape = self.lr_schedule or "linear"
             return optimizer, WarmupThenDecay(optimizer, shape, self.warmup_ratio, self.warmup_steps)
-        scheduler = self.lr_scheduler(optimizer)
+        with _naming("model.lr_scheduler"):
+            scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise InputError("model.lr_scheduler: ReduceLROnPlateau needs a metric at each step; it is not supported")
         return optimizer, scheduler
@@ -78,6 +85,14 @@ class Optimization:
     def clip(self, trained: list[nn.Parameter]) -> Tensor:
         """Scale gradients down to `max_grad_norm` and return their norm before that."""
         return clip_grad_norm_(trained, math.inf if self.max_grad_norm is None else self.max_grad_norm)
+
+
+@contextmanager
+def _naming(key: str) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{key}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,7 @@ class UpdatePlan:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps a batch, where it has at least as many pairs."""
+        """Optimizer steps a batch that has at least as many pairs."""
         return self.updates_per_rollout * self.epochs_per_rollout
 
     def __call__(self, pairs: int, noise: torch.Generator) -> Iterator[list[Sequence[int]]]:
@@ -111,24 +126,20 @@ class UpdatePlan:
             rows: Sequence[int] = range(pairs)
             if self.updates_per_rollout > 1:
                 rows = torch.randperm(pairs, generator=noise, device=noise.device).tolist()
-            for step_rows in _cut(rows, math.ceil(pairs / self.updates_per_rollout)):
-                yield self.micro_batches(step_rows)
+            steps = min(self.updates_per_rollout, pairs)
+            for step in range(steps):
+                yield self.micro_batches(rows[step * pairs // steps : (step + 1) * pairs // steps])
 
     def micro_batches(self, rows: Sequence[int]) -> list[Sequence[int]]:
         """Cut rows into micro-batches."""
-        return list(_cut(rows, self.micro_batch_size))
-
-
-def _cut(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+        return cut(rows, self.micro_batch_size)
 
 
 class WarmupThenDecay(LambdaLR):
     """The learning rate of `learning_rate_factor`, for a run whose length is known only once it starts.
 
-    Asking the trainer for its length while optimizers are configured would lose the data loader's position on resume,
-    so the length is given by `begin`, before the first step.
+    Asking the trainer for its length while optimizers are configured would set up the data loaders too early for a
+    resume, so the length is given by `begin`, before the first step.
 
     Args:
         optimizer: Its groups' learning rates are the peak.
@@ -147,6 +158,14 @@ class WarmupThenDecay(LambdaLR):
     def factor(self, step: int) -> float:
         """Return the share of the peak learning rate that this step takes."""
         return learning_rate_factor(step, self.shape, self.warmup_ratio, self.warmup_steps, self.total_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of steps taken, and nothing that the configuration says: a resumed run may change that."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the number of steps taken."""
+        self.last_epoch = state_dict["last_epoch"]
 
     def begin(self, total_steps: int | None) -> None:
         """Set the length of the run, in optimizer steps, and with it the rate of the next step.

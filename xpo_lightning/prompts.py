@@ -90,6 +90,18 @@ class PromptEncoder:
         named = [(prompt, f"prompt {number} of a batch") for number, prompt in enumerate(prompts, 1)]
         return [self.fitting(self(prompt, where), where) for prompt, where in named]
 
+    def check_all(self, rows: Sequence[list[int]]) -> Sequence[list[int]]:
+        """Return token rows that were made elsewhere, if none is empty and the model's context holds each.
+
+        Raises:
+            InputError: A row is empty or too long.
+        """
+        for number, row in enumerate(rows, 1):
+            if not len(row):
+                raise InputError(f"prompt {number} of a batch has no tokens in 'prompt_ids'")
+            self.fitting(row, f"prompt {number} of a batch")
+        return rows
+
     def truncate(self, ids: list[int], max_tokens: int | None, rule: Truncation, where: str) -> list[int] | None:
         """Apply the length limits to one prompt.
 
@@ -165,9 +177,14 @@ def as_prompts(batch: Any, encoder: PromptEncoder, device: torch.device) -> Prom
     Raises:
         InputError: The batch has no prompts, or one that is malformed or too long.
     """
-    columns = dict(batch) if isinstance(batch, Mapping) else {"prompt": list(batch)}
+    columns = dict(batch) if isinstance(batch, Mapping) else {"prompt": batch}
     if "prompt" not in columns:
         raise InputError(f"a batch needs the key 'prompt', but has {sorted(columns)}; see data.prompt_column")
+    for name, values in columns.items():
+        if isinstance(values, str) or not hasattr(values, "__len__"):
+            raise InputError(f"'{name}' of a batch must be a list with one entry a prompt, but is {values!r:.60}")
+        if len(values) != len(columns["prompt"]):
+            raise InputError(f"'{name}' of a batch has {len(values)} entries for {len(columns['prompt'])} prompts")
     raw, rows = columns.pop("prompt"), columns.pop("prompt_ids", None)
-    ids, mask = left_pad(encoder.encode_all(raw) if rows is None else rows, device)
+    ids, mask = left_pad(encoder.encode_all(raw) if rows is None else encoder.check_all(rows), device)
     return Prompts(ids, mask, tuple(raw), {name: tuple(values) for name, values in columns.items()})

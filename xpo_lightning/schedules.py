@@ -78,7 +78,7 @@ class Linear(Schedule):
 
     def __init__(self, start: float, end: float, steps: int | None = None) -> None:
         if steps is not None and steps < 1:
-            raise InputError(f"steps of a schedule must be at least 1, but is {steps}")
+            raise InputError(f"steps of a schedule (model.alpha, model.beta) must be at least 1, but is {steps}")
         self.start, self.end, self.steps = start, end, steps
 
     def __call__(self, progress: Progress) -> float:

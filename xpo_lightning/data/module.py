@@ -29,7 +29,7 @@ class PromptDataModule(LightningDataModule):
 
     Args:
         source: Where the prompts are. A hub id, a file (.jsonl, .json, .csv or .parquet; the values of a CSV are text),
-            a directory written by `save_to_disk`, or `package:module/path` for a file inside an installed package.
+            a directory written by `save_to_disk`, or `package:name/path` for a file inside an installed package.
         subset: Configuration of a hub data set.
         revision: Version of a hub data set: a branch, tag or commit.
         split: Split of `source` to train on.

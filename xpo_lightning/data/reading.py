@@ -28,7 +28,7 @@ class Source:
     """One split of one data set.
 
     Args:
-        name: Hub id, local path, or `package:module/path`.
+        name: Hub id, local path, or `package:name/path`.
         split: Which split of it.
         subset: Which configuration of a hub data set.
         revision: Which version of a hub data set.

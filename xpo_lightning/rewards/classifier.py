@@ -25,12 +25,12 @@ class SequenceClassifierReward(Reward):
     depend on the rows beside it.
 
     Args:
-        path: The reward model: local path, hub id, or `package:module/path`.
+        path: The reward model: local path, hub id, or `package:name/path`.
         revision: Branch, tag or commit on the hub.
         dtype: Type of the weights; "auto" keeps the checkpoint's. Scores are float32 whatever it is.
         attn_implementation: Attention of transformers, for example `sdpa`; its own choice by default.
         trust_remote_code: Whether to run Python code that comes with the model or its tokenizer.
-        tokenizer: Another tokenizer than the one beside the model: local path, hub id, or `package:module/path`.
+        tokenizer: Another tokenizer than the one beside the model: local path, hub id, or `package:name/path`.
         micro_batch_size: Rows in one forward; scores do not depend on it.
         max_tokens: Most tokens of prompt and completion together, special tokens included; by default the model's
             context length, where it has one.

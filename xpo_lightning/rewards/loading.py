@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from xpo_lightning.errors import InputError
-from xpo_lightning.sources import explaining_hub_errors, resolve
+from xpo_lightning.sources import explaining_hub_errors, is_local, resolve
 
 _PATH = "model.reward.init_args.path"
 _TOKENIZER = "model.reward.init_args.tokenizer"
@@ -36,6 +36,8 @@ class ClassifierSource:
                 reads its score from padding (XLNet).
         """
         name = resolve(self.path, _PATH)
+        if is_local(name) and self.revision is not None:
+            raise InputError(f"{_PATH.replace('path', 'revision')} is for hub ids, but {_PATH} is local; remove one")
         model, missing = self._from_pretrained(name)
         if missing and not self.allow_untrained_head:
             raise InputError(

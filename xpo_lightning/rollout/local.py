@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase, StopStringCriteria
 
-from xpo_lightning.batch import Completions, Prompts
+from xpo_lightning.batch import Completions, Prompts, cut
 from xpo_lightning.errors import InputError
 from xpo_lightning.forward import evaluating, last_logits, positions_from
 from xpo_lightning.rollout.sampling import Sampling, TokenSampler
@@ -53,8 +53,7 @@ class LocalRollout:
             B completions, with the model's own log-probabilities of their tokens.
         """
         order = sorted(range(len(prompts)), key=prompts.lengths.tolist().__getitem__)
-        size = self.rows_at_once or len(order)
-        groups = [order[start : start + size] for start in range(0, len(order), size)]
+        groups = cut(order, self.rows_at_once or len(order))
         with evaluating(model):
             parts = [self._decode(model, prompts.select(rows), generator) for rows in groups]
         ids, mask, ended, logps = (torch.cat(column) for column in zip(*map(self._pad, parts), strict=True))

@@ -52,16 +52,6 @@ class Sampling:
         _require(self.repetition_penalty > 0, "repetition_penalty", "above 0", self.repetition_penalty)
         _require(all(self.stop_strings), "stop_strings", "texts that are not empty", self.stop_strings)
 
-    @property
-    def is_the_policy(self) -> bool:
-        """True where samples follow the model's own distribution: temperature 1, nothing filtered or penalized."""
-        return self.temperature == 1 and self.repetition_penalty == 1 and not self.filters
-
-    @property
-    def filters(self) -> bool:
-        """True where some tokens are never drawn."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-
     def processors(self) -> LogitsProcessorList:
         """Build transformers' own processors for these settings, in transformers' order."""
         processors = LogitsProcessorList()
@@ -129,15 +119,16 @@ def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_(max=weights.shape[1] - 1)
 
 
-def noise_source(device: torch.device, rank: int, purpose: int) -> torch.Generator:
+def noise_source(device: torch.device, rank: int, purpose: int, number: int = 0) -> torch.Generator:
     """Make a source of randomness of its own for each process and purpose, from the global seed.
 
     Args:
         device: Where it draws.
         rank: Number of the process: processes must not draw the same completions.
         purpose: Tells training from validation, so that neither disturbs the other.
+        number: Tells sources of one purpose apart.
     """
-    return torch.Generator(device).manual_seed(hash((torch.initial_seed(), rank, purpose)) % 2**63)
+    return torch.Generator(device).manual_seed(hash((torch.initial_seed(), rank, purpose, number)) % 2**63)
 
 
 def _require(holds: bool, name: str, expected: str, value: object) -> None:
