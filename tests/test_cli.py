@@ -367,3 +367,17 @@ def test_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch)
     sources._hub_answers.cache_clear()
     assert time.monotonic() - start < 5
     assert constants.HF_HUB_OFFLINE is False
+
+
+def test_nothing_to_validate_on_is_refused(write_config: Write, capsys: pytest.CaptureFixture[str]):
+    config = write_config(data__validation_size=0)
+    assert "data.validation_source" in refused(capsys, "validate", "--config", config)
+    export = "[{class_path: PolicyExport, init_args: {at: validation}}]"
+    line = refused(capsys, "fit", "--config", config, "--trainer.callbacks", export)
+    assert "there are no validation prompts" in line
+
+
+def test_a_mistyped_key_is_named_in_one_line(write_config: Write, capsys: pytest.CaptureFixture[str]):
+    assert "model.alhpa" in refused(capsys, "fit", "--config", write_config(), "--model.alhpa", "1")
+    assert "nofile.yaml" in refused(capsys, "fit", "--config", "nofile.yaml")
+    assert "model.policy" in refused(capsys, "fit", "--data.source", "x.jsonl")

@@ -64,7 +64,8 @@ class PolicyExport(FileWriter):
             raise InputError(
                 "trainer.strategy: PolicyExport needs all weights in one process; use ddp, or remove PolicyExport"
             )
-        if self.at == "validation" and not trainer.enable_validation and not is_fast_dev_run(trainer):
+        validates = trainer.enable_validation and getattr(trainer.datamodule, "has_validation", True)  # type: ignore[attr-defined]
+        if self.at == "validation" and not validates and not is_fast_dev_run(trainer):
             raise InputError("trainer.callbacks: PolicyExport.at is 'validation', but there are no validation prompts")
         _check_replaceable(self.folder / self.export_folder)
 
