@@ -268,3 +268,15 @@ def test_kl_and_entropy_are_within_sampling_error_of_their_exact_values(enumerab
     assert abs(logged["eval/objective/kl"] - kl) < 4 * math.sqrt(kl_variance / rows)
     assert abs(logged["eval/objective/entropy"] - entropy) < 4 * math.sqrt(entropy_variance / rows)
     assert 4 * math.sqrt(kl_variance / rows) < kl / 3
+
+
+def test_two_validations_differ_by_the_policy_alone(make_module: MakeModule):
+    """The reference's completions and scores are the same each time, however the policy has changed."""
+    module = make_module(learning_rate=0.05)
+    numbers = []
+    for _ in range(2):
+        numbers += quiet_trainer().validate(module, loader(PROMPTS, 2), verbose=False)
+        fit_quietly(module, PROMPTS)
+    before, after = numbers
+    assert before["eval/objective/ref_scores"] == after["eval/objective/ref_scores"]
+    assert before["eval/objective/model_scores"] != after["eval/objective/model_scores"]

@@ -44,9 +44,11 @@ class Collector:
         Returns:
             B labelled pairs.
         """
-        by_policy = self.rollout(policy, prompts, noise)
+        # The reference goes first, so that the same noise gives the same samples of it, whatever the policy writes.
         with self.reference.lent() as reference:
             by_reference = self.rollout(reference, prompts, noise)
+        by_policy = self.rollout(policy, prompts, noise)
+        with self.reference.lent() as reference:
             reference_logps = Pair(self._logps(reference, prompts, by_policy), by_reference.logps)
         completions = Pair(by_policy, by_reference)
         scores = completions.map(lambda side: self._scores(prompts, side))

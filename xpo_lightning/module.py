@@ -222,14 +222,16 @@ class XPOLightningModule(LightningModule):
         return {"alpha": alpha, "beta": beta, "lr": learning_rate, "grad_norm": grad_norm}
 
     def on_validation_epoch_start(self) -> None:
-        """Start from the same randomness each time: two validations differ by the policy alone."""
-        self._eval_noise = self._noise(purpose=1)
+        """Forget the pairs of the last validation."""
         self.eval_averages.reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> Experience:  # type: ignore[override]
-        """Sample pairs for held-out prompts and measure them as in training."""
+        """Sample pairs for held-out prompts and measure them as in training.
+
+        The randomness is the same each time: two validations differ by the policy alone.
+        """
         alpha, beta = self._alpha_and_beta()
-        experience = self._collect(batch, self._eval_noise)
+        experience = self._collect(batch, self._noise(batch_idx, purpose=1))
         for rows in self.plan.micro_batches(range(len(experience))):
             _, numbers = self.objective(experience.select(rows), alpha, beta)
             self.eval_averages.update(numbers)
