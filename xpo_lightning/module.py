@@ -20,14 +20,7 @@ from xpo_lightning.errors import InputError
 from xpo_lightning.logps import pair_logps
 from xpo_lightning.losses import PreferenceLoss, SigmoidLoss, xpo_loss
 from xpo_lightning.metrics import PairAverages, pair_metrics
-from xpo_lightning.models import (
-    LoadedModel,
-    LoRASpec,
-    ModelSpec,
-    check_loaded,
-    end_token_ids,
-    prompt_limit,
-)
+from xpo_lightning.models import LoadedModel, LoRASpec, ModelSpec, check_loaded, end_token_ids, prompt_limit
 from xpo_lightning.optimization import Optimization, UpdatePlan, WarmupThenDecay, total_steps
 from xpo_lightning.prompts import PromptEncoder, as_prompts
 from xpo_lightning.reference import Reference
