@@ -512,6 +512,7 @@ def test_attention_and_revision_reach_transformers(llama: str, monkeypatch: pyte
     with pytest.raises(InputError, match=r"model\.reward\.init_args\.revision is for hub ids"):
         loaded(llama, revision="abc")
     monkeypatch.setattr("xpo_lightning.rewards.loading.is_local", lambda name: False)
+    seen.clear()
     loaded(llama, revision="abc")
     loaded(llama, revision="abc", tokenizer=llama, trust_remote_code=True)
     assert seen == [
