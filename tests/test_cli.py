@@ -256,7 +256,7 @@ def test_prompt_plus_new_tokens_over_the_context_is_refused(write_config: Write,
 
 @pytest.mark.parametrize(
     ("function", "expected"),
-    [("one_short", "1"), ("words", "str"), ("nothing", "None"), ("not_a_number", "nan")],
+    [("one_short", "length 3; expected 4"), ("words", "str"), ("nothing", "None"), ("not_a_number", "nan")],
 )
 def test_bad_reward_stops_the_run_before_a_step(
     write_config: Write,

@@ -257,13 +257,20 @@ def test_clipped_step_has_the_length_of_the_limit(make_module: Any, load_model: 
     assert moved == pytest.approx(0.005, rel=1e-3)
 
 
-def test_one_step_equals_the_step_written_out_by_hand(make_module: Any, load_model: Any):
+def test_one_step_equals_the_step_written_out_by_hand(
+    make_module: Any, load_model: Any, monkeypatch: pytest.MonkeyPatch
+):
     """The mean over pairs of -log sigma(+-beta margin) + alpha log pi(reference's), differentiated row by row."""
     module = make_module(alpha=0.05, beta=0.2, optimizer=sgd, lr_schedule="constant", max_grad_norm=None)
     collected: list[Experience] = []
     module.configure_model()
-    collect = module.collect
-    module.collect = lambda *arguments: collected.append(collect(*arguments)) or collected[-1]
+    penalized = module.collect.__class__.__call__
+
+    def collect(*arguments: Any) -> Experience:
+        collected.append(penalized(*arguments))
+        return collected[-1]
+
+    monkeypatch.setattr(module.collect.__class__, "__call__", collect)
     fit_quietly(module, PROMPTS)
     (pairs,) = collected
     assert {0.0, 1.0} <= set(pairs.labels.tolist())

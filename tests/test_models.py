@@ -425,6 +425,6 @@ def test_loaded_model_keeps_its_name_for_checkpoints(tokenizer: Any):
     loaded = LoadedModel(ChainModel({}, otherwise=5), tokenizer, path="mine")
     module = XPOLightningModule(policy=loaded, reward=chain_module(loaded.model, tokenizer).reward)
     module.configure_model()
-    identity = module._reference_identity()
+    identity = module.reference.identity(module.policy_spec)
     assert identity["path"] == "mine"
     assert re.fullmatch(r"[0-9a-f]{64}", identity["fingerprint"])

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from xpo_lightning import Completions, InputError, Prompts, Sampling
+from xpo_lightning.anatomy import anatomy_of
 from xpo_lightning.logps import token_logps
+from xpo_lightning.rollout import local as local_module
 from xpo_lightning.rollout import sampling as sampling_module
 from xpo_lightning.rollout.local import LocalRollout
 from xpo_lightning.rollout.sampling import TokenSampler, draw
@@ -39,6 +41,10 @@ def roll(
     generator = noise(settings.pop("seed", 0))
     tokenizer = settings.pop("tokenizer", None) or make_tokenizer()
     return LocalRollout(tokenizer, Sampling(**settings), eos or [], rows)(model, prompts, generator)
+
+
+def uniforms(rows: int) -> Tensor:
+    return torch.rand(rows, dtype=torch.float64, generator=noise())
 
 
 def rows_of(completions: Completions) -> list[list[int]]:
@@ -93,25 +99,22 @@ def test_kept_logps_stay_untempered_and_over_the_full_vocabulary(load_model: Loa
 def test_draw_frequencies_follow_the_weights():
     """50,000 draws from softmax(2, 1, 0, -1, 0.5), scaled by an arbitrary 3.7."""
     probabilities = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5], dtype=torch.float64).softmax(0)
-    tokens = draw((3.7 * probabilities).float().expand(50_000, -1), noise())
+    tokens = draw((3.7 * probabilities).float().expand(50_000, -1), uniforms(50_000))
     assert chi_square_p(torch.bincount(tokens, minlength=5), probabilities) > RARE
 
 
 def test_draw_never_takes_a_token_of_weight_0():
     """Zeros stand first, in the middle and last, where an off-by-one of the cumulative sum would land."""
     weights = torch.tensor([0.0, 0.0, 1.0, 0.0, 3.0, 0.0]).expand(20_000, -1)
-    counts = torch.bincount(draw(weights, noise()), minlength=6)
+    counts = torch.bincount(draw(weights, uniforms(20_000)), minlength=6)
     assert counts[[0, 1, 3, 5]].tolist() == [0, 0, 0, 0]
     assert chi_square_p(counts[[2, 4]], torch.tensor([0.25, 0.75])) > RARE
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53], ids=["lowest", "highest"])
-def test_draw_at_the_ends_of_the_unit_interval_takes_a_token_with_weight(
-    monkeypatch: pytest.MonkeyPatch, uniform: float
-):
+def test_draw_at_the_ends_of_the_unit_interval_takes_a_token_with_weight(uniform: float):
     """The lowest threshold takes the first token with weight and the highest the last, zeros around them or not."""
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, uniform, dtype=torch.float64))
-    token = draw(torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]]), noise())
+    token = draw(torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]]), torch.tensor([uniform], dtype=torch.float64))
     assert token.tolist() == ([1] if uniform == 0 else [3])
 
 
@@ -130,7 +133,7 @@ def test_first_tokens_of_a_rollout_follow_the_model(load_model: LoadModel):
 def test_rows_of_a_batch_are_drawn_independently():
     """Two rows of two equal tokens agree half of the time: 5,000 of 10,000 within 5 standard deviations of 50."""
     weights = torch.ones(20_000, 2)
-    tokens = draw(weights, noise())
+    tokens = draw(weights, uniforms(20_000))
     assert abs((tokens[::2] == tokens[1::2]).sum().item() - 5_000) < 5 * 50
 
 
@@ -157,9 +160,9 @@ def drawn_from(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Collect the distributions that tokens are drawn from. (B, V) each"""
     weights: list[Tensor] = []
 
-    def recording(given: Tensor, generator: torch.Generator) -> Tensor:
+    def recording(given: Tensor, *arguments: Tensor) -> Tensor:
         weights.append(given.double() / given.double().sum(1, keepdim=True))
-        return draw(given, generator)
+        return draw(given, *arguments)
 
     monkeypatch.setattr(sampling_module, "draw", recording)
     return weights
@@ -169,7 +172,7 @@ def drawn_from(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def test_settings_give_the_distribution_worked_by_hand(
     drawn_from: list[Tensor], settings: dict[str, Any], expected: list[float]
 ):
-    token, logp = TokenSampler(Sampling(**settings))(torch.tensor([LOGITS]), torch.tensor([[4, 0, 4]]), noise())
+    token, logp = TokenSampler(Sampling(**settings))(torch.tensor([LOGITS]), torch.tensor([[4, 0, 4]]), uniforms(1))
     assert drawn_from[0][0].tolist() == pytest.approx(expected, abs=2e-6)
     total = sum(math.exp(logit) for logit in LOGITS)
     assert logp.item() == pytest.approx(LOGITS[token.item()] - math.log(total), abs=1e-5)
@@ -499,6 +502,7 @@ def test_every_position_is_computed_once(arch: str, load_model: LoadModel, check
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
+    anatomy_of(model)  # examining a model calls it
     calls: list[tuple[int, ...]] = []
     layer = next(module for module in model.modules() if isinstance(module, nn.ModuleList))[0]
     layer.register_forward_pre_hook(lambda _, inputs: calls.append(tuple(inputs[0].shape[:2])))
@@ -506,15 +510,29 @@ def test_every_position_is_computed_once(arch: str, load_model: LoadModel, check
     assert calls == [(6, 9)] + [(6, 1)] * 6
 
 
-def test_logits_of_the_prompt_are_computed_at_its_last_position_alone(load_model: LoadModel):
-    model, widths = load_model(), []
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
+def test_logits_are_computed_where_a_token_is_drawn_and_nowhere_else(
+    load_model: LoadModel, monkeypatch: pytest.MonkeyPatch
+):
+    """The model hands on hidden states of 32 numbers; the head of 304 is applied to one position a row."""
+    model, features, logits = load_model(), [], []
+    model.register_forward_hook(lambda _, __, output: features.append(output.logits.shape[-1]))
+
+    class Recording(TokenSampler):
+        def __call__(self, given: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+            logits.append(tuple(given.shape))
+            return super().__call__(given, *rest)
+
+    monkeypatch.setattr(local_module, "TokenSampler", Recording)
+    anatomy_of(model)
+    features.clear()
     roll(model, prompts_of(PROMPT_ROWS), max_new_tokens=3)
-    assert widths == [1, 1, 1]
+    assert features == [32, 32, 32]
+    assert logits == [(6, VOCABULARY)] * 3
 
 
 def test_decoding_stops_once_every_row_has_ended(load_model: LoadModel):
     model, calls = load_model(), []
+    anatomy_of(model)  # examining a model calls it
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     completions = roll(model, prompts_of(PROMPT_ROWS), list(range(VOCABULARY)), max_new_tokens=9)
     assert len(calls) == 1

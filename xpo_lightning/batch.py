@@ -9,6 +9,7 @@ log-probability of the reference's completion.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 U = TypeVar("U")
+S = TypeVar("S", "Prompts", "Completions")
 
 Messages = list[dict[str, Any]]
 """A conversation: `[{"role": "user", "content": "..."}, ...]`."""
@@ -69,13 +71,25 @@ class Prompts:
         """Number of real tokens of each prompt, of shape (B,)."""
         return self.mask.sum(1)
 
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """The lengths as numbers; a GPU is asked for them once, and not again for rows that are selected."""
+        return tuple(self.lengths.tolist())
+
     def select(self, rows: Sequence[int]) -> "Prompts":
         """Return these rows, with no more padding than they need."""
         index = torch.as_tensor(rows, device=self.ids.device)
-        mask = self.mask[index]
-        start = mask.shape[1] - int(mask.sum(1).max())
+        counts = tuple(self.counts[row] for row in rows)
+        start = self.ids.shape[1] - max(counts)
         columns = {name: tuple(values[row] for row in rows) for name, values in self.columns.items()}
-        return Prompts(self.ids[index, start:], mask[:, start:], tuple(self.raw[row] for row in rows), columns)
+        raw = tuple(self.raw[row] for row in rows)
+        return _counted(Prompts(self.ids[index, start:], self.mask[index, start:], raw, columns), counts)
+
+    def padded_right(self) -> tuple[Tensor, Tensor]:
+        """Return the token ids and the mask with the padding moved to the right, of shape (B, P) each."""
+        columns = torch.arange(self.ids.shape[1], device=self.ids.device)
+        lengths = self.lengths[:, None]
+        return self.ids.take_along_dim((columns - lengths) % self.ids.shape[1], 1), columns < lengths
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,11 @@ class Completions:
         """Number of real tokens of each completion, of shape (B,)."""
         return self.mask.sum(1)
 
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """The lengths as numbers; a GPU is asked for them once, and not again for rows that are selected."""
+        return tuple(self.lengths.tolist())
+
     @property
     def logps(self) -> Tensor:
         """The writer's log-probability of its own completion, summed over tokens, of shape (B,)."""
@@ -129,15 +148,16 @@ class Completions:
     def select(self, rows: Sequence[int]) -> "Completions":
         """Return these rows, with no more padding than they need."""
         index = torch.as_tensor(rows, device=self.ids.device)
-        mask = self.mask[index]
-        end = int(mask.sum(1).max())
-        return Completions(
+        counts = tuple(self.counts[row] for row in rows)
+        end = max(counts)
+        selected = Completions(
             ids=self.ids[index, :end],
-            mask=mask[:, :end],
+            mask=self.mask[index, :end],
             ended=self.ended[index],
             texts=tuple(self.texts[row] for row in rows),
             token_logps=self.token_logps[index, :end],
         )
+        return _counted(selected, counts)
 
 
 @dataclass(frozen=True)
@@ -190,7 +210,7 @@ class Experience:
         )
 
 
-def cut(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+def cut(rows: Sequence[T], size: int) -> list[Sequence[T]]:
     """Cut rows into groups of at most `size`, in their order."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
@@ -219,6 +239,30 @@ def same_tokens(completions: Pair[Completions]) -> Tensor:
     both_real = a.mask[:, :width] & b.mask[:, :width]
     equal = (a.ids[:, :width] == b.ids[:, :width]) | ~both_real
     return (a.lengths == b.lengths) & equal.all(1)
+
+
+def stack(completions: Pair[Completions]) -> Completions:
+    """Put the reference's completions below the policy's, which makes 2B rows."""
+    first, second = completions.by_policy, completions.by_reference
+    width = max(first.ids.shape[1], second.ids.shape[1])
+
+    def stacked(a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([torch.nn.functional.pad(side, (0, width - side.shape[1])) for side in (a, b)])
+
+    both = Completions(
+        ids=stacked(first.ids, second.ids),
+        mask=stacked(first.mask, second.mask),
+        ended=torch.cat([first.ended, second.ended]),
+        texts=first.texts + second.texts,
+        token_logps=stacked(first.token_logps, second.token_logps),
+    )
+    return _counted(both, first.counts + second.counts)
+
+
+def _counted(rows: S, counts: tuple[int, ...]) -> S:
+    """Spare rows that were put together from others the counting."""
+    rows.__dict__["counts"] = counts
+    return rows
 
 
 def _check_ids_and_mask(what: str, ids: Tensor, mask: Tensor) -> None:

@@ -1,17 +1,26 @@
 """From prompts to labelled pairs: sample both completions, score them, and keep what the frozen reference says."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from xpo_lightning.batch import Completions, Experience, Pair, Prompts, cut
-from xpo_lightning.logps import token_logps
+from xpo_lightning.adapters import adapters_cast
+from xpo_lightning.batch import Completions, Experience, Pair, Prompts
+from xpo_lightning.forward import evaluating
+from xpo_lightning.phases import PhaseTimer
 from xpo_lightning.preference import argmax_labels, penalize_missing_eos
 from xpo_lightning.reference import Reference
+from xpo_lightning.reference_cache import Entry, ReferenceCache, with_kept
 from xpo_lightning.rewards.base import Reward
 from xpo_lightning.rewards.checks import as_scores
-from xpo_lightning.rollout.local import LocalRollout
+from xpo_lightning.rollout.local import LocalRollout, gather
+
+Sampled = tuple[Pair[Completions], Tensor]
+"""Completions of B prompts, and the reference's log-probabilities of the policy's (B,)."""
 
 
 @dataclass
@@ -23,46 +32,128 @@ class Collector:
         reference: The frozen reference.
         reward: Scores completions.
         missing_eos_penalty: What a completion that was cut loses in score; None is off.
-        rows_at_once: Most completions that the reference scores in one forward pass.
+        timer: Times the phases.
+
+    Attributes:
+        cache: What the reference wrote in earlier epochs; None before `open_cache`, and where there is no cache.
     """
 
     rollout: LocalRollout
     reference: Reference
     reward: Reward
     missing_eos_penalty: float | None
-    rows_at_once: int
+    timer: PhaseTimer
+    cache: ReferenceCache | None = field(default=None, init=False)
 
     @torch.no_grad()
-    def __call__(self, policy: nn.Module, prompts: Prompts, noise: torch.Generator) -> Experience:
+    def __call__(
+        self, policy: nn.Module, prompts: Prompts, noise: torch.Generator, use_cache: bool = False
+    ) -> Experience:
         """Sample a completion from the policy and one from the reference for each prompt, and label the pairs.
 
         Args:
             policy: The policy, on the device of the prompts.
             prompts: B prompts.
             noise: Source of the samples' randomness, on the device of the prompts.
+            use_cache: Whether to use the cache, if there is one, for what the reference wrote before.
 
         Returns:
             B labelled pairs.
         """
         # The reference goes first, so that the same noise gives the same samples of it, whatever the policy writes.
-        with self.reference.lent() as reference:
-            by_reference = self.rollout(reference, prompts, noise)
-        by_policy = self.rollout(policy, prompts, noise)
-        with self.reference.lent() as reference:
-            reference_logps = Pair(self._logps(reference, prompts, by_policy), by_reference.logps)
-        completions = Pair(by_policy, by_reference)
-        scores = completions.map(lambda side: self._scores(prompts, side))
-        return Experience(prompts, completions, scores, argmax_labels(scores), reference_logps)
+        of_reference, of_policy = (self.rollout.uniforms(prompts, noise) for _ in range(2))
+        cache = self.cache if use_cache else None
+        kept = [None] * len(prompts) if cache is None else cache.get(prompts)
+        groups = self.rollout.groups(prompts, policy)
+        parts = []
+        for rows in groups:
+            index = torch.as_tensor(rows, device=prompts.ids.device)
+            uniforms = Pair(of_policy[index], of_reference[index])
+            parts.append(self._sample(policy, prompts.select(rows), uniforms, [kept[row] for row in rows]))
+        completions = Pair(
+            gather([pair.by_policy for pair, _ in parts], groups),
+            gather([pair.by_reference for pair, _ in parts], groups),
+        )
+        order = torch.tensor([row for rows in groups for row in rows], device=prompts.ids.device).argsort()
+        of_policys = torch.cat([logps for _, logps in parts])[order]
+        self.timer.counts.update(
+            prompts=len(prompts),
+            prompt_tokens=sum(prompts.counts),
+            completion_tokens=sum(completions.by_policy.counts + completions.by_reference.counts),
+        )
+        scores = self._scores(prompts, completions, kept)
+        missing = _missing(kept)
+        if cache is not None and missing:
+            written = completions.by_reference.select(missing)
+            cache.put(prompts.select(missing), written, scores.by_reference[missing])
+        scores = self._penalized(scores, completions)
+        labels = argmax_labels(scores)
+        return Experience(prompts, completions, scores, labels, Pair(of_policys, completions.by_reference.logps))
 
-    def _logps(self, model: nn.Module, prompts: Prompts, completions: Completions) -> Tensor:
-        """Sum the log-probabilities that a model gives completions, some rows at a time, of shape (B,)."""
-        groups = cut(range(len(prompts)), self.rows_at_once)
-        return torch.cat([token_logps(model, prompts.select(g), completions.select(g)).sum(1) for g in groups])
+    def open_cache(self, where: str | None, reference: dict[str, Any], trainer: Trainer) -> None:
+        """Open the cache of what this reference writes with this sampling, scored by this reward.
 
-    def _scores(self, prompts: Prompts, completions: Completions) -> Tensor:
-        """Score completions, and take the missing-EOS penalty from those that were cut, of shape (B,)."""
-        values = self.reward(prompts.raw, completions.texts, prompts.columns)
-        scores = as_scores(values, len(completions), type(self.reward).__name__).to(completions.ids.device)
+        Args:
+            where: "memory", or a folder; None is no cache.
+            reference: The identity of the reference.
+            trainer: Knows the precision, and the number of the process.
+
+        Raises:
+            InputError: The folder cannot be used, or holds what was made otherwise.
+        """
+        if where is None:
+            self.cache = None
+            return
+        sampling = {**asdict(self.rollout.sampling), "eos_token_ids": sorted(self.rollout.eos_token_ids)}
+        model = {"policy": reference, "sampling": sampling, "reward": self.reward.identity()}
+        made_by = {"model": model, "trainer": {"precision": str(trainer.precision)}}
+        self.cache = ReferenceCache(where, made_by, trainer.global_rank)
+
+    def _sample(
+        self, policy: nn.Module, prompts: Prompts, uniforms: Pair[Tensor], kept: Sequence[Entry | None]
+    ) -> Sampled:
+        """Sample both sides; the prompts that the reference has read serve to score what the policy writes."""
+        rollout, device = self.rollout, prompts.ids.device
+        missing, read, written = _missing(kept), None, None
+        if missing:
+            with self.timer("reference_rollout", device), self.reference.lent() as reference:
+                read = rollout.open(reference, prompts.select(missing))
+                written = rollout.sample(read, uniforms.by_reference[missing])
+                read.rest()
+        by_reference = with_kept(written, kept, device)
+        with self.timer("policy_rollout", device), evaluating(policy), adapters_cast(policy):
+            by_policy = rollout.sample(rollout.open(policy, prompts), uniforms.by_policy)
+        with self.timer("reference_scoring", device), self.reference.lent() as reference:
+            if read is None or len(missing) < len(prompts):
+                read = rollout.open(reference, prompts)
+            logps = read.logps(by_policy)
+        return Pair(by_policy, by_reference), logps
+
+    def _scores(self, prompts: Prompts, completions: Pair[Completions], kept: Sequence[Entry | None]) -> Pair[Tensor]:
+        """Score both sides at once, except what was scored before, (B,) a side."""
+        device, missing = prompts.ids.device, _missing(kept)
+        by_policy, by_reference = completions.by_policy.texts, completions.by_reference.texts
+        rows = [*range(len(prompts)), *missing]
+        with self.timer("reward", device):
+            raw = tuple(prompts.raw[row] for row in rows)
+            columns = {name: tuple(values[row] for row in rows) for name, values in prompts.columns.items()}
+            values = self.reward(raw, by_policy + tuple(by_reference[row] for row in missing), columns)
+            scores = as_scores(values, len(rows), type(self.reward).__name__).to(device)
+        before = torch.tensor([0.0 if entry is None else entry.score for entry in kept], device=device)
+        before[missing] = scores[len(prompts) :]
+        return Pair(scores[: len(prompts)], before)
+
+    def _penalized(self, scores: Pair[Tensor], completions: Pair[Completions]) -> Pair[Tensor]:
+        """Take the missing-EOS penalty from completions that were cut, (B,) a side."""
         if self.missing_eos_penalty is None:
             return scores
-        return penalize_missing_eos(scores, completions.ended, self.missing_eos_penalty)
+        penalty = self.missing_eos_penalty
+        return Pair(
+            penalize_missing_eos(scores.by_policy, completions.by_policy.ended, penalty),
+            penalize_missing_eos(scores.by_reference, completions.by_reference.ended, penalty),
+        )
+
+
+def _missing(kept: Sequence[Entry | None]) -> list[int]:
+    """Return the rows that have no entry."""
+    return [row for row, entry in enumerate(kept) if entry is None]

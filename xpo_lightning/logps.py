@@ -3,8 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from xpo_lightning.batch import Completions, Pair, Prompts
-from xpo_lightning.forward import last_logits, positions_from
+from xpo_lightning.adapters import adapters_cast
+from xpo_lightning.anatomy import anatomy_of
+from xpo_lightning.batch import Completions, Pair, Prompts, stack
+from xpo_lightning.forward import is_checkpointing
+from xpo_lightning.head import head_logps
+from xpo_lightning.prefix import plain_features, shared_features
 
 
 def token_logps(model: nn.Module, prompts: Prompts, completions: Completions) -> Tensor:
@@ -18,17 +22,12 @@ def token_logps(model: nn.Module, prompts: Prompts, completions: Completions) ->
     Returns:
         Natural log-probability of each completion token, in float32; 0 on padding. (B, T)
     """
-    ids = torch.cat([prompts.ids, completions.ids], 1)  # (B, P + T)
-    mask = torch.cat([prompts.mask, completions.mask], 1)
-    length = completions.ids.shape[1]
-    # Position P - 1 + t predicts completion token t: the prompt's last position up to the last but one.
-    logits = last_logits(model, ids, mask, positions_from(mask), keep=length + 1)[:, :-1]  # (B, T, V)
-    logps = logits.float().log_softmax(-1).gather(2, completions.ids[:, :, None])[:, :, 0]
-    return torch.where(completions.mask, logps, 0.0)
+    head = anatomy_of(model).head
+    return logps_of(plain_features(model, prompts, completions, head), completions, head)
 
 
 def pair_logps(model: nn.Module, prompts: Prompts, completions: Pair[Completions]) -> Pair[Tensor]:
-    """Score both completions of each prompt in one forward pass of 2B rows.
+    """Score both completions of each prompt; the prompt is computed once for both where the model allows it.
 
     Args:
         model: As in `token_logps`.
@@ -38,23 +37,40 @@ def pair_logps(model: nn.Module, prompts: Prompts, completions: Pair[Completions
     Returns:
         Log-probability of each completion, summed over its tokens, in nats. (B,) a side
     """
-    rows = list(range(len(prompts))) * 2
-    both = _stack(completions.by_policy, completions.by_reference)
-    by_policy, by_reference = token_logps(model, prompts.select(rows), both).sum(1).chunk(2)
+    both, anatomy = stack(completions), anatomy_of(model)
+    with adapters_cast(model):
+        if shares_prompt(model):
+            features = shared_features(model, prompts, both, anatomy.head, pads_right=anatomy.pads_right)
+        else:
+            features = plain_features(model, prompts.select(list(range(len(prompts))) * 2), both, anatomy.head)
+    logps = logps_of(features, both, anatomy.head)
+    by_policy, by_reference = logps.sum(1).chunk(2)
     return Pair(by_policy, by_reference)
 
 
-def _stack(first: Completions, second: Completions) -> Completions:
-    """Put one batch of completions below the other."""
-    width = max(first.ids.shape[1], second.ids.shape[1])
+def shares_prompt(model: nn.Module) -> bool:
+    """Tell whether `pair_logps` computes each prompt once; gradient checkpointing switches caches off."""
+    recomputes = model.training and torch.is_grad_enabled() and is_checkpointing(model)
+    return anatomy_of(model).shares_prompt and not recomputes
 
-    def stacked(a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat([torch.nn.functional.pad(side, (0, width - side.shape[1])) for side in (a, b)])
 
-    return Completions(
-        ids=stacked(first.ids, second.ids),
-        mask=stacked(first.mask, second.mask),
-        ended=torch.cat([first.ended, second.ended]),
-        texts=first.texts + second.texts,
-        token_logps=stacked(first.token_logps, second.token_logps),
-    )
+def logps_of(features: Tensor, completions: Completions, head: nn.Linear | None) -> Tensor:
+    """Turn features into the log-probabilities of completion tokens; padding costs nothing.
+
+    Args:
+        features: What predicts each token: hidden states (B, T, D) with `head`, or logits (B, T, V).
+        completions: B completions.
+        head: The vocabulary head that the features lack.
+
+    Returns:
+        Natural log-probability of each token, in float32; 0 on padding. (B, T)
+    """
+    rows, width = completions.ids.shape
+    real = torch.arange(width) < torch.tensor(completions.counts)[:, None]
+    index = real.flatten().nonzero()[:, 0].to(features.device, non_blocking=True)
+    chosen, targets = features.flatten(0, 1)[index], completions.ids.flatten()[index]
+    if head is None:
+        logps = chosen.float().log_softmax(1).gather(1, targets[:, None])[:, 0]
+    else:
+        logps = head_logps(chosen, head, targets)
+    return logps.new_zeros(rows * width).index_put((index,), logps).view(rows, width)

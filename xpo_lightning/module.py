@@ -1,13 +1,11 @@
 """`XPOLightningModule`: holds the policy, the reference and the reward, and takes them through a step."""
 
-import warnings
 from functools import cached_property
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Generator, Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -16,12 +14,16 @@ from transformers import PreTrainedTokenizerBase
 from xpo_lightning.batch import Experience
 from xpo_lightning.checkpoint import check_reference, check_trained_state, trained_state
 from xpo_lightning.collector import Collector
+from xpo_lightning.cpu import keep_memory, speed_up_linears
+from xpo_lightning.environment import check_trainer, has_begun
 from xpo_lightning.errors import InputError
 from xpo_lightning.logps import pair_logps
 from xpo_lightning.losses import PreferenceLoss, SigmoidLoss, xpo_loss
 from xpo_lightning.metrics import PairAverages, pair_metrics
 from xpo_lightning.models import LoadedModel, LoRASpec, ModelSpec, check_loaded, end_token_ids, prompt_limit
 from xpo_lightning.optimization import Optimization, UpdatePlan, WarmupThenDecay, total_steps
+from xpo_lightning.phases import PhaseTimer
+from xpo_lightning.preference import check_penalty
 from xpo_lightning.prompts import PromptEncoder, as_prompts
 from xpo_lightning.reference import Reference
 from xpo_lightning.rewards.base import Reward
@@ -61,10 +63,16 @@ class XPOLightningModule(LightningModule):
         warmup_steps: Warm-up in optimizer steps, in place of `warmup_ratio`.
         lr_scheduler: Another scheduler, stepped after each optimizer step.
         max_grad_norm: Gradients are scaled down to this norm; null is off. In place of `trainer.gradient_clip_val`.
-        micro_batch_size: Pairs per forward and backward pass. Changes memory and speed, not the result. In place of
-            `trainer.accumulate_grad_batches`: the batch of the data module is what one rollout samples and one
+        micro_batch_size: Most pairs per forward and backward pass. Changes memory and speed, not the result. In place
+            of `trainer.accumulate_grad_batches`: the batch of the data module is what one rollout samples and one
             optimizer step sees.
-        rollout_batch_size: Most prompts sampled together; null is the whole batch.
+        micro_batch_tokens: Most tokens per forward and backward pass, padding included; null sets no limit.
+        rollout_batch_size: Most prompts sampled together; null is the whole batch, fewer on a CPU.
+        reference_cache: Keeps the reference's completion of each training prompt, its log-probabilities and its score,
+            and uses them again in later epochs, so that every epoch compares with the same completion of a prompt:
+            `memory`, empty again after a resume; or a folder, which later runs of the same reference, sampling and
+            reward use as well, whatever their seed. Each process keeps its own. null samples anew each time, and
+            validation and prediction always do.
         updates_per_rollout: Optimizer steps that share one pass over a batch's pairs.
         epochs_per_rollout: Passes over a batch's pairs.
     """
@@ -94,7 +102,9 @@ class XPOLightningModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
         micro_batch_size: int = 8,
+        micro_batch_tokens: int | None = None,
         rollout_batch_size: int | None = None,
+        reference_cache: str | None = None,
         updates_per_rollout: int = 1,
         epochs_per_rollout: int = 1,
     ) -> None:
@@ -108,13 +118,12 @@ class XPOLightningModule(LightningModule):
         self.optimization = Optimization(
             learning_rate, optimizer, lr_schedule, warmup_ratio, warmup_steps, lr_scheduler, max_grad_norm
         )
-        self.rollout_batch_size = rollout_batch_size
+        self.rollout_batch_size, self.reference_cache = rollout_batch_size, reference_cache
         if bonus_clip is not None and not bonus_clip > 0:
             raise InputError(f"model.bonus_clip must be above 0 or null, but is {bonus_clip}")
-        if missing_eos_penalty is not None and not missing_eos_penalty >= 0:
-            raise InputError(f"model.missing_eos_penalty must be at least 0 or null, but is {missing_eos_penalty}")
-        self.plan = UpdatePlan(micro_batch_size, updates_per_rollout, epochs_per_rollout)
-        self._configured = False
+        check_penalty(missing_eos_penalty)
+        self.plan = UpdatePlan(micro_batch_size, micro_batch_tokens, updates_per_rollout, epochs_per_rollout)
+        self._configured, self.timer = False, PhaseTimer()
         self.train_averages, self.eval_averages = PairAverages(), PairAverages()
 
     @cached_property
@@ -133,6 +142,7 @@ class XPOLightningModule(LightningModule):
         if self._configured:
             return
         self._configured = True
+        keep_memory()
         model = self.policy_spec.load_model()
         check_loaded(model, self.tokenizer, self.sampling.eos_token_ids)
         eos_token_ids = end_token_ids(model, self.tokenizer, self.sampling.eos_token_ids)
@@ -142,20 +152,16 @@ class XPOLightningModule(LightningModule):
         self.reference = Reference(self.policy)
         self.reward.load()
         rollout = LocalRollout(self.tokenizer, self.sampling, eos_token_ids, self.rollout_batch_size)
-        self.collect = Collector(
-            rollout, self.reference, self.reward, self.missing_eos_penalty, rows_at_once=2 * self.plan.micro_batch_size
-        )
+        self.collect = Collector(rollout, self.reference, self.reward, self.missing_eos_penalty, self.timer)
+        speed_up_linears(self.policy, self.reference, self.reward)
 
     def setup(self, stage: str) -> None:
-        """Refuse what would touch more than the policy, and silence what Lightning cannot know to be meant."""
-        if self.trainer.precision not in ("32-true", "bf16-mixed"):
-            raise InputError(
-                f"trainer.precision={self.trainer.precision} is not supported; use 32-true or bf16-mixed, and "
-                f"model.policy.dtype for the type of the weights (other settings would convert the reward as well)"
-            )
-        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
-        warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\(.*sync_dist=True")
-        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+        """Refuse trainer options that do not suit the module."""
+        check_trainer(self.trainer)
+
+    def on_fit_start(self) -> None:
+        """Open the cache of what the reference writes."""
+        self.collect.open_cache(self.reference_cache, self.reference.identity(self.policy_spec), self.trainer)
 
     def on_train_start(self) -> None:
         """Set the length of the run, and the randomness of its rollouts."""
@@ -166,10 +172,10 @@ class XPOLightningModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Sample and label pairs for the whole batch, then take the optimizer steps on them."""
-        experience = self._collect(batch, self._train_noise)
+        experience = self._collect(batch, self._train_noise, use_cache=True)
         self.train_averages.reset()
         settings: dict[str, Any] = {}
-        for micro_batches in self.plan(len(experience), self._train_noise):
+        for micro_batches in self.plan(experience, self._train_noise):
             if 0 < self.trainer.max_steps <= self.global_step:
                 break
             settings = self._update([experience.select(rows) for rows in micro_batches])
@@ -206,12 +212,15 @@ class XPOLightningModule(LightningModule):
         pairs = sum(map(len, micro_batches))
         self._optimizer.zero_grad()
         for experience in micro_batches:
-            losses, numbers = self.objective(experience, alpha, beta)
-            self.manual_backward(losses.sum() / pairs)
+            with self.timer("policy_forward", self.device):
+                losses, numbers = self.objective(experience, alpha, beta)
+            with self.timer("backward", self.device):
+                self.manual_backward(losses.sum() / pairs)
             self.train_averages.update(numbers)
-        grad_norm = self.optimization.clip(self.trained_parameters())
-        self._optimizer.step()
-        self._scheduler.step()
+        with self.timer("optimizer", self.device):
+            grad_norm = self.optimization.clip(self.trained_parameters())
+            self._optimizer.step()
+            self._scheduler.step()
         return {"alpha": alpha, "beta": beta, "lr": learning_rate, "grad_norm": grad_norm}
 
     def on_validation_epoch_start(self) -> None:
@@ -225,7 +234,7 @@ class XPOLightningModule(LightningModule):
         """
         alpha, beta = self._alpha_and_beta()
         experience = self._collect(batch, self._noise(batch_idx, purpose=1))
-        for rows in self.plan.micro_batches(range(len(experience))):
+        for rows in self.plan.micro_batches(experience):
             _, numbers = self.objective(experience.select(rows), alpha, beta)
             self.eval_averages.update(numbers)
         return experience
@@ -255,25 +264,21 @@ class XPOLightningModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record which reference the weights were trained against."""
-        checkpoint["xpo_reference"] = self._reference_identity()
+        checkpoint["xpo_reference"] = self.reference.identity(self.policy_spec)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or another reference."""
         self.configure_model()
         check_trained_state(checkpoint["state_dict"], self.state_dict())
-        check_reference(checkpoint.get("xpo_reference"), self._reference_identity())
+        check_reference(checkpoint.get("xpo_reference"), self.reference.identity(self.policy_spec))
 
-    def _reference_identity(self) -> dict[str, Any]:
-        spec = self.policy_spec
-        return {"path": spec.path, "revision": spec.revision, "fingerprint": self.reference.fingerprint()}
-
-    def _collect(self, batch: Any, noise: Generator) -> Experience:
-        return self.collect(self.policy, as_prompts(batch, self.prompt_encoder, self.device), noise)
+    def _collect(self, batch: Any, noise: Generator, use_cache: bool = False) -> Experience:
+        return self.collect(self.policy, as_prompts(batch, self.prompt_encoder, self.device), noise, use_cache)
 
     def _alpha_and_beta(self) -> tuple[float, float]:
         """Return their values now; outside of training, and before it, those of the first step."""
-        has_begun = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
-        progress = Progress(self.global_step, self.current_epoch, self._total_steps) if has_begun else FIRST_STEP
+        begun = has_begun(self.trainer)
+        progress = Progress(self.global_step, self.current_epoch, self._total_steps) if begun else FIRST_STEP
         alpha, beta = self.alpha(progress), self.beta(progress)
         if beta <= 0:
             raise InputError(f"model.beta must be above 0, but its schedule gives {beta} at step {progress.step}")

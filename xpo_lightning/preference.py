@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from xpo_lightning.batch import Pair
+from xpo_lightning.errors import InputError
 
 
 def argmax_labels(scores: Pair[Tensor]) -> Tensor:
@@ -20,6 +21,12 @@ def argmax_labels(scores: Pair[Tensor]) -> Tensor:
     """
     margin = scores.by_policy - scores.by_reference
     return (torch.sign(margin) + 1) / 2
+
+
+def check_penalty(penalty: float | None) -> None:
+    """Refuse a penalty that would reward completions for being cut."""
+    if penalty is not None and not penalty >= 0:
+        raise InputError(f"model.missing_eos_penalty must be at least 0 or null, but is {penalty}")
 
 
 def penalize_missing_eos(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:

@@ -1,13 +1,14 @@
 """The frozen reference that the policy is compared with."""
 
 import copy
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 from xpo_lightning.forward import evaluating
+from xpo_lightning.identity import fingerprint
 
 
 class Reference(nn.Module):
@@ -33,16 +34,12 @@ class Reference(nn.Module):
         with evaluating(policy), policy.disable_adapter():  # type: ignore[operator]
             yield policy
 
-    def fingerprint(self) -> str:
-        """Hash the names, shapes and first values of the weights.
+    def identity(self, spec: Any) -> dict[str, Any]:
+        """Say which reference this is: the path and revision of a `ModelSpec` or `LoadedModel`, and the weights."""
+        return {"path": spec.path, "revision": spec.revision, "fingerprint": self.fingerprint()}
 
-        Two references that differ by training have two fingerprints; it is no guard against forgery.
-        """
-        digest = hashlib.sha256()
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the reference's weights, which is the same however the policy is trained."""
         model = self.frozen if self.frozen is not None else self._policy[0].get_base_model()  # type: ignore[operator]
-        for name, weight in sorted(model.named_parameters()):
-            if "lora_" not in name:
-                head = weight.detach().flatten()[:256].float().cpu()
-                digest.update(f"{name.replace('.base_layer', '')} {tuple(weight.shape)} ".encode())
-                digest.update(head.numpy().tobytes())
-        return digest.hexdigest()
+        weights = model.named_parameters()
+        return fingerprint((name.replace(".base_layer", ""), value) for name, value in weights if "lora_" not in name)

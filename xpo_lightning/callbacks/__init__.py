@@ -8,6 +8,7 @@ from xpo_lightning.callbacks.plot import draw_curves
 from xpo_lightning.callbacks.predictions import PredictionsWriter
 from xpo_lightning.callbacks.progress import XPOProgressBar
 from xpo_lightning.callbacks.summary import RunSummary
+from xpo_lightning.callbacks.throughput import Throughput
 
 __all__ = [
     "Baseline",
@@ -16,6 +17,7 @@ __all__ = [
     "PolicyExport",
     "PredictionsWriter",
     "RunSummary",
+    "Throughput",
     "XPOProgressBar",
     "draw_curves",
     "save_policy",

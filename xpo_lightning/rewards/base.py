@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xpo_lightning.batch import RawPrompt
+from xpo_lightning.identity import fingerprint, import_path, settings_of
 
 
 class Reward(nn.Module, ABC):
@@ -19,6 +20,19 @@ class Reward(nn.Module, ABC):
 
     def load(self) -> None:
         """Load weights, if there are any. Called once, before the first score; a second call does nothing."""
+
+    def identity(self) -> dict[str, Any]:
+        """Tell what the scores depend on, so that scores that were kept are not taken for those of another reward.
+
+        By default: the class, its public attributes as far as JSON can hold them, and a fingerprint of its weights.
+        Override it where scores depend on something else, or an attribute changes while scores do not.
+
+        Returns:
+            Plain values by name. Called after `load`.
+        """
+        named = {"class": import_path(type(self)), **settings_of(self)}
+        weights = list(self.named_parameters())
+        return {**named, "fingerprint": fingerprint(weights)} if weights else named
 
     @abstractmethod
     def score(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from xpo_lightning.batch import RawPrompt
 from xpo_lightning.errors import InputError
+from xpo_lightning.identity import import_path
 from xpo_lightning.rewards.base import Reward
 from xpo_lightning.rewards.checks import as_scores
 
@@ -30,8 +31,12 @@ class PythonReward(Reward):
         super().__init__()
         self.function = function
         self.arguments = dict(arguments or {})
-        self.name = _import_path(function)
+        self.name = import_path(function)
         self._check_signature()
+
+    def identity(self) -> dict[str, Any]:
+        """Name the function and its arguments; the function's code is not looked at."""
+        return {"class": import_path(type(self)), "function": self.name, "arguments": self.arguments}
 
     def score(
         self, prompts: Sequence[RawPrompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
@@ -73,8 +78,3 @@ class PythonReward(Reward):
                 f"model.reward.init_args.function: {self.name}{signature} cannot be called with the keywords "
                 f"{', '.join(['prompts', 'completions', 'columns', *self.arguments])} ({error})"
             ) from error
-
-
-def _import_path(function: Callable[..., Any]) -> str:
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"

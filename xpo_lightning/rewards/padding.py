@@ -1,12 +1,15 @@
 """Scores of token rows of unequal length, each the same as if its row were scored alone."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from xpo_lightning.attention import fast_attention
 
 
 def score_rows(
@@ -37,10 +40,18 @@ def score_rows(
     for start in range(0, len(rows), size):
         chosen = by_length[start : start + size]
         ids, mask, pad_id = pad_right([rows[row] for row in chosen], pad_ids, vocabulary)
-        # Autocast would override the dtype that the user chose for this model.
-        with padded_with(model.config, pad_id), torch.autocast(device.type, enabled=False):
-            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits  # (micro-batch, 1)
-        scores[chosen] = logits[:, 0].float()
+        scores[chosen] = forward_scores(model, ids, pad_id, attention_mask=mask.to(device))
+    return scores
+
+
+def forward_scores(model: PreTrainedModel, ids: Tensor, pad_id: int, **arguments: Any) -> Tensor:
+    """Run a classifier on token ids (B, L), padded with `pad_id`, and return the scores in float32, of shape (B,)."""
+    device = next(model.parameters()).device
+    attention = fast_attention() if device.type == "cpu" else nullcontext()
+    # Autocast would override the dtype that the user chose for this model.
+    with padded_with(model.config, pad_id), torch.autocast(device.type, enabled=False), attention:
+        logits = model(input_ids=ids.to(device), **arguments).logits  # (B, 1)
+    scores: Tensor = logits[:, 0].float()
     return scores
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from xpo_lightning.batch import RawPrompt
 from xpo_lightning.errors import InputError
+from xpo_lightning.identity import import_path
 from xpo_lightning.rewards.base import Reward
 from xpo_lightning.rewards.checks import as_scores
 
@@ -42,6 +43,11 @@ class WeightedSum(Reward):
         """Load every reward."""
         for reward in self._parts():
             reward.load()
+
+    def identity(self) -> dict[str, Any]:
+        """Name the weights, and what each reward says of itself."""
+        parts = [reward.identity() for reward in self._parts()]
+        return {"class": import_path(type(self)), "weights": list(self.weights), "rewards": parts}
 
     def score(
         self, prompts: Sequence[RawPrompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]

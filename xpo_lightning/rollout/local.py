@@ -1,16 +1,25 @@
 """Sampling completions with the model at hand, in this process."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerBase, StopStringCriteria
+from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
+from xpo_lightning.adapters import adapters_cast
 from xpo_lightning.batch import Completions, Prompts, cut
 from xpo_lightning.errors import InputError
-from xpo_lightning.forward import evaluating, last_logits, positions_from
+from xpo_lightning.forward import evaluating
+from xpo_lightning.logps import shares_prompt
+from xpo_lightning.rollout.cache import most_rows
+from xpo_lightning.rollout.plain import PlainSession
 from xpo_lightning.rollout.sampling import Sampling, TokenSampler
+from xpo_lightning.rollout.session import Session
 
-Decoded = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Token ids (B, T), mask (B, T), ended (B,), token log-probabilities (B, T)."""
+TOKENS_AT_ONCE = {"cpu": 2**11, "cuda": 2**16}
+"""Most tokens in one call of the model, by type of device; a CPU is faster while activations fit its cache."""
+CHECK_EVERY = {"cpu": 1}
+"""Tokens between two looks at which rows have ended, by type of device; a GPU has to be waited for, so 8 there."""
 
 
 class LocalRollout:
@@ -20,7 +29,8 @@ class LocalRollout:
         tokenizer: The policy's tokenizer, to decode completions and to find stop strings.
         sampling: How tokens are drawn.
         eos_token_ids: Token ids that end a completion.
-        rows_at_once: Most prompts that are decoded together; None decodes all. Less needs less memory.
+        rows_at_once: Most prompts that are decoded together; None is all of them, or on a CPU, where many are no
+            faster, `most_rows`. Less needs less memory.
     """
 
     def __init__(
@@ -52,50 +62,87 @@ class LocalRollout:
         Returns:
             B completions, with the model's own log-probabilities of their tokens.
         """
-        order = sorted(range(len(prompts)), key=prompts.lengths.tolist().__getitem__)
-        groups = cut(order, self.rows_at_once or len(order))
-        with evaluating(model):
-            parts = [self._decode(model, prompts.select(rows), generator) for rows in groups]
-        ids, mask, ended, logps = (torch.cat(column) for column in zip(*map(self._pad, parts), strict=True))
-        completions = Completions(ids, mask, ended, self._texts(ids, mask), logps)
-        return completions.select([order.index(row) for row in range(len(order))])
+        uniforms, parts = self.uniforms(prompts, generator), []
+        groups = self.groups(prompts, model)
+        with evaluating(model), adapters_cast(model):
+            for rows in groups:
+                session = self.open(model, prompts.select(rows))
+                parts.append(self.sample(session, uniforms[torch.as_tensor(rows, device=uniforms.device)]))
+        return gather(parts, groups)
 
-    def _decode(self, model: nn.Module, prompts: Prompts, generator: torch.Generator) -> Decoded:
-        """Write token by token until every row has ended."""
-        rows = len(prompts)
-        eos = torch.tensor(self.eos_token_ids, dtype=torch.long, device=prompts.ids.device)
-        # Repetition penalties look at the context: padding must not count as a token of its own.
-        context = torch.where(prompts.mask, prompts.ids, prompts.ids[:, -1:])
-        mask, positions, new_ids = prompts.mask, positions_from(prompts.mask), prompts.ids
-        ended = torch.zeros(rows, dtype=torch.bool, device=mask.device)
-        tokens, logps, reals = [], [], []
-        cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
-        for _ in range(self.sampling.max_new_tokens):
-            logits = last_logits(model, new_ids, mask, positions, keep=1, cache=cache)[:, 0]
-            token, logp = self.sampler(logits, context, generator)
-            tokens.append(torch.where(ended, 0, token))
-            logps.append(torch.where(ended, 0.0, logp))
-            reals.append(~ended)
-            ended = ended | torch.isin(token, eos) | self._stopped(tokens)
-            if bool(ended.all()):
+    def groups(self, prompts: Prompts, model: nn.Module) -> list[list[int]]:
+        """Put prompts of similar length together, as many as may be decoded together."""
+        order = sorted(range(len(prompts)), key=prompts.counts.__getitem__)
+        most = self.rows_at_once or len(order)
+        if self.rows_at_once is None and prompts.ids.device.type == "cpu":
+            most = most_rows(model, prompts.ids.shape[1] + self.sampling.max_new_tokens)
+        return [list(rows) for rows in cut(order, most)]
+
+    def uniforms(self, prompts: Prompts, generator: torch.Generator) -> Tensor:
+        """Draw all the randomness of a rollout beforehand, so that no row's depends on the rows beside it.
+
+        Returns:
+            Numbers in [0, 1), float64. (B, max_new_tokens)
+        """
+        shape = (len(prompts), self.sampling.max_new_tokens)
+        return torch.rand(shape, dtype=torch.float64, generator=generator, device=prompts.ids.device)
+
+    def open(self, model: nn.Module, prompts: Prompts) -> Session | PlainSession:
+        """Let a model, which must be in eval mode, read prompts."""
+        at_once = TOKENS_AT_ONCE.get(prompts.ids.device.type, TOKENS_AT_ONCE["cuda"])
+        if shares_prompt(model):
+            return Session(model, prompts, self.sampling.max_new_tokens, at_once)
+        return PlainSession(model, prompts, at_once)
+
+    def sample(self, session: Session | PlainSession, uniforms: Tensor) -> Completions:
+        """Write token by token until every row has ended.
+
+        Args:
+            session: B prompts, read.
+            uniforms: See `uniforms`. (B, max_new_tokens)
+
+        Returns:
+            B completions, in the order that the prompts were given in.
+        """
+        written = _Written(len(uniforms), self.sampling.max_new_tokens, uniforms.device)
+        eos = torch.tensor(self.eos_token_ids, dtype=torch.long, device=uniforms.device)
+        context = self._context(session)
+        features, active = session.first, len(uniforms)
+        for step in range(self.sampling.max_new_tokens):
+            places = session.places[:active]
+            so_far = torch.cat([context[places], written.tokens[places, :step]], 1)
+            token, logp = self.sampler(session.logits(features), so_far, uniforms[places, step])
+            written.add(places, step, token, logp)
+            written.ended[places] |= torch.isin(token, eos) | self._stopped(written.tokens[places, : step + 1])
+            if step + 1 == self.sampling.max_new_tokens:
                 break
-            context = torch.cat([context, token[:, None]], 1)
-            new_ids, positions = token[:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        return torch.stack(tokens, 1), torch.stack(reals, 1), ended, torch.stack(logps, 1)
+            if step % CHECK_EVERY.get(token.device.type, 8) == 0:
+                staying = session.retire(written.ended[places])
+                token, active = token[staying], len(staying)
+            if active == 0:
+                break
+            features = session.advance(token, step)
+        return self._completions(written)
 
-    def _stopped(self, tokens: list[Tensor]) -> Tensor:
+    def _context(self, session: Session | PlainSession) -> Tensor:
+        """Return what repetition penalties look at; padding must not count as a token of its own."""
+        prompts = session.given
+        if self.sampling.repetition_penalty == 1:
+            return prompts.ids[:, :0]
+        return torch.where(prompts.mask, prompts.ids, prompts.ids[:, -1:])
+
+    def _stopped(self, tokens: Tensor) -> Tensor:
         if self.stops is None:
-            return torch.zeros_like(tokens[0], dtype=torch.bool)
+            return torch.zeros_like(tokens[:, 0], dtype=torch.bool)
         # Completion tokens alone: a stop string that began in the prompt is not the completion's.
-        stopped: Tensor = self.stops(torch.stack(tokens, 1), None)
+        stopped: Tensor = self.stops(tokens, None)
         return stopped
 
-    def _pad(self, part: Decoded) -> Decoded:
-        ids, mask, ended, logps = part
-        missing = self.sampling.max_new_tokens - ids.shape[1]
-        ids, mask, logps = (torch.nn.functional.pad(column, (0, missing)) for column in (ids, mask, logps))
-        return ids, mask, ended, logps
+    def _completions(self, written: "_Written") -> Completions:
+        width = int(written.lengths.max())
+        mask = torch.arange(width, device=written.lengths.device) < written.lengths[:, None]
+        ids = written.tokens[:, :width]
+        return Completions(ids, mask, written.ended, self._texts(ids, mask), written.logps[:, :width])
 
     def _texts(self, ids: Tensor, mask: Tensor) -> tuple[str, ...]:
         rows = [row[real].tolist() for row, real in zip(ids.cpu(), mask.cpu(), strict=True)]
@@ -113,3 +160,38 @@ class LocalRollout:
         for token in self.tokenizer.added_tokens_decoder.values():
             text = text.replace(token.content, "") if token.special else text
         return text
+
+
+def gather(parts: Sequence[Completions], groups: Sequence[Sequence[int]]) -> Completions:
+    """Put the completions of groups of prompts back into the order of the prompts."""
+    width = max(part.ids.shape[1] for part in parts)
+    places = [row for rows in groups for row in rows]
+
+    def joined(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+
+    together = Completions(
+        ids=joined([part.ids for part in parts]),
+        mask=joined([part.mask for part in parts]),
+        ended=torch.cat([part.ended for part in parts]),
+        texts=tuple(text for part in parts for text in part.texts),
+        token_logps=joined([part.token_logps for part in parts]),
+    )
+    return together.select(sorted(range(len(places)), key=places.__getitem__))
+
+
+class _Written:
+    """What has been written so far: B rows, in the order of the prompts."""
+
+    def __init__(self, batch_size: int, most: int, device: torch.device) -> None:
+        self.tokens = torch.zeros(batch_size, most, dtype=torch.long, device=device)
+        self.logps = torch.zeros(batch_size, most, device=device)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
+
+    def add(self, places: Tensor, step: int, token: Tensor, logp: Tensor) -> None:
+        """Append a token to each of these rows, except to those that have ended."""
+        ended = self.ended[places]
+        self.tokens[places, step] = torch.where(ended, 0, token)
+        self.logps[places, step] = torch.where(ended, 0.0, logp)
+        self.lengths[places] += ~ended

@@ -16,6 +16,9 @@ from transformers import (
 
 from xpo_lightning.errors import InputError
 
+BLOCK = 256
+"""Weights that are summed before any is looked at singly."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -79,44 +82,73 @@ class TokenSampler:
         self.processors = sampling.processors()
         self.greedy = sampling.temperature == 0
 
-    def __call__(self, logits: Tensor, context: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw one token a row.
+    def __call__(self, logits: Tensor, context: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose one token a row.
 
         Args:
             logits: The model's logits. (B, V)
-            context: Token ids so far, prompt and completion, padding replaced by a real token of the row. (B, L)
-            generator: Source of randomness, on the device of the logits.
+            context: Token ids so far, for penalties on repetition; padding replaced by a real token of the row. (B, L)
+            uniforms: Random numbers in [0, 1), float64. (B,)
 
         Returns:
             Token ids (B,) and their log-probabilities at temperature 1 over the full vocabulary (B,).
         """
         logits = logits.float()
-        peak = logits.max(dim=1, keepdim=True).values
-        weights = (logits - peak).exp_()
-        log_total = weights.sum(1, dtype=torch.float64).log().float() + peak[:, 0]
+        weights, peak = _exponentials(logits)
+        sums = _block_sums(weights)
+        log_total = sums.sum(1).log().float() + peak
         if self.processors:
             processed = self.processors(cast("torch.LongTensor", context), cast("torch.FloatTensor", logits.clone()))
-            weights = (processed - processed.max(dim=1, keepdim=True).values).exp_()
-        tokens = weights.argmax(1) if self.greedy else draw(weights, generator)
+            weights, _ = _exponentials(processed)
+            sums = _block_sums(weights)
+        tokens = weights.argmax(1) if self.greedy else draw(weights, uniforms, sums)
         return tokens, logits.gather(1, tokens[:, None])[:, 0] - log_total
 
 
-def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
+def draw(weights: Tensor, uniforms: Tensor, sums: Tensor | None = None) -> Tensor:
     """Draw an index a row, with probability in proportion to the weights, by inverting their cumulative sum.
 
-    A weight of 0 is never drawn: the first index whose cumulative sum exceeds the threshold has added to it.
+    The sum is inverted twice: first over blocks of the row, then within the block that was found. A weight of 0 is
+    never drawn: the first index whose cumulative sum exceeds the threshold has added to it.
 
     Args:
         weights: Not negative, not all 0. (B, V)
-        generator: Source of randomness, on the device of the weights.
+        uniforms: Random numbers in [0, 1), float64. (B,)
+        sums: The sums of the blocks, where they are known. (B, blocks)
 
     Returns:
         Indices. (B,)
     """
-    cumulative = weights.cumsum(1, dtype=torch.float64)
-    uniform = torch.rand(len(weights), 1, dtype=torch.float64, generator=generator, device=weights.device)
-    threshold = uniform * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_(max=weights.shape[1] - 1)
+    sums = _block_sums(weights) if sums is None else sums
+    blocks, share = _invert(sums, uniforms[:, None])
+    columns = blocks * BLOCK + torch.arange(BLOCK, device=weights.device)  # (B, BLOCK)
+    inside = weights.gather(1, columns.clamp(max=weights.shape[1] - 1)).double()
+    inside = torch.where(columns < weights.shape[1], inside, 0.0)
+    offsets, _ = _invert(inside, share)
+    return (blocks * BLOCK + offsets)[:, 0]
+
+
+def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where in the cumulative sum a share of the total falls, and how far into that weight, (B, 1) each."""
+    cumulative = weights.cumsum(1)
+    threshold = uniforms * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=weights.shape[1] - 1)
+    weight = weights.gather(1, index)
+    into = (threshold - (cumulative.gather(1, index) - weight)) / weight
+    return index, into.clamp_(0.0, 1 - 2**-53)
+
+
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return exp(logits - peak) (B, V) and the peak of each row (B,)."""
+    peak = logits.amax(1, keepdim=True)
+    return (logits - peak).exp_(), peak[:, 0]
+
+
+def _block_sums(weights: Tensor) -> Tensor:
+    """Sum each block of `BLOCK` weights (B, V), the last one shorter, in float64 (B, blocks)."""
+    whole = weights.shape[1] // BLOCK * BLOCK
+    sums = weights[:, :whole].view(len(weights), -1, BLOCK).sum(2)
+    return torch.cat([sums, weights[:, whole:].sum(1, keepdim=True)], 1).double()
 
 
 def noise_source(device: torch.device, rank: int, purpose: int, number: int = 0) -> torch.Generator:

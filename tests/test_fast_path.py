@@ -1,0 +1,500 @@
+"""The fast path: the same numbers as the plain one, taken wherever it can be, and every phase there."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    CONFIGS,
+    PROMPTS,
+    VOCABULARY,
+    ChainModel,
+    completions_of,
+    fit_quietly,
+    make_tokenizer,
+    noise,
+    prompts_of,
+    random_rows,
+    randomize_adapters,
+)
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig
+
+from xpo_lightning import Pair, Sampling, SequenceClassifierReward, XPOLightningModule
+from xpo_lightning import head as head_module
+from xpo_lightning import logps as logps_module
+from xpo_lightning.adapters import adapters_cast
+from xpo_lightning.anatomy import PLAIN, anatomy_of, plainly
+from xpo_lightning.attention import attention
+from xpo_lightning.cpu import OneDNNLinear, prefers_onednn, speed_up_linears, threads_allowed
+from xpo_lightning.head import head_logps
+from xpo_lightning.logps import pair_logps, shares_prompt
+from xpo_lightning.models import LoRASpec
+from xpo_lightning.rewards import classifier as classifier_module
+from xpo_lightning.rewards.padding import score_rows
+from xpo_lightning.rewards.sharing import can_share, find_twins, score_twins
+from xpo_lightning.rollout.local import LocalRollout
+from xpo_lightning.rollout.plain import PlainSession
+from xpo_lightning.rollout.session import Session
+
+LoadModel = Callable[..., nn.Module]
+PROMPT_ROWS = random_rows([6, 3, 9, 1, 7], seed=1)
+MANY_ROWS = random_rows([6, 3, 9, 1, 7, 2, 5, 8, 4, 10, 3, 6], seed=4)
+PAIR = Pair(
+    completions_of(random_rows([5, 8, 1, 6, 3], seed=2)),
+    completions_of(random_rows([2, 4, 9, 3, 5], seed=3)),
+)
+
+
+def logps_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    logps = pair_logps(model, prompts_of(PROMPT_ROWS), PAIR)
+    (2 * logps.by_policy - logps.by_reference).sum().backward()
+    both = torch.cat([logps.by_policy, logps.by_reference]).detach()
+    return both, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# ---- what is found out about a model ----
+
+
+def test_each_architecture_takes_the_path_that_suits_it(arch: str, load_model: LoadModel):
+    """Gemma 2 caps its logits after the head; a sliding window counts padding as if it were text."""
+    model = load_model(arch)
+    found = anatomy_of(model)
+    assert found.shares_prompt
+    assert found.head is (None if arch == "gemma2_sliding" else model.get_output_embeddings())
+    assert found.pads_right == (not arch.endswith("sliding"))
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
+def test_a_first_use_in_validation_finds_the_same(load_model: LoadModel, inference: bool):
+    model = load_model()
+    with torch.inference_mode(inference), torch.no_grad():
+        assert anatomy_of(model).shares_prompt
+
+
+def test_a_model_without_a_cache_takes_the_plain_path():
+    """`ChainModel` hands out logits from a table, and has neither head nor cache."""
+    model = ChainModel({3: 4}, otherwise=5)
+    assert anatomy_of(model).head is None
+
+
+def test_scaled_logits_are_not_taken_for_those_of_the_head(load_model: LoadModel):
+    model = load_model()
+    forward = model.forward
+
+    def doubled(*arguments: Any, **options: Any) -> Any:
+        output = forward(*arguments, **options)
+        output.logits = 2 * output.logits
+        return output
+
+    model.forward = doubled
+    assert anatomy_of(model).head is None
+
+
+def test_gradient_checkpointing_takes_the_plain_path_in_training_alone(load_model: LoadModel):
+    model = load_model()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert shares_prompt(model)
+    assert not shares_prompt(model.train())
+    with torch.no_grad():
+        assert shares_prompt(model)
+
+
+# ---- the same numbers ----
+
+
+def test_logps_and_gradients_equal_those_of_the_plain_path(arch: str, load_model: LoadModel):
+    """Within 2e-5 nats a completion and 1e-5 of a weight's largest gradient, in float32."""
+    model = load_model(arch)
+    speed_up_linears(model)
+    fast, fast_gradients = logps_and_gradients(model)
+    with plainly(model):
+        assert anatomy_of(model) is PLAIN
+        plain, plain_gradients = logps_and_gradients(model)
+    torch.testing.assert_close(fast, plain, rtol=0, atol=2e-5)
+    assert fast_gradients.keys() == plain_gradients.keys()
+    for name, gradient in plain_gradients.items():
+        torch.testing.assert_close(fast_gradients[name], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows_at_once", [None, 2])
+def test_rollouts_equal_those_of_a_plain_session(arch: str, load_model: LoadModel, rows_at_once: int | None):
+    """With many EOS ids rows leave the batch at different times; each row keeps its own randomness."""
+    model, prompts = load_model(arch), prompts_of(MANY_ROWS)
+    roll = LocalRollout(make_tokenizer(), Sampling(max_new_tokens=12), list(range(0, VOCABULARY, 3)), rows_at_once)
+    fast = roll(model, prompts, noise())
+    with plainly(model):
+        assert isinstance(roll.open(model, prompts), PlainSession)
+        plain = roll(model, prompts, noise())
+    assert len(set(fast.counts)) > 2
+    assert torch.equal(fast.ids, plain.ids)
+    assert torch.equal(fast.ended, plain.ended)
+    torch.testing.assert_close(fast.token_logps, plain.token_logps, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("at_once", [8, 4096], ids=["a_few_tokens_at_once", "all_at_once"])
+def test_scores_of_a_session_equal_fresh_ones_after_rows_have_moved(arch: str, load_model: LoadModel, at_once: int):
+    model, prompts, rows = load_model(arch), prompts_of(MANY_ROWS), len(MANY_ROWS)
+    roll = LocalRollout(make_tokenizer(), Sampling(max_new_tokens=9), list(range(0, VOCABULARY, 3)))
+    session = Session(model, prompts, 9, tokens_at_once=at_once)
+    roll.sample(session, roll.uniforms(prompts, noise()))
+    assert session.places.tolist() != sorted(range(rows), key=lambda row: len(MANY_ROWS[row]))
+    session.rest()
+    side = completions_of(random_rows([1 + 5 * row % 9 for row in range(rows)], seed=5))
+    expected = pair_logps(model, prompts, Pair(side, side)).by_policy
+    for _ in range(2):  # nothing is spoiled by scoring
+        torch.testing.assert_close(session.logps(side), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("spec", [{}, {"gradient_checkpointing": True}], ids=["plain", "gradient_checkpointing"])
+@pytest.mark.parametrize("lora", [None, LoRASpec(r=4)], ids=["full", "lora"])
+def test_a_training_step_equals_that_of_the_plain_path(
+    make_module: Callable[..., XPOLightningModule], spec: dict[str, Any], lora: LoRASpec | None
+):
+    weights = []
+    for plain in (False, True):
+        torch.manual_seed(0)
+        module = make_module(learning_rate=1e-2, spec=spec, lora=lora)
+        module.configure_model()
+        if plain:
+            with plainly(module.policy), plainly(module.reference.frozen or module.policy):
+                fit_quietly(module, PROMPTS, max_steps=1)
+        else:
+            fit_quietly(module, PROMPTS, max_steps=1)
+        weights.append([weight.detach().clone() for weight in module.trained_parameters()])
+    for fast, slow in zip(*weights, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("tokens", [None, 40, 1])
+@pytest.mark.parametrize("size", [8, 2])
+def test_micro_batches_by_tokens_give_the_same_step(
+    make_module: Callable[..., XPOLightningModule], tokens: int | None, size: int
+):
+    def stepped(**options: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        module = make_module(learning_rate=1e-2, **options)
+        fit_quietly(module, PROMPTS, max_steps=1)
+        return [weight.detach() for weight in module.trained_parameters()]
+
+    for one, other in zip(stepped(), stepped(micro_batch_tokens=tokens, micro_batch_size=size), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-4)
+
+
+# ---- the vocabulary head ----
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize(("chunk", "kept"), [(2**23, 2**26), (90, 2**26), (90, 200)], ids=["whole", "chunks", "again"])
+def test_head_logps_and_gradients_equal_those_of_log_softmax(
+    monkeypatch: pytest.MonkeyPatch, bias: bool, frozen: bool, chunk: int, kept: int
+):
+    monkeypatch.setattr(head_module, "CHUNK", {"cpu": chunk})
+    monkeypatch.setattr(head_module, "KEPT", kept)
+    head = nn.Linear(6, 30, bias=bias).requires_grad_(not frozen)
+    hidden, targets = torch.randn(11, 6, requires_grad=True), torch.randint(30, (11,))
+    upstream = torch.randn(11)
+    ours = head_logps(hidden, head, targets)
+    naive = head(hidden).log_softmax(-1)[range(11), targets]
+    torch.testing.assert_close(ours, naive)
+    inputs = [hidden, *(() if frozen else head.parameters())]
+    for one, other in zip(
+        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(naive, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_far_from_0_neither_overflow_nor_lose_a_token():
+    """log softmax of (1000, 0) is (0, -1000); of (-1000, -1000) it is -log 2 twice."""
+    head = nn.Linear(2, 2, bias=False)
+    head.weight.data = torch.tensor([[1000.0, -1000.0], [0.0, -1000.0]])
+    hidden = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    logps = head_logps(hidden, head, torch.tensor([0, 1, 1]))
+    assert logps.tolist() == pytest.approx([0.0, -1000.0, -0.693147], abs=1e-6)
+
+
+# ---- attention and linear layers on a CPU ----
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
+@pytest.mark.parametrize("heads", [2, 6], ids=["as_many_key_heads", "grouped"])
+def test_attention_equals_torchs_own(masked: bool, heads: int):
+    """200 queries are four blocks. In bfloat16 against float32: 3 decimals are all that the type holds."""
+    query, key = torch.randn(2, heads, 200, 8), torch.randn(2, 2, 200, 8)
+    value = torch.randn(2, 2, 200, 8)
+    tensors = [tensor.bfloat16().requires_grad_() for tensor in (query, key, value)]
+    exact = [tensor.detach().float().requires_grad_() for tensor in tensors]
+    mask = torch.rand(2, 1, 200, 200) < 0.7 if masked else None
+    ours = attention(*tensors, mask, 0.3)
+    theirs = nn.functional.scaled_dot_product_attention(
+        *exact, attn_mask=mask, is_causal=not masked, scale=0.3, enable_gqa=True
+    )
+    upstream = torch.randn_like(theirs)
+    torch.testing.assert_close(ours.float(), theirs, rtol=0.02, atol=0.02)
+    for one, other in zip(
+        torch.autograd.grad(ours, tensors, upstream.bfloat16()),
+        torch.autograd.grad(theirs, exact, upstream),
+        strict=True,
+    ):
+        assert (one.float() - other).norm() < 0.01 * other.norm()
+
+
+def test_a_query_that_sees_nothing_does_not_spoil_the_others():
+    query = key = value = torch.randn(1, 1, 4, 8).bfloat16()
+    mask = torch.tensor([[False] * 4, [True, False, False, False], [True] * 4, [True] * 4])[None, None]
+    out = attention(query, key, value, mask, 1.0)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[0, 0, 1], value[0, 0, 0])
+
+
+@torch.no_grad()
+def test_bfloat16_logps_are_as_close_to_float32_as_transformers_own(load_model: LoadModel):
+    """Root mean square over 10 completions of up to 9 tokens, against the same weights in float32."""
+    model = load_model().bfloat16()
+    exact = load_model()
+    exact.load_state_dict(model.state_dict())
+    errors = []
+    expected = pair_logps(exact, prompts_of(PROMPT_ROWS), PAIR)
+    for plain in (False, True):
+        logps = pair_logps(model, prompts_of(PROMPT_ROWS), PAIR) if not plain else _plain_transformers(model)
+        gaps = torch.cat([logps.by_policy - expected.by_policy, logps.by_reference - expected.by_reference])
+        errors.append(gaps.square().mean().sqrt().item())
+    assert errors[0] < 1.5 * errors[1]
+
+
+def _plain_transformers(model: nn.Module) -> Pair[Tensor]:
+    """Score each row alone with transformers' own forward and attention."""
+
+    def logps(side: Any) -> Tensor:
+        sums = []
+        for prompt, ids, count in zip(PROMPT_ROWS, side.ids.tolist(), side.counts, strict=True):
+            completion = ids[:count]
+            logits = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+            sums.append(logits.float().log_softmax(-1)[range(count), completion].sum())
+        return torch.stack(sums)
+
+    return PAIR.map(logps)
+
+
+@pytest.mark.skipif(not prefers_onednn(), reason="this processor multiplies float32 matrices with MKL")
+@pytest.mark.parametrize(("inputs", "outputs"), [(5, 9), (9, 5)])
+def test_onednn_linear_equals_torchs(inputs: int, outputs: int):
+    plain = nn.Linear(inputs, outputs)
+    swapped = nn.Sequential(nn.Linear(inputs, outputs))
+    swapped[0].load_state_dict(plain.state_dict())
+    speed_up_linears(swapped)
+    assert type(swapped[0]) is OneDNNLinear
+    x = torch.randn(2, 7, inputs, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    upstream = torch.randn(2, 7, outputs)
+    plain(x).backward(upstream)
+    swapped(y).backward(upstream)
+    torch.testing.assert_close(swapped(y), plain(x))
+    for one, other in (
+        (y.grad, x.grad),
+        (swapped[0].weight.grad, plain.weight.grad),
+        (swapped[0].bias.grad, plain.bias.grad),
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("text", "threads"), [("max 100000", None), ("150000 100000", 2), ("20000 100000", 1), ("nonsense", None)]
+)
+def test_threads_stay_within_the_containers_share(tmp_path: Any, text: str, threads: int | None):
+    file = tmp_path / "cpu.max"
+    file.write_text(text)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert threads_allowed(file) == (threads or 4)
+        assert threads_allowed(tmp_path / "missing") == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- adapters ----
+
+
+def test_adapters_of_a_bfloat16_model_are_converted_for_a_while_and_learn_in_float32(
+    load_model: LoadModel, monkeypatch: pytest.MonkeyPatch
+):
+    """The numbers are as close to those of a float32 model as with peft's own conversions at every layer."""
+    model = LoRASpec(r=4).wrap(load_model().bfloat16())
+    randomize_adapters(model)
+    adapters = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+    assert {weight.dtype for weight in adapters.values()} == {torch.float32}
+    with adapters_cast(model):
+        inside = {name: weight.dtype for name, weight in model.named_parameters() if "lora_" in name}
+        assert set(inside.values()) == {torch.bfloat16}
+    assert all(weight is adapters[name] for name, weight in model.named_parameters() if "lora_" in name)
+    fast, gradients = logps_and_gradients(model)
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+    exact = LoRASpec(r=4).wrap(load_model())
+    exact.load_state_dict(model.state_dict())
+    expected, expected_gradients = logps_and_gradients(exact)
+    monkeypatch.setattr(logps_module, "adapters_cast", lambda _: nullcontext())
+    pefts, pefts_gradients = logps_and_gradients(model)
+    assert not torch.equal(fast, pefts)
+    assert (fast - expected).norm() < 1.5 * (pefts - expected).norm()
+    for name, gradient in expected_gradients.items():
+        assert (gradients[name] - gradient).norm() < 2 * (pefts_gradients[name] - gradient).norm(), name
+
+
+# ---- rewards ----
+
+
+def classifier(arch: str) -> nn.Module:
+    bert = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    config = bert if arch == "bert" else CONFIGS[arch]()
+    config.num_labels, config.pad_token_id = 1, 0
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arch", ["llama", "gpt_neox", "gpt2", "qwen2"])
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_scores_of_twins_equal_those_of_single_rows(arch: str, micro_batch_size: int):
+    model = classifier(arch)
+    assert can_share(model)
+    begins = random_rows([20, 17, 30])
+    rows = [
+        begin + end for seed in (1, 2) for begin, end in zip(begins, random_rows([3, 9, 1], seed=seed), strict=True)
+    ]
+    twins, single = find_twins(rows, ["a", "b", "c"] * 2)
+    assert sorted(twins) == [(0, 3, 20), (1, 4, 17), (2, 5, 30)]
+    assert single == []
+    scores = score_twins(model, rows, twins, micro_batch_size, [0])
+    places = [twin[side] for side in (0, 1) for twin in twins]
+    torch.testing.assert_close(scores, score_rows(model, rows, 1, [0])[places], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["bert", "mistral_sliding", "gemma2_sliding"])
+def test_a_classifier_that_cannot_share_is_found_out(arch: str):
+    """An encoder's prompt sees the completion; a sliding window would count padding."""
+    assert not can_share(classifier(arch))
+
+
+def test_rows_that_share_little_are_scored_by_themselves():
+    rows = [[1, 2, 3], [1, 2, 4], list(range(20)), list(range(20)), list(range(20, 40)), [7]]
+    assert find_twins(rows, ["a", "a", "b", "b", "c", "c"]) == ([(2, 3, 19)], [0, 1, 4, 5])
+
+
+# ---- nothing is left out, and the fast path is taken ----
+
+PHASES = [
+    "reference_rollout",
+    "policy_rollout",
+    "reference_scoring",
+    "reward",
+    "policy_forward",
+    "backward",
+    "optimizer",
+]
+
+
+@pytest.fixture
+def reward_folder(tmp_path: Any) -> str:
+    folder = str(tmp_path / "reward")
+    classifier("llama").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt_neox"])
+def test_a_step_reads_each_prompt_as_often_as_it_must(
+    make_module: Callable[..., XPOLightningModule], reward_folder: str, arch: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Six prompts, in micro-batches of two: every phase is there, and no model runs over a prompt twice.
+
+    Positions are counted at the first layer of each model, padding included. The policy reads the prompts to sample and
+    once more for the gradient, the reference once for both, and the reward once for both completions.
+    """
+    prompts = ["the cat sat on the mat and the dog ran away from"] * 2 + [
+        "a dog ran away from the red hat and the cat"
+    ] * 4
+    module = make_module(
+        arch,
+        reward=SequenceClassifierReward(reward_folder),
+        sampling=Sampling(max_new_tokens=6, eos_token_ids=[]),
+        micro_batch_size=2,
+    )
+    module.configure_model()
+    counted = {
+        "policy": module.policy,
+        "reference": module.reference.frozen,
+        "reward": module.reward.model,
+    }
+    for model in (module.policy, module.reference.frozen):
+        assert anatomy_of(model).shares_prompt  # examined before the counting
+    module.reward.score(["x" * 60] * 2, ["one", "two"], {})
+    found: list[Any] = []
+
+    def finding(rows: Any, prompts: Any) -> Any:
+        twins, single = find_twins(rows, prompts)
+        found.extend([(rows, twins), (single,)])
+        return twins, single
+
+    monkeypatch.setattr(classifier_module, "find_twins", finding)
+    positions = dict.fromkeys(counted, 0)
+
+    def counting(name: str) -> Callable[..., None]:
+        def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            positions[name] += inputs[0].shape[0] * inputs[0].shape[1]
+
+        return count
+
+    for name, model in counted.items():
+        layers = next(child for child in model.modules() if isinstance(child, nn.ModuleList))
+        layers[0].register_forward_pre_hook(counting(name))
+    fit_quietly(module, prompts, max_steps=1)
+    lengths = [len(module.prompt_encoder(prompt)) for prompt in prompts]
+    total, rows, new = sum(lengths), len(prompts), 6
+    assert len(set(lengths)) <= 2
+    padded = rows * max(lengths)
+    assert {phase: module.timer.counts[phase] for phase in PHASES} == {
+        **dict.fromkeys(PHASES, 1),
+        "policy_forward": 3,
+        "backward": 3,
+    }
+    # The last token of a completion is never an input: T - 1 = 5 positions a completion.
+    assert rows * 5 + total + 2 * rows * 5 + total <= positions["policy"] <= 3 * rows * 5 + 2 * padded
+    assert rows * 5 + rows * (new - 1) + total <= positions["reference"] <= 2 * rows * 5 + padded
+    (texts, twins), (single, *_) = found
+    ends = [len(texts[twin[side]]) - twin[2] for side in (0, 1) for twin in twins]
+    assert (len(twins), single) == (rows, [])
+    assert positions["reward"] == rows * max(twin[2] for twin in twins) + 2 * rows * max(ends)
+
+
+def test_the_plain_path_would_fail_the_count_above(load_model: LoadModel):
+    """The guard's own check: computed the plain way, each prompt passes the policy twice for its two completions."""
+    model = load_model()
+    positions: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: positions.append(inputs[0][..., 0].numel()))
+    anatomy_of(model)
+    counts = []
+    for plain in (False, True):
+        positions.clear()
+        if plain:
+            with plainly(model):
+                pair_logps(model, prompts_of(PROMPT_ROWS), PAIR)
+        else:
+            pair_logps(model, prompts_of(PROMPT_ROWS), PAIR)
+        counts.append(sum(positions))
+    assert counts == [5 * 9 + 2 * 5 * 8, 2 * 5 * (9 + 9)]
+
+
+def test_a_saved_model_knows_nothing_of_the_layers_that_were_swapped(load_model: LoadModel, tmp_path: Any):
+    model = load_model()
+    speed_up_linears(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {type(module) for module in again.modules() if isinstance(module, nn.Linear)} == {nn.Linear}

@@ -1,0 +1,170 @@
+"""Attention in bfloat16 on a CPU, where torch's kernel multiplies in float32 and computes what causality hides.
+
+Queries are taken in blocks, each with the keys that it may see; scores of a block are computed again for gradients. On
+other devices, in other types, and for what it does not know, transformers' own function is called.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+BLOCK = 64
+"""Queries in a block."""
+SCORES = 2**21
+"""Most scores that exist at a time, so that they stay in a CPU's cache."""
+HIDDEN = -1e30
+"""Score of what must not be seen; finite, so that padding, which sees nothing, does not become NaN."""
+
+
+@contextmanager
+def fast_attention() -> Iterator[None]:
+    """Put our attention in the place of the one that transformers calls `sdpa`, for a while."""
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_forward
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attend (Vaswani et al. 2017, Eq. 1), with several query heads to a key head where there are more of them.
+
+    Args:
+        query: (B, H, N, D)
+        key: (B, K, M, D), H a multiple of K.
+        value: (B, K, M, D)
+        mask: True where a query may see a key (B, 1, N, M); None is causal, with N = M.
+        scale: Factor of the scores.
+
+    Returns:
+        The attended values. (B, H, N, D)
+    """
+    attended: Tensor = _Attention.apply(query, key, value, mask, scale)  # type: ignore[no-untyped-call]
+    return attended
+
+
+def cache_dtype(model: nn.Module) -> torch.dtype | None:
+    """Return the type that keys and values are best kept in while tokens are sampled; None is the model's own.
+
+    On a CPU each step would otherwise convert them to float32 again.
+    """
+    config: Any = getattr(model, "config", None)
+    replaced = getattr(config, "_attn_implementation", None) == "sdpa"
+    return torch.float32 if replaced and next(model.parameters()).device.type == "cpu" else None
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Have the signature that transformers gives attention functions."""
+    rest = (attention_mask, dropout, scaling, is_causal)
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
+        return _transformers(module, query, key, value, *rest, **kwargs)
+    if query.shape[2] == 1:  # a product with a vector is fast in float32 alone
+        out, _ = _transformers(module, query.float(), key.float(), value.float(), *rest, **kwargs)
+        return out.to(query.dtype), None
+    key, value = key.to(query.dtype), value.to(query.dtype)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None:
+        simple = causal and query.shape[2] == key.shape[2]
+    else:
+        simple = attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
+    known = all(option is None or name in _HARMLESS for name, option in kwargs.items())
+    if not (simple and known and dropout == 0 and query.shape[3] == value.shape[3]):
+        return _transformers(module, query, key, value, *rest, **kwargs)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    return attention(query, key, value, attention_mask, scale).transpose(1, 2).contiguous(), None
+
+
+_HARMLESS = {"position_ids", "use_cache", "output_attentions", "sliding_window", "cache_position"}
+_transformers = sdpa_attention_forward
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        out = torch.empty_like(query)
+        for block in _blocks(query, key, mask):
+            q, k, v, seen = block.of(query), key[block.heads_and_keys], value[block.heads_and_keys], block.mask(mask)
+            weights = _weights(q * scale, k, seen)
+            block.put(out, weights.to(v.dtype) @ v)
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, mask = ctx.saved_tensors
+        of_query = torch.empty_like(query)
+        of_key = torch.zeros_like(key, dtype=torch.float32, memory_format=torch.contiguous_format)
+        of_value = torch.zeros_like(value, dtype=torch.float32, memory_format=torch.contiguous_format)
+        for block in _blocks(query, key, mask):
+            q, k, v, seen = block.of(query), key[block.heads_and_keys], value[block.heads_and_keys], block.mask(mask)
+            grad = block.of(grads[0])
+            scaled = q * ctx.scale
+            weights = _weights(scaled, k, seen)
+            of_weights = (grad @ v.transpose(2, 3)).float()
+            of_scores = torch._softmax_backward_data(of_weights, weights, -1, torch.float32).to(q.dtype)
+            block.put(of_query, of_scores @ k * ctx.scale)
+            of_key[block.heads_and_keys] += of_scores.transpose(2, 3) @ scaled
+            of_value[block.heads_and_keys] += weights.to(v.dtype).transpose(2, 3) @ grad
+        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None
+
+
+def _weights(query: Tensor, key: Tensor, seen: Tensor | None) -> Tensor:
+    """Return the softmax of scores in float32, of shape (B, K, G * N, M)."""
+    scores = query @ key.transpose(2, 3)
+    if seen is not None:
+        last = seen.shape[-1]  # a causal block hides among its last keys alone
+        grouped = scores.view(*scores.shape[:2], -1, seen.shape[-2], scores.shape[3])
+        grouped[..., -last:].masked_fill_(~seen, HIDDEN)
+    return scores.softmax(-1, dtype=torch.float32)
+
+
+class _Block:
+    """Some rows, and some of their queries: what to cut from each tensor, and where to put the result."""
+
+    def __init__(self, rows: slice, queries: slice, keys: int, groups: int) -> None:
+        self.rows, self.queries, self.groups = rows, queries, groups
+        self.heads_and_keys = (rows, slice(None), slice(0, keys))
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Cut queries (B, H, N, D), and put those of heads that share a key head together (B, K, G * N, D)."""
+        part = tensor[self.rows, :, self.queries]
+        return part.reshape(part.shape[0], part.shape[1] // self.groups, -1, part.shape[3])
+
+    def put(self, tensor: Tensor, result: Tensor) -> None:
+        """Write a result of such queries to its place."""
+        part = tensor[self.rows, :, self.queries]
+        part.copy_(result.view(part.shape))
+
+    def mask(self, mask: Tensor | None) -> Tensor | None:
+        """Return which keys each query may see (B, 1, 1, N, M); causal, which of the last, as it sees all others."""
+        if mask is not None:
+            return mask[self.rows, :, None, self.queries]
+        size = self.queries.stop - self.queries.start
+        return torch.ones(size, size, dtype=torch.bool).tril()
+
+
+def _blocks(query: Tensor, key: Tensor, mask: Tensor | None) -> Iterator[_Block]:
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    for start in range(0, queries, BLOCK):
+        stop = min(start + BLOCK, queries)
+        reach = keys if mask is not None else stop
+        step = max(1, SCORES // (heads * (stop - start) * reach))
+        for row in range(0, batch, step):
+            yield _Block(slice(row, min(row + step, batch)), slice(start, stop), reach, heads // key.shape[1])

@@ -1,0 +1,94 @@
+"""`Throughput`: how fast a run goes, and where the time of a step goes."""
+
+from collections import Counter, defaultdict
+from contextlib import ExitStack
+from typing import Any, get_args
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from xpo_lightning.callbacks.run import is_fast_dev_run
+from xpo_lightning.errors import InputError
+from xpo_lightning.module import XPOLightningModule
+from xpo_lightning.phases import Phase, PhaseTimer
+
+TIMED = ("step", *get_args(Phase))
+
+
+class Throughput(Callback):
+    """Logs prompts and completion tokens a second, and the seconds of a training step and of each of its phases.
+
+    `docs/metrics.md` gives the formulas. A step is what happens between the start and the end of a training batch:
+    loading data, validation and checkpoints are not in it. Each number is an average over all steps since the one that
+    was logged last (`trainer.log_every_n_steps`), and over processes; prompts and tokens are those of all processes.
+
+    On a GPU, where a single step's end on the host says nothing about its end on the device, start and end are marked
+    on the device. Reading the marks waits for the device, which happens at logged steps and before a validation only.
+    """
+
+    def __init__(self) -> None:
+        self._step = ExitStack()
+        self._forget()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the module's timer.
+
+        Raises:
+            InputError: Another module, which has none.
+        """
+        if not isinstance(pl_module, XPOLightningModule):
+            raise InputError(
+                f"trainer.callbacks: Throughput times an XPOLightningModule, not {type(pl_module).__name__}"
+            )
+        self._timer: PhaseTimer = pl_module.timer
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start from 0."""
+        self._timer.reset()
+        self._forget()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Mark the start of the step."""
+        self._step = ExitStack()
+        self._step.enter_context(self._timer("step", pl_module.device))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Mark the end of the step, and log if the trainer does."""
+        self._step.close()
+        if trainer._logger_connector.should_update_logs or is_fast_dev_run(trainer):
+            self._keep()
+            pl_module.log_dict(self._averages(trainer, pl_module.device))
+            self._forget()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put aside what was timed in training, because validation goes through the same phases."""
+        self._keep()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what was timed in validation."""
+        self._timer.reset()
+
+    def _forget(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._counts: Counter[str] = Counter()
+
+    def _keep(self) -> None:
+        """Move the timer's numbers here; on a GPU this waits for the device."""
+        for name, seconds in self._timer.seconds().items():
+            self._seconds[name] += seconds
+        self._counts.update(self._timer.counts)
+        self._timer.reset()
+
+    def _averages(self, trainer: Trainer, device: torch.device) -> dict[str, float]:
+        counts = [self._counts["prompts"], self._counts["completion_tokens"]]
+        sums = torch.tensor([*counts, *(self._seconds[name] for name in TIMED)], dtype=torch.float32, device=device)
+        prompts, tokens, *seconds = torch.as_tensor(trainer.strategy.reduce(sums, reduce_op="sum")).tolist()
+        # Processes wait for each other in each step, so their times are averaged while their work adds up.
+        timed = dict(zip(TIMED, (total / trainer.world_size for total in seconds), strict=True))
+        return {
+            "throughput/prompts_per_second": prompts / timed["step"],
+            "throughput/tokens_per_second": tokens / timed["step"],
+            **{f"time/{name}": total / self._counts["step"] for name, total in timed.items()},
+        }

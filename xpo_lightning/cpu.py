@@ -1,0 +1,160 @@
+"""What makes a step fast on a CPU: how memory is kept, how many threads run, and which library multiplies matrices."""
+
+import ctypes
+import functools
+import os
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names and numbers of glibc's malloc.h
+_MADV_HUGEPAGE, _HUGE = 14, 2**21  # of Linux's mman.h, and the size of a huge page
+
+
+@functools.cache
+def keep_memory() -> bool:
+    """Have glibc keep freed memory in the process, and take memory from the system in huge pages.
+
+    Tensors of the size of a vocabulary are otherwise mapped anew, page by page, at each allocation, which takes longer
+    than the arithmetic on them.
+
+    Returns:
+        Whether this C library could be told so; others than glibc are left alone.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt") or not (libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1)):
+        return False
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    # A block that is given back at once, untouched: the heap has grown by it, and its pages will be huge when used.
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    block = libc.malloc(size)
+    if block:
+        start = -(-block // _HUGE) * _HUGE
+        libc.madvise(start, (block + size - start) // _HUGE * _HUGE, _MADV_HUGEPAGE)
+        libc.free(block)
+    return True
+
+
+def threads_allowed(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Return how many threads are worth running: a container may be given less time than its machine has cores.
+
+    Args:
+        quota: The control group's file: microseconds of CPU time per period, or `max`, and the period.
+    """
+    threads = torch.get_num_threads()
+    try:
+        time, period = quota.read_text().split()
+        return threads if time == "max" else max(1, min(threads, round(int(time) / int(period))))
+    except (OSError, ValueError):
+        return threads
+
+
+@functools.cache
+def prefers_onednn() -> bool:
+    """Tell whether oneDNN multiplies float32 matrices faster here than MKL, torch's own choice.
+
+    On AMD's processors MKL leaves AVX-512 unused, which halves its rate.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def speed_up_linears(*models: nn.Module) -> None:
+    """Let the linear layers of models multiply with oneDNN where that is the faster library.
+
+    Results change by the order of summation alone. Weights, names and everything else stay as they are.
+    """
+    if prefers_onednn():
+        for module in chain.from_iterable(model.modules() for model in models):
+            if type(module) is nn.Linear:
+                module.__class__ = OneDNNLinear
+
+
+class OneDNNLinear(nn.Linear):
+    """A linear layer that multiplies float32 matrices with oneDNN on the CPU, and is `nn.Linear` elsewhere."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name)
+        """See `nn.Linear`."""
+        if takes_onednn(input, self.weight):
+            product: Tensor = _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
+            return product
+        return super().forward(input)
+
+
+def takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether a product of these is one of float32 matrices on a CPU that oneDNN suits."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and prefers_onednn()
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply as `torch.nn.functional.linear` does, without gradient, with the faster library.
+
+    Args:
+        x: (..., I)
+        weight: (O, I), contiguous or transposed.
+        bias: (O,)
+
+    Returns:
+        x @ weight.T + bias. (..., O)
+    """
+    if takes_onednn(x, weight):
+        return _onednn(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def products_summed(left: Tensor, right: Tensor) -> Tensor:
+    """Sum the outer products of rows, as the gradient of a weight does, with the faster library.
+
+    Args:
+        left: (N, O)
+        right: (N, I)
+
+    Returns:
+        left.T @ right, in whichever memory order is the faster. (O, I)
+    """
+    if not takes_onednn(left, right):
+        return left.t() @ right
+    # oneDNN is fast where the longer side is that of the columns it writes.
+    return _onednn(right.t(), left.t()).t() if left.shape[1] > right.shape[1] else _onednn(left.t(), right.t())
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wants_input, wants_weight, wants_bias = ctx.needs_input_grad
+        grad = grads[0].reshape(-1, weight.shape[0])
+        rows = x.reshape(-1, weight.shape[1])
+        return (
+            _onednn(grad, weight.t()).view(x.shape) if wants_input else None,
+            products_summed(grad, rows) if wants_weight else None,
+            grad.sum(0) if wants_bias else None,
+        )

@@ -1,0 +1,92 @@
+"""The vocabulary head at the positions of completions alone, with a backward pass of its own."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xpo_lightning.cpu import linear, products_summed
+
+CHUNK = {"cpu": 2**22, "cuda": 2**26}
+"""Most logits that are worked on at a time, by type of device; on a CPU they had better stay in its cache."""
+KEPT = 2**26
+"""Most probabilities kept for the backward pass; where there are more, they are computed again, this many at a time."""
+
+
+def head_logps(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+    """Score tokens under a linear vocabulary head.
+
+    Logits exist for a few positions at a time. The gradient of a token's log-probability with respect to its logits is
+    one-hot minus softmax, whatever the loss does with it: that much is done in the forward pass, where the logits are
+    at hand, and the backward pass only scales it.
+
+    Args:
+        hidden: The last hidden states, at the positions that predict the targets. (N, D)
+        head: The vocabulary head; its weight is (V, D).
+        targets: Token ids. (N,)
+
+    Returns:
+        log softmax(head(hidden))[targets], natural, in float32. (N,)
+    """
+    logps: Tensor = _HeadLogps.apply(hidden, head.weight, head.bias, targets)  # type: ignore[no-untyped-call]
+    return logps
+
+
+class _HeadLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        wants_hidden, *wants_head, _ = ctx.needs_input_grad
+        logps = hidden.new_empty(len(hidden), dtype=torch.float32)
+        slopes = torch.empty_like(hidden) if wants_hidden else None  # d logp / d hidden
+        shape = (len(hidden), len(weight))
+        kept = weight.new_empty(shape) if any(wants_head) and shape[0] * shape[1] <= KEPT else None
+        for rows in _cut(hidden, weight, CHUNK["cpu" if hidden.device.type == "cpu" else "cuda"]):
+            logits = linear(hidden[rows], weight, bias).float()
+            wanted = targets[rows, None]
+            chosen = logits.gather(1, wanted)
+            peak = logits.amax(1, keepdim=True)
+            weights = logits.sub_(peak).exp_()
+            total = weights.sum(1, keepdim=True)
+            logps[rows] = (chosen - peak - total.log())[:, 0]
+            if slopes is not None or kept is not None:
+                residual = _residual(weights.div_(total), wanted).to(weight.dtype)
+                if slopes is not None:
+                    slopes[rows] = linear(residual, weight.t())
+                if kept is not None:
+                    kept[rows] = residual
+        ctx.save_for_backward(hidden, weight, bias, targets, logps, slopes, kept)
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        hidden, weight, bias, targets, _, slopes, kept = ctx.saved_tensors
+        _, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        scale = grads[0][:, None]
+        of_hidden = None if slopes is None else (slopes * scale).to(hidden.dtype)
+        if not (wants_weight or wants_bias):
+            return of_hidden, None, None, None
+        scaled = (hidden * scale).to(weight.dtype)
+        if kept is not None:
+            of_weight = products_summed(kept, scaled) if wants_weight else None
+            of_bias = scale[:, 0].to(kept.dtype) @ kept if wants_bias else None
+            return of_hidden, of_weight, of_bias, None
+        sum_of_weight = torch.zeros_like(weight, dtype=torch.float32)
+        sum_of_bias = weight.new_zeros(len(weight), dtype=torch.float32)
+        for rows in _cut(hidden, weight, KEPT):
+            probabilities = linear(hidden[rows], weight, bias).float().softmax(1)
+            residual = _residual(probabilities, targets[rows, None]).to(weight.dtype)
+            sum_of_weight += products_summed(residual, scaled[rows])
+            sum_of_bias += scale[rows, 0].to(residual.dtype) @ residual
+        of_weight = sum_of_weight.to(weight.dtype) if wants_weight else None
+        return of_hidden, of_weight, sum_of_bias.to(weight.dtype) if wants_bias else None, None
+
+
+def _residual(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """Subtract probabilities (N, V) from the one-hot targets (N, 1), in place."""
+    return probabilities.neg_().scatter_add_(1, targets, torch.ones_like(targets, dtype=probabilities.dtype))
+
+
+def _cut(hidden: Tensor, weight: Tensor, most: int) -> Iterator[slice]:
+    step = max(1, most // len(weight))
+    return (slice(start, start + step) for start in range(0, len(hidden), step))

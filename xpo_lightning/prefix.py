@@ -1,0 +1,111 @@
+"""Features of completions: what a causal language model has at the positions that predict each of their tokens.
+
+Two ways lead to the same numbers. The plain one runs prompt and completion together, once a completion. The other
+computes each prompt once, for both of its completions: their positions attend to the prompt's keys and values, and
+gradients flow back through them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from xpo_lightning.batch import Completions, Prompts
+from xpo_lightning.forward import last_features, positions_from
+
+
+def plain_features(model: nn.Module, prompts: Prompts, completions: Completions, head: nn.Linear | None) -> Tensor:
+    """Run each prompt with its completion.
+
+    Args:
+        model: A transformers causal language model on the device of the prompts.
+        prompts: B prompts.
+        completions: B completions of them.
+        head: The vocabulary head, where hidden states are wanted in place of logits.
+
+    Returns:
+        Features that predict each completion token: hidden states (B, T, D) or logits (B, T, V).
+    """
+    ids = torch.cat([prompts.ids, completions.ids], 1)  # (B, P + T)
+    mask = torch.cat([prompts.mask, completions.mask], 1)
+    length = completions.ids.shape[1]
+    # Position P - 1 + t predicts completion token t: the prompt's last position up to the last but one.
+    return last_features(model, ids, mask, positions_from(mask), length + 1, head=head)[:, :-1]
+
+
+def shared_features(
+    model: nn.Module, prompts: Prompts, completions: Completions, head: nn.Linear | None, *, pads_right: bool
+) -> Tensor:
+    """Run each prompt once, and then its completions.
+
+    Args:
+        model: As in `plain_features`; it must take a cache of keys and values.
+        prompts: B prompts.
+        completions: K completions of each: those of row b are rows b, B + b, and so on. (K * B rows)
+        head: As in `plain_features`.
+        pads_right: Whether prompts may be padded on the right, where causal attention needs no mask; it takes a `head`.
+
+    Returns:
+        As `plain_features`, (K * B, T, D) or (K * B, T, V).
+    """
+    copies = len(completions) // len(prompts)
+    cache = PromptCache()
+    first, mask = _run_prompts(model, prompts, cache, head, pads_right)
+    first = first.repeat(copies, 1, 1)
+    if completions.ids.shape[1] == 1:
+        return first
+    cache.copies = copies
+    seen = torch.cat([mask.repeat(copies, 1), completions.mask[:, :-1]], 1)
+    begins = mask.sum(1).repeat(copies)[:, None]
+    positions = begins + torch.arange(completions.ids.shape[1] - 1, device=seen.device)
+    rest = last_features(model, completions.ids[:, :-1], seen, positions, positions.shape[1], cache=cache, head=head)
+    return torch.cat([first, rest], 1)
+
+
+def _run_prompts(
+    model: nn.Module, prompts: Prompts, cache: Cache, head: nn.Linear | None, pads_right: bool
+) -> tuple[Tensor, Tensor]:
+    """Fill a cache with prompts; return the features of the last tokens (B, 1, F) and the mask of the cache (B, P)."""
+    if not pads_right or head is None:
+        positions = positions_from(prompts.mask)
+        return last_features(model, prompts.ids, prompts.mask, positions, 1, cache=cache, head=head), prompts.mask
+    ids, mask = prompts.padded_right()
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    features = last_features(model, ids, None, positions, ids.shape[1], cache=cache, head=head)
+    last = prompts.lengths - 1
+    return features.take_along_dim(last[:, None, None], 1), mask
+
+
+class PromptCache(Cache):
+    """Keys and values of B prompts, for each of K * B rows to go on from once `copies` is K.
+
+    Layers with a sliding window keep all of them, too: the window is the mask's business.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=_Layer)
+        self.copies = 1
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keep the first call's keys and values (B, H, P, D); return them, or them and those of later calls."""
+        return super().update(key_states, value_states, layer_idx, self.copies)
+
+
+class _Layer(DynamicLayer):
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
+        copies = args[0]
+        return _appended(self.keys, key_states, copies), _appended(self.values, value_states, copies)
+
+
+def _appended(old: Tensor, new: Tensor, copies: int) -> Tensor:
+    """Put new states (K * B, H, N, D) behind K copies of the old ones (B, H, P, D), in one copy of memory."""
+    parts = [old.expand(copies, *old.shape), new.view(copies, *old.shape[:2], -1, old.shape[3])]
+    return torch.cat(parts, 3).flatten(0, 1)

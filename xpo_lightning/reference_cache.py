@@ -1,0 +1,195 @@
+"""What the reference wrote for a prompt, kept for later epochs: the reference is frozen, so it need not write again."""
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xpo_lightning.batch import Completions, Prompts
+from xpo_lightning.errors import InputError
+from xpo_lightning.identity import as_json, differences
+from xpo_lightning.rollout.local import gather
+
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT)",
+    "CREATE TABLE IF NOT EXISTS entries"
+    " (key BLOB PRIMARY KEY, ids BLOB, token_logps BLOB, ended INTEGER, text TEXT, score REAL)",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is kept of one prompt, on the CPU.
+
+    Args:
+        ids: Token ids of the reference's completion. (T,)
+        token_logps: The reference's log-probability of each, float32. (T,)
+        ended: Whether the completion ended by itself.
+        text: The completion as text.
+        score: The reward's score, before any missing-EOS penalty.
+    """
+
+    ids: Tensor
+    token_logps: Tensor
+    ended: bool
+    text: str
+    score: float
+
+
+class ReferenceCache:
+    """Keeps one completion of the reference for each prompt.
+
+    A prompt is known by its token ids, its raw form and its other columns, which reach the reward. In a folder each
+    process has a file of its own, `reference-<rank>.sqlite`; a run that is killed leaves it whole.
+
+    Args:
+        where: "memory", or a folder, which is made if there is none.
+        identity: All that the entries depend on besides the prompt.
+        rank: Number of the process.
+
+    Raises:
+        InputError: The folder cannot be used, or holds the entries of another identity.
+    """
+
+    def __init__(self, where: str, identity: dict[str, Any], rank: int = 0) -> None:
+        if not where:
+            raise InputError("model.reference_cache must be 'memory', a folder or null, but is empty")
+        self._store = _Memory() if where == "memory" else _File(Path(where), identity, rank)
+
+    def get(self, prompts: Prompts) -> list[Entry | None]:
+        """Return the entry of each prompt, None where there is none. Length B."""
+        return self._store.get(_keys(prompts))
+
+    def put(self, prompts: Prompts, completions: Completions, scores: Tensor) -> None:
+        """Keep the completions of B prompts; a prompt that has an entry already keeps that one.
+
+        Args:
+            prompts: B prompts.
+            completions: What the reference wrote for them.
+            scores: The reward's scores, before any missing-EOS penalty. (B,)
+        """
+        on_cpu, flags, numbers = completions.to("cpu"), completions.ended.tolist(), scores.tolist()
+        entries: dict[bytes, Entry] = {}
+        for row, key in enumerate(_keys(prompts)):
+            real = on_cpu.mask[row]
+            ids, logps = on_cpu.ids[row][real], on_cpu.token_logps[row][real]
+            entries.setdefault(key, Entry(ids, logps, flags[row], completions.texts[row], numbers[row]))
+        self._store.put(entries)
+
+
+def with_kept(fresh: Completions | None, kept: Sequence[Entry | None], device: torch.device) -> Completions:
+    """Complete what the reference has just written by what it wrote before.
+
+    Args:
+        fresh: Completions of the prompts without an entry, in their order; None where every prompt has one.
+        kept: The entry of each prompt, None where there is none. Length B.
+        device: Where the result goes.
+
+    Returns:
+        B completions.
+    """
+    known = [row for row, entry in enumerate(kept) if entry is not None]
+    missing = [row for row, entry in enumerate(kept) if entry is None]
+    recalled = [entry for entry in kept if entry is not None]
+    if fresh is None:
+        return _stacked(recalled).to(device)
+    return gather([fresh, _stacked(recalled).to(device)], [missing, known]) if recalled else fresh
+
+
+def _stacked(entries: Sequence[Entry]) -> Completions:
+    ids = torch.nn.utils.rnn.pad_sequence([entry.ids for entry in entries], batch_first=True)
+    logps = torch.nn.utils.rnn.pad_sequence([entry.token_logps for entry in entries], batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(entry.ids) for entry in entries])[:, None]
+    ended = torch.tensor([entry.ended for entry in entries])
+    return Completions(ids, mask, ended, tuple(entry.text for entry in entries), logps)
+
+
+def _keys(prompts: Prompts) -> list[bytes]:
+    """Hash all that tells one prompt from another, for each prompt."""
+    keys = []
+    for row, (ids, mask) in enumerate(zip(prompts.ids.cpu(), prompts.mask.cpu(), strict=True)):
+        columns = {name: values[row] for name, values in prompts.columns.items()}
+        keys.append(hashlib.sha256(as_json([ids[mask].tolist(), prompts.raw[row], columns]).encode()).digest())
+    return keys
+
+
+class _Memory:
+    """Entries in a dict."""
+
+    def __init__(self) -> None:
+        self._entries: dict[bytes, Entry] = {}
+
+    def get(self, keys: Sequence[bytes]) -> list[Entry | None]:
+        return [self._entries.get(key) for key in keys]
+
+    def put(self, entries: dict[bytes, Entry]) -> None:
+        for key, entry in entries.items():
+            self._entries.setdefault(key, entry)
+
+
+class _File:
+    """Entries in an SQLite file, which is opened for each batch anew, so that nothing is left open anywhere."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any], rank: int) -> None:
+        self.path = folder / f"reference-{rank}.sqlite"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"model.reference_cache: '{folder}' cannot be made a folder ({error})") from error
+        current = as_json(identity)
+        with self._open() as connection:
+            for table in _TABLES:
+                connection.execute(table)
+            connection.execute("INSERT OR IGNORE INTO meta VALUES ('identity', ?)", (current,))
+            (saved,) = connection.execute("SELECT value FROM meta WHERE name = 'identity'").fetchone()
+        differing = differences(json.loads(saved), json.loads(current))
+        if differing:
+            raise InputError(
+                f"model.reference_cache: the cache in '{folder}' was made with another {', '.join(differing)}; "
+                f"delete that folder's reference-*.sqlite, or give another folder"
+            )
+
+    def get(self, keys: Sequence[bytes]) -> list[Entry | None]:
+        select = "SELECT ids, token_logps, ended, text, score FROM entries WHERE key = ?"
+        with self._open() as connection:
+            rows = [connection.execute(select, (key,)).fetchone() for key in keys]
+        return [None if row is None else _entry(*row) for row in rows]
+
+    def put(self, entries: dict[bytes, Entry]) -> None:
+        rows = [
+            (
+                key,
+                entry.ids.numpy().tobytes(),
+                entry.token_logps.numpy().tobytes(),
+                entry.ended,
+                entry.text,
+                entry.score,
+            )
+            for key, entry in entries.items()
+        ]
+        with self._open() as connection:
+            connection.executemany("INSERT OR IGNORE INTO entries VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """Lend a connection; what is written comes into the file as a whole, or not at all."""
+        try:
+            with closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:
+                yield connection
+        except sqlite3.Error as error:
+            raise InputError(
+                f"model.reference_cache: '{self.path}' cannot be used ({error}); delete it, or give another folder"
+            ) from error
+
+
+def _entry(ids: bytes, token_logps: bytes, ended: int, text: str, score: float) -> Entry:
+    tokens = torch.frombuffer(bytearray(ids), dtype=torch.long)
+    logps = torch.frombuffer(bytearray(token_logps), dtype=torch.float32)
+    return Entry(tokens, logps, bool(ended), text, score)

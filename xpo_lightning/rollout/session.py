@@ -1,0 +1,141 @@
+"""Prompts that a model has read, ready to be continued: by sampling, or by scoring what another model wrote."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from xpo_lightning.anatomy import anatomy_of
+from xpo_lightning.attention import cache_dtype
+from xpo_lightning.batch import Completions, Prompts
+from xpo_lightning.cpu import linear
+from xpo_lightning.forward import last_features, positions_from
+from xpo_lightning.logps import logps_of
+from xpo_lightning.rollout.cache import RolloutCache, exchange
+
+
+class Session:
+    """A batch of prompts, read by a model whose prompts can be shared.
+
+    Rows live in the order of the prompts' lengths at first, and change places as they end; `places` tells the prompt of
+    each row.
+
+    Args:
+        model: A transformers causal language model in eval mode, on the device of the prompts.
+        prompts: B prompts.
+        room: Most tokens that will follow a prompt.
+        tokens_at_once: Most prompt tokens, padding included, that are read in one call.
+    """
+
+    def __init__(self, model: nn.Module, prompts: Prompts, room: int, tokens_at_once: int) -> None:
+        self.model, self.tokens_at_once = model, tokens_at_once
+        self.anatomy = anatomy_of(model)
+        self.given = prompts
+        order = sorted(range(len(prompts)), key=prompts.counts.__getitem__)
+        self.prompts = prompts.select(order)
+        self.places = torch.tensor(order, device=prompts.ids.device)
+        self.lengths = self.prompts.lengths
+        self.width = self.prompts.ids.shape[1]
+        self.cache = RolloutCache(len(prompts), self.width + room, cache_dtype(model))
+        _, mask = self.prompts.padded_right() if self.anatomy.pads_right else (None, self.prompts.mask)
+        self.mask = torch.nn.functional.pad(mask, (0, room), value=True)
+        self.first = torch.cat([self._read(rows) for rows in self._cut(self.prompts.counts)])  # (B, F)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Apply the vocabulary head to features (N, F) that lack it, for logits (N, V)."""
+        head = self.anatomy.head
+        return features if head is None else linear(features, head.weight, head.bias)
+
+    def advance(self, tokens: Tensor, step: int) -> Tensor:
+        """Append a token to each of the first rows.
+
+        Args:
+            tokens: Token ids. (N,)
+            step: How many tokens each has had before.
+
+        Returns:
+            The features that predict the next one. (N, F)
+        """
+        rows, end = slice(0, len(tokens)), self.width + step + 1
+        self._place(rows, 0, end - 1)
+        positions = self.lengths[rows, None] + step
+        return self._features(tokens[:, None], self.mask[rows, :end], positions, 1)[:, 0]
+
+    def retire(self, ended: Tensor) -> Tensor:
+        """Take the rows that have ended out of the batch; they change places with rows that go on.
+
+        Args:
+            ended: Whether each of the first rows has. (N,)
+
+        Returns:
+            Of each row that goes on, the place that it had before. (M,)
+        """
+        staying = int((~ended).sum())
+        order = torch.arange(staying, device=ended.device)
+        here, there = ended[:staying].nonzero()[:, 0], (~ended[staying:]).nonzero()[:, 0] + staying
+        if len(here):
+            self.cache.swap(here, there)
+            for state in (self.mask, self.lengths, self.places, self.first):
+                exchange(state, here, there)
+            order[here] = there
+        return order
+
+    def rest(self) -> None:
+        """Give back the memory of what was sampled, and keep what the prompts need to be continued again."""
+        self.cache.crop(self.width)
+
+    def logps(self, completions: Completions) -> Tensor:
+        """Score a completion of each prompt.
+
+        Args:
+            completions: B completions, in the order that the prompts were given in.
+
+        Returns:
+            Log-probability of each under the model, summed over its tokens, in nats. (B,)
+        """
+        own = completions.select(self.places.tolist())
+        sums = torch.empty(len(own), device=own.ids.device)
+        for rows in self._cut(own.counts):
+            part = own.select(range(rows.start, rows.stop))
+            features = self._continue(rows, part.ids[:, :-1], part.mask[:, :-1])
+            sums[rows] = logps_of(features, part, self.anatomy.head).sum(1)
+        return sums[self.places.argsort()]
+
+    def _continue(self, rows: slice, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the features that predict each token of some rows' completions, of shape (N, T, F)."""
+        first = self.first[rows, None]
+        if ids.shape[1] == 0:
+            return first
+        self._place(rows, 0, self.width)
+        seen = torch.cat([self.mask[rows, : self.width], mask], 1)
+        positions = self.lengths[rows, None] + torch.arange(ids.shape[1], device=ids.device)
+        return torch.cat([first, self._features(ids, seen, positions, ids.shape[1])], 1)
+
+    def _read(self, rows: slice) -> Tensor:
+        """Run some prompts; return the features of their last tokens, of shape (N, F)."""
+        some = self.prompts.select(range(rows.start, rows.stop))
+        width = some.ids.shape[1]
+        if not self.anatomy.pads_right:
+            self._place(rows, self.width - width, self.width - width)
+            return self._features(some.ids, some.mask, positions_from(some.mask), 1)[:, 0]
+        self._place(rows, 0, 0)
+        positions = torch.arange(width, device=some.ids.device).expand_as(some.ids)
+        features = self._features(some.padded_right()[0], None, positions, width)
+        return features.take_along_dim(some.lengths[:, None, None] - 1, 1)[:, 0]
+
+    def _place(self, rows: slice, begin: int, length: int) -> None:
+        self.cache.rows, self.cache.begin, self.cache.length = rows, begin, length
+
+    def _features(self, ids: Tensor, mask: Tensor | None, positions: Tensor, keep: int) -> Tensor:
+        head = self.anatomy.head
+        return last_features(self.model, ids, mask, positions, keep, cache=self.cache, head=head)
+
+    def _cut(self, widths: tuple[int, ...]) -> Iterator[slice]:
+        """Cut rows of these widths into runs whose padded size stays within `tokens_at_once`."""
+        start, widest = 0, 0
+        for row, width in enumerate(widths):
+            widest = max(widest, width)
+            if row > start and widest * (row + 1 - start) > self.tokens_at_once:
+                yield slice(start, row)
+                start, widest = row, width
+        yield slice(start, len(widths))
