@@ -30,12 +30,7 @@ Point = dict[str, Any]
 
 def main() -> None:
     """Measure every point, write the JSON file and the plot."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--plot", type=Path, default=Path("scaling.png"), help="the plot, as PNG")
-    parser.add_argument("--batch", type=int, default=BATCH, help="prompts of a step in the first two panels")
-    parser.add_argument("--options", type=json.loads, default={}, help="our module's further arguments, as JSON")
-    parser.add_argument("--quick", action="store_true", help="few small points: shows that it runs, measures nothing")
-    args = parser.parse_args()
+    args = _arguments()
     python = Path(sys.executable)
     assets = make_assets(python, SUITE, args)
     stream = token_stream(assets)
@@ -46,6 +41,15 @@ def main() -> None:
 
     save_plot(points, args.plot)
     print(f"{args.plot}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--plot", type=Path, default=Path("scaling.png"), help="the plot, as PNG")
+    parser.add_argument("--batch", type=int, default=BATCH, help="prompts of a step in the first two panels")
+    parser.add_argument("--options", type=json.loads, default={}, help="our module's further arguments, as JSON")
+    parser.add_argument("--quick", action="store_true", help="few small points: shows that it runs, measures nothing")
+    return parser.parse_args()
 
 
 def planned(batch: int, quick: bool) -> list[Point]:

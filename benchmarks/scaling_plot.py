@@ -38,9 +38,12 @@ def _draw(axes: Axes, panel: str, points: list[dict[str, Any]]) -> None:
     places = [point[panel] for point in points]
     seconds = [point["seconds_per_prompt"] for point in points]
     axes.plot(places, seconds, marker="o")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(places)
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    if panel == "batch":
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+    else:
+        axes.set_xlim(left=0)  # a cost that grows linearly is to look like a line
+    axes.set_xticks(places, [str(place) for place in places], rotation=45 if panel != "batch" else 0)
     axes.set_ylim(0, 1.15 * max(seconds))
     axes.set_xlabel(LABELS[panel])
     fixed = [f"{name} {points[0][name]}" for name in LABELS if name != panel]

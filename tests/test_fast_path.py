@@ -1,5 +1,6 @@
 """The fast path: the same numbers as the plain one, taken wherever it can be, and every phase there."""
 
+import platform
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -21,14 +22,23 @@ from conftest import (
 )
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from xpo_lightning import Pair, Sampling, SequenceClassifierReward, XPOLightningModule
+from xpo_lightning import cpu as cpu_module
 from xpo_lightning import head as head_module
 from xpo_lightning import logps as logps_module
 from xpo_lightning.adapters import adapters_cast
 from xpo_lightning.anatomy import PLAIN, anatomy_of, plainly
-from xpo_lightning.attention import attention
-from xpo_lightning.cpu import OneDNNLinear, prefers_onednn, speed_up_linears, threads_allowed
+from xpo_lightning.attention import attention, fast_attention
+from xpo_lightning.cpu import (
+    OneDNNLinear,
+    keep_memory,
+    limit_threads,
+    prefers_onednn,
+    speed_up_linears,
+    threads_allowed,
+)
 from xpo_lightning.head import head_logps
 from xpo_lightning.logps import pair_logps, shares_prompt
 from xpo_lightning.models import LoRASpec
@@ -253,6 +263,21 @@ def test_a_query_that_sees_nothing_does_not_spoil_the_others():
     torch.testing.assert_close(out[0, 0, 1], value[0, 0, 0])
 
 
+def test_somebody_elses_attention_is_left_in_its_place():
+    theirs = lambda *_, **__: None  # noqa: E731
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with fast_attention(), fast_attention():
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not own
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = theirs
+    try:
+        with fast_attention():
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is theirs
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is theirs
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = own
+
+
 @torch.no_grad()
 def test_bfloat16_logps_are_as_close_to_float32_as_transformers_own(load_model: LoadModel):
     """Root mean square over 10 completions of up to 9 tokens, against the same weights in float32."""
@@ -302,6 +327,25 @@ def test_onednn_linear_equals_torchs(inputs: int, outputs: int):
         (swapped[0].bias.grad, plain.bias.grad),
     ):
         torch.testing.assert_close(one, other)
+
+
+def test_freed_memory_stays_with_glibc():
+    assert keep_memory() == (platform.libc_ver()[0] == "glibc")
+    blocks = [torch.zeros(2**22) for _ in range(4)]
+    del blocks
+    assert torch.zeros(2**22).sum() == 0
+
+
+@pytest.mark.parametrize("set_by_user", [False, True])
+def test_threads_are_limited_unless_the_user_says_how_many(monkeypatch: pytest.MonkeyPatch, set_by_user: bool):
+    asked: list[int] = []
+    monkeypatch.setattr(cpu_module, "threads_allowed", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if set_by_user:
+        monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    limit_threads()
+    assert asked == ([] if set_by_user else [3])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Each command and each Python example of README and docs is parsed or run."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -13,7 +14,11 @@ import torch
 from test_configs import parse
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BENCHMARKS = ROOT / "benchmarks"
+PAGES = [
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", BENCHMARKS / "README.md"),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 TEST_LINE = "pip install -q -c constraints.txt -e '.[dev]' && python -m pytest -q -n 2"
 
 
@@ -74,6 +79,10 @@ def test_command_is_one_that_works(command, monkeypatch, capsys, tmp_path):
     elif words[:2] == ["python", "-m"]:
         done = subprocess.run([sys.executable, "-m", words[2], "--help"], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+    elif words[0] == "python" and words[1].startswith("benchmarks/"):
+        monkeypatch.syspath_prepend(BENCHMARKS)
+        monkeypatch.setattr(sys, "argv", words[1:])
+        importlib.import_module(Path(words[1]).stem)._arguments()
     else:
         assert words[0] in {"ruff", "mypy", "codespell", "pre-commit", "source", "python3", "bash", "git", "cd"}, (
             command

@@ -31,6 +31,7 @@ class Anatomy:
     pads_right: bool
 
 
+_FAILURES = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 PLAIN = Anatomy(head=None, shares_prompt=False, pads_right=False)
 _known: "weakref.WeakKeyDictionary[nn.Module, Anatomy]" = weakref.WeakKeyDictionary()
 
@@ -69,7 +70,7 @@ def _examine(model: nn.Module) -> Anatomy:
             head = _plain_head(model, device)
             found = replace(PLAIN, head=head, pads_right=head is not None and not has_window(model))
             reason = _cannot_share(model, found, device)
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except _FAILURES as error:
             found, reason = PLAIN, f"{type(error).__name__}: {error}"
     if reason is not None:
         rank_zero_info(f"{type(base_of(model)).__name__}: each prompt is computed once a completion ({reason:.200})")

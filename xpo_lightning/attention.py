@@ -24,11 +24,14 @@ HIDDEN = -1e30
 @contextmanager
 def fast_attention() -> Iterator[None]:
     """Put our attention in the place of the one that transformers calls `sdpa`, for a while."""
+    if not _is_transformers_own():
+        yield
+        return
     ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_forward
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = _transformers
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -54,7 +57,7 @@ def cache_dtype(model: nn.Module) -> torch.dtype | None:
     On a CPU each step would otherwise convert them to float32 again.
     """
     config: Any = getattr(model, "config", None)
-    replaced = getattr(config, "_attn_implementation", None) == "sdpa"
+    replaced = getattr(config, "_attn_implementation", None) == "sdpa" and _is_transformers_own()
     return torch.float32 if replaced and next(model.parameters()).device.type == "cpu" else None
 
 
@@ -74,7 +77,8 @@ def _attention_forward(
     if query.device.type != "cpu" or query.dtype != torch.bfloat16:
         return _transformers(module, query, key, value, *rest, **kwargs)
     if query.shape[2] == 1:  # a product with a vector is fast in float32 alone
-        out, _ = _transformers(module, query.float(), key.float(), value.float(), *rest, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            out, _ = _transformers(module, query.float(), key.float(), value.float(), *rest, **kwargs)
         return out.to(query.dtype), None
     key, value = key.to(query.dtype), value.to(query.dtype)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -91,6 +95,11 @@ def _attention_forward(
 
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "sliding_window", "cache_position"}
 _transformers = sdpa_attention_forward
+
+
+def _is_transformers_own() -> bool:
+    """Tell whether nobody, ourselves included, has put another attention in its place."""
+    return ALL_ATTENTION_FUNCTIONS["sdpa"] is _transformers
 
 
 class _Attention(torch.autograd.Function):

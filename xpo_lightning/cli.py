@@ -16,6 +16,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import xpo_lightning.callbacks
 import xpo_lightning.rewards
 from xpo_lightning.callbacks.predictions import PredictionsWriter
+from xpo_lightning.cpu import limit_threads
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.errors import InputError
 from xpo_lightning.module import XPOLightningModule
@@ -110,6 +111,7 @@ def main(args: ArgsType = None) -> None:
     """
     # Lightning 2.6 warns of its own use of torch; nothing that a user could change.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    limit_threads()
     try:
         with _explaining_trainer_errors():
             XPOCLI(args)

@@ -58,6 +58,12 @@ def threads_allowed(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return threads
 
 
+def limit_threads() -> None:
+    """Run no more threads than `threads_allowed`, unless the user has said how many."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads_allowed())
+
+
 @functools.cache
 def prefers_onednn() -> bool:
     """Tell whether oneDNN multiplies float32 matrices faster here than MKL, torch's own choice.

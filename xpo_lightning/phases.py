@@ -38,6 +38,7 @@ class PhaseTimer:
             yield
             end.record()
             self._pending.append((phase, start, end))
+            self._add_up(finished_only=True)
         else:
             begun = time.perf_counter()
             yield
@@ -45,10 +46,7 @@ class PhaseTimer:
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each phase since the last reset."""
-        for phase, start, end in self._pending:
-            end.synchronize()
-            self._seconds[phase] += start.elapsed_time(end) / 1000
-        self._pending.clear()
+        self._add_up(finished_only=False)
         return dict(self._seconds)
 
     def reset(self) -> None:
@@ -56,3 +54,10 @@ class PhaseTimer:
         self.counts.clear()
         self._seconds.clear()
         self._pending.clear()
+
+    def _add_up(self, finished_only: bool) -> None:
+        """Add the phases that the device has gone through, so that they do not pile up where nobody asks."""
+        while self._pending and (not finished_only or self._pending[0][2].query()):
+            phase, start, end = self._pending.pop(0)
+            end.synchronize()
+            self._seconds[phase] += start.elapsed_time(end) / 1000
