@@ -1,16 +1,19 @@
 """`CompletionsTable`: what the policy writes, beside the reference, after each validation."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import rich
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.table import Table
 from rich.text import Text
 
 from xpo_lightning.batch import Experience
 from xpo_lightning.callbacks.rows import Row, append_rows, open_text, pair_rows, prompt_text
-from xpo_lightning.callbacks.run import FileWriter, counts_as_validation, is_fast_dev_run
+from xpo_lightning.callbacks.run import FileWriter, counts_as_validation, folder_id, goes_on_in, is_fast_dev_run
 from xpo_lightning.errors import InputError
 
 FILE_NAME = "completions.jsonl"
@@ -21,8 +24,8 @@ PROMPT_TAIL, COMPLETION_HEAD = 120, 400
 class CompletionsTable(FileWriter):
     """Shows the first held-out prompts with both completions and their scores after each validation.
 
-    The file is `completions.jsonl` in the run's folder, one line a prompt and validation. It is only ever appended to:
-    a resumed run goes on where it was. `step` counts optimizer steps.
+    The file is `completions.jsonl` in the run's folder, one line a prompt and validation. It is only ever appended to;
+    a run that is resumed in its folder first drops the lines after its checkpoint. `step` counts optimizer steps.
 
     Args:
         every_n_validations: Show the first validation and every n-th after it. The sanity check counts as one if it
@@ -50,12 +53,32 @@ class CompletionsTable(FileWriter):
         self._due = False
         self._shown: list[Row] = []
 
+    @property
+    def state_key(self) -> str:
+        """Tell a table that writes the file from one that does not."""
+        return self._generate_state_key(file=self.file)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many validations there were, and how long the file is."""
+        size = self._path.stat().st_size if self._path.exists() else 0
+        return {"validations": self._validations, "folder": folder_id(self.folder), "bytes": size}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on from there in a run that is resumed; a validation or prediction is another run."""
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._validations = state["validations"]
+        if self.file and trainer.is_global_zero and goes_on_in(self.folder, state["folder"], trainer):
+            _cut(self._path, state["bytes"])
+            if self._path.exists():
+                self.written["completions"] = self._path
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide whether this validation is shown."""
         self._shown, self._due = [], False
         if counts_as_validation(trainer):
             self._due = trainer.is_global_zero and self._validations % self.every_n_validations == 0
-            self._validations += 1
 
     def on_validation_batch_end(
         self,
@@ -74,19 +97,33 @@ class CompletionsTable(FileWriter):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show them."""
+        if counts_as_validation(trainer):
+            self._validations += 1  # Not before: a validation that breaks off is run again by a resumed run.
         if not self._shown:
             return
         step = trainer.global_step
         if self.terminal:
             rich.get_console().print(_terminal_table(self._shown, step))
         if self.file and not is_fast_dev_run(trainer):
-            path = self.folder / FILE_NAME
-            with open_text(path, "a") as file:
+            with open_text(self._path, "a") as file:
                 append_rows(file, [{"step": step, **row} for row in self._shown])
-            self.written["completions"] = path
+            self.written["completions"] = self._path
         if self.logger:
             for logger in trainer.loggers:
                 _log_table(logger, self._shown, step)
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / FILE_NAME
+
+
+def _cut(path: Path, size: int) -> None:
+    """Shorten a file, if it is longer; one without content goes."""
+    if path.exists() and path.stat().st_size > size:
+        if size:
+            os.truncate(path, size)
+        else:
+            path.unlink()
 
 
 def _terminal_table(rows: list[Row], step: int) -> Table:

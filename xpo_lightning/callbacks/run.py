@@ -15,6 +15,23 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
+def folder_id(folder: str | Path) -> str:
+    """Name a folder for `goes_on_in`."""
+    return str(Path(folder).resolve())
+
+
+def goes_on_in(folder: str | Path, saved: str, trainer: Trainer) -> bool:
+    """Tell whether a resumed run goes on in the folder it had when its checkpoint was written.
+
+    Args:
+        folder: A folder of the run as it is now.
+        saved: `folder_id` of the same at that time.
+        trainer: Knows where the checkpoint is: a folder may have been moved with the checkpoint in it.
+    """
+    here = Path(folder).resolve()
+    return saved == str(here) or here in Path(trainer.ckpt_path or "").resolve().parents
+
+
 def is_fast_dev_run(trainer: Trainer) -> bool:
     """Tell whether this is `trainer.fast_dev_run`, which leaves no files."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """`RunSummary`: where everything is, and what came of it."""
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -15,7 +16,8 @@ class RunSummary(Callback):
     """Prints where the files of a finished training run are, and how the held-out win rate and KL changed.
 
     Its place among the callbacks does not matter: it prints in `teardown`, which Lightning calls after every callback
-    has seen the end of training. A run that fails or is interrupted has no summary.
+    has seen the end of training. A run that fails or is interrupted has no summary; one that is resumed compares with
+    the first validation there ever was.
     """
 
     def __init__(self) -> None:
@@ -27,6 +29,14 @@ class RunSummary(Callback):
         self.folder = run_folder(trainer)
         if stage == "fit":
             self._first, self._last = {}, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the first and the last validation."""
+        return {"first": self._first, "last": self._last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them up again."""
+        self._first, self._last = state_dict["first"], state_dict["last"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the first and the last validation of the run."""
