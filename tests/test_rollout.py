@@ -38,13 +38,13 @@ def roll(
     model: nn.Module, prompts: Prompts, eos: list[int] | None = None, rows: int | None = None, **settings: Any
 ) -> Completions:
     """Sample with a fresh source of randomness; `seed` chooses it."""
-    generator = noise(settings.pop("seed", 0))
+    source = noise(settings.pop("seed", 0))
     tokenizer = settings.pop("tokenizer", None) or make_tokenizer()
-    return LocalRollout(tokenizer, Sampling(**settings), eos or [], rows)(model, prompts, generator)
+    return LocalRollout(tokenizer, Sampling(**settings), eos or [], rows)(model, prompts, source)
 
 
 def uniforms(rows: int) -> Tensor:
-    return torch.rand(rows, dtype=torch.float64, generator=noise())
+    return noise().uniforms(rows, 1)[:, 0]
 
 
 def rows_of(completions: Completions) -> list[list[int]]:

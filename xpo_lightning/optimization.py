@@ -1,5 +1,6 @@
 """The optimizer, its learning rate over steps, and the length of a run."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from xpo_lightning.batch import Experience
 from xpo_lightning.errors import InputError
+from xpo_lightning.identity import as_json, import_path
+from xpo_lightning.rollout.noise import Noise
 from xpo_lightning.schedules import LearningRateShape, learning_rate_factor
 
 DEFAULT_LEARNING_RATE = 5e-7
@@ -43,7 +46,7 @@ class Optimization:
             raise InputError(f"model.warmup_ratio must be at least 0 and below 1, but is {self.warmup_ratio}")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise InputError(f"model.warmup_steps must be at least 0, but is {self.warmup_steps}")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise InputError(f"model.max_grad_norm must be above 0 or null, but is {self.max_grad_norm}")
         if self.learning_rate is not None and self.learning_rate < 0:
             raise InputError(f"model.learning_rate must be at least 0, but is {self.learning_rate}")
@@ -82,9 +85,46 @@ class Optimization:
             raise InputError("model.lr_scheduler: ReduceLROnPlateau needs a metric at each step; it is not supported")
         return optimizer, scheduler
 
+    def identity(self, trained: list[nn.Parameter]) -> dict[str, Any]:
+        """Tell what must be the same when a run is resumed, because the saved state has no meaning without it.
+
+        A scheduler other than the built-in one keeps its settings, and those of the optimizer that it changes, in its
+        state, where they would win over the configuration; so all of them are in it.
+        """
+        optimizer, scheduler = self.build(trained)
+        own = isinstance(scheduler, WarmupThenDecay)
+        groups = [_settings(group, flags_only=own) for group in optimizer.param_groups]
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        described = {"class": import_path(type(optimizer)), "weights": sizes, "groups": groups}
+        named: dict[str, Any] = {"optimizer": described}
+        if not own:
+            named["lr_scheduler"] = {"class": import_path(type(scheduler)), **scheduler.state_dict()}
+        return {"model": json.loads(as_json(named))}
+
+    def take_settings(self, optimizer: Optimizer, scheduler: LRScheduler) -> None:
+        """Give an optimizer whose state was loaded the settings of the configuration: it has those of the checkpoint.
+
+        The learning rate is left to the scheduler.
+        """
+        if not isinstance(scheduler, WarmupThenDecay):
+            return
+        fresh, _ = self.build([weight for group in optimizer.param_groups for weight in group["params"]])
+        for group, configured in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+            group.update(_settings(configured))
+
     def clip(self, trained: list[nn.Parameter]) -> Tensor:
         """Scale gradients down to `max_grad_norm` and return their norm before that."""
         return clip_grad_norm_(trained, math.inf if self.max_grad_norm is None else self.max_grad_norm)
+
+
+def _settings(group: dict[str, Any], flags_only: bool = False) -> dict[str, Any]:
+    """Return the settings of a group of weights, its learning rate left out."""
+    left_out = {"params", "lr"}
+    return {
+        name: value
+        for name, value in group.items()
+        if name not in left_out and (isinstance(value, bool) or not flags_only)
+    }
 
 
 @contextmanager
@@ -123,16 +163,21 @@ class UpdatePlan:
         """Optimizer steps a batch that has at least as many pairs."""
         return self.updates_per_rollout * self.epochs_per_rollout
 
-    def __call__(self, experience: Experience, noise: torch.Generator) -> Iterator[list[list[int]]]:
+    def __call__(self, experience: Experience, noise: Noise) -> Iterator[list[list[int]]]:
         """Yield the micro-batches of each optimizer step; several steps a pass share the pairs out at random."""
         pairs = len(experience)
         for _ in range(self.epochs_per_rollout):
             rows = list(range(pairs))
             if self.updates_per_rollout > 1:
-                rows = torch.randperm(pairs, generator=noise, device=noise.device).tolist()
+                rows = noise.permutation(pairs)
             steps = min(self.updates_per_rollout, pairs)
             for step in range(steps):
                 yield self.micro_batches(experience, rows[step * pairs // steps : (step + 1) * pairs // steps])
+
+    def batches(self, experience: Experience, noise: Noise) -> Iterator[list[Experience]]:
+        """Yield the pairs themselves in place of their rows."""
+        for micro_batches in self(experience, noise):
+            yield [experience.select(rows) for rows in micro_batches]
 
     def micro_batches(self, experience: Experience, rows: Sequence[int] | None = None) -> list[list[int]]:
         """Put pairs of similar length together, the longest first: memory runs out at once or never.

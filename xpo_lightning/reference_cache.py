@@ -5,7 +5,7 @@ import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,19 @@ class ReferenceCache:
             entries.setdefault(key, Entry(ids, logps, flags[row], completions.texts[row], numbers[row]))
         self._store.put(entries)
 
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs in order to know what this one knows: plain values and tensors."""
+        return self._store.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go back to a state: a folder loses what was kept in it since."""
+        self._store.load_state(state)
+
+
+def missing_rows(kept: Sequence[Entry | None]) -> list[int]:
+    """Return the rows that have no entry."""
+    return [row for row, entry in enumerate(kept) if entry is None]
+
 
 def with_kept(fresh: Completions | None, kept: Sequence[Entry | None], device: torch.device) -> Completions:
     """Complete what the reference has just written by what it wrote before.
@@ -96,11 +109,10 @@ def with_kept(fresh: Completions | None, kept: Sequence[Entry | None], device: t
         B completions.
     """
     known = [row for row, entry in enumerate(kept) if entry is not None]
-    missing = [row for row, entry in enumerate(kept) if entry is None]
     recalled = [entry for entry in kept if entry is not None]
     if fresh is None:
         return _stacked(recalled).to(device)
-    return gather([fresh, _stacked(recalled).to(device)], [missing, known]) if recalled else fresh
+    return gather([fresh, _stacked(recalled).to(device)], [missing_rows(kept), known]) if recalled else fresh
 
 
 def _stacked(entries: Sequence[Entry]) -> Completions:
@@ -132,6 +144,12 @@ class _Memory:
     def put(self, entries: dict[bytes, Entry]) -> None:
         for key, entry in entries.items():
             self._entries.setdefault(key, entry)
+
+    def state(self) -> dict[str, Any]:
+        return {"entries": {key.hex(): asdict(entry) for key, entry in self._entries.items()}}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._entries = {bytes.fromhex(key): Entry(**entry) for key, entry in state.get("entries", {}).items()}
 
 
 class _File:
@@ -176,6 +194,16 @@ class _File:
         ]
         with self._open() as connection:
             connection.executemany("INSERT OR IGNORE INTO entries VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+    def state(self) -> dict[str, Any]:
+        with self._open() as connection:
+            (last,) = connection.execute("SELECT COALESCE(MAX(rowid), 0) FROM entries").fetchone()
+        return {"last": last}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if "last" in state:
+            with self._open() as connection:
+                connection.execute("DELETE FROM entries WHERE rowid > ?", (state["last"],))
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:

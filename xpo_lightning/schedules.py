@@ -43,6 +43,7 @@ class Constant(Schedule):
     """
 
     def __init__(self, value: float) -> None:
+        _check_finite(value=value)
         self.value = value
 
     def __call__(self, progress: Progress) -> float:
@@ -59,7 +60,9 @@ class PerEpoch(Schedule):
 
     def __init__(self, values: list[float]) -> None:
         if not values:
-            raise InputError("a per-epoch list of values must not be empty")
+            raise InputError("the per-epoch list of values of a schedule (model.alpha, model.beta) must not be empty")
+        for value in values:
+            _check_finite(values=value)
         self.values = [float(value) for value in values]
 
     def __call__(self, progress: Progress) -> float:
@@ -79,6 +82,7 @@ class Linear(Schedule):
     def __init__(self, start: float, end: float, steps: int | None = None) -> None:
         if steps is not None and steps < 1:
             raise InputError(f"steps of a schedule (model.alpha, model.beta) must be at least 1, but is {steps}")
+        _check_finite(start=start, end=end)
         self.start, self.end, self.steps = start, end, steps
 
     def __call__(self, progress: Progress) -> float:
@@ -98,10 +102,20 @@ class Cosine(Linear):
         return (1 - math.cos(math.pi * share)) / 2
 
 
-def as_schedule(value: float | list[float] | Schedule) -> Schedule:
-    """Turn a number, or a list with one number an epoch, into a schedule."""
+def as_schedule(value: float | list[float] | Schedule, key: str = "model.alpha") -> Schedule:
+    """Turn a number, or a list with one number an epoch, into a schedule.
+
+    Args:
+        value: A number, one number an epoch, or a schedule, which is not looked into.
+        key: The configuration key that holds it, for the error.
+
+    Raises:
+        InputError: A number is not finite, or the list is empty.
+    """
     if isinstance(value, Schedule):
         return value
+    if value == [] or not all(map(math.isfinite, _numbers(value))):
+        raise InputError(f"{key} must be a finite number, or a list of them, one an epoch, but is {value}")
     if isinstance(value, list):
         return PerEpoch(value)
     return Constant(float(value))
@@ -115,12 +129,21 @@ def as_positive_schedule(value: float | list[float] | Schedule, key: str) -> Sch
         key: The configuration key that holds it, for the error.
 
     Raises:
-        InputError: A number is not above 0.
+        InputError: A number is not finite or not above 0, or the list is empty.
     """
-    numbers = value if isinstance(value, list) else [] if isinstance(value, Schedule) else [value]
-    if any(number <= 0 for number in numbers):
+    if any(number <= 0 for number in _numbers(value)):
         raise InputError(f"{key} must be above 0, but is {value}")
-    return as_schedule(value)
+    return as_schedule(value, key)
+
+
+def _numbers(value: float | list[float] | Schedule) -> list[float]:
+    return value if isinstance(value, list) else [] if isinstance(value, Schedule) else [value]
+
+
+def _check_finite(**arguments: float) -> None:
+    for name, value in arguments.items():
+        if not math.isfinite(value):
+            raise InputError(f"{name} of a schedule (model.alpha, model.beta) must be finite, but is {value}")
 
 
 LearningRateShape = Literal["linear", "cosine", "constant"]

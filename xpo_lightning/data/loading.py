@@ -3,7 +3,9 @@
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from itertools import islice
 from typing import Any
 
 import torch
@@ -36,6 +38,14 @@ class PromptDataset(Dataset[Sample]):
     def __len__(self) -> int:
         """Return the number of prompts."""
         return len(self._kept)
+
+    def fingerprint(self) -> str:
+        """Hash the token ids of all prompts, in their order."""
+        digest = sha256()
+        for _, ids in self._kept:
+            digest.update(len(ids).to_bytes(4, "little"))
+            digest.update(ids)
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> Sample:
         """Return one prompt; a copy, since a reward function may write to what it is given."""
@@ -80,23 +90,56 @@ class PromptStream(IterableDataset[Sample]):
                 yield turn[self.share.rank]
 
 
-class StreamLoader(DataLoader[Sample]):
-    """Loads a `PromptStream`, in another order each epoch.
+class TrainingLoader(DataLoader[Sample]):
+    """Loads training prompts, each epoch in an order of its own, and goes on in the middle of an epoch when resumed.
 
-    Lightning tells epochs to samplers only, and a stream has none; so the loader asks.
+    Attributes:
+        position: Tells the epoch, the first of its batches to load, and the batch before which to stop, if any. It is
+            asked at the first batch of a pass, when a run that is resumed has its counters back.
     """
 
-    stream: PromptStream
-    current_epoch: Callable[[], int]
+    position: Callable[[], tuple[int, int, int | None]]
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Start a pass."""
-        self.stream.epoch = self.current_epoch()
+        """Start a pass, or go on with one."""
+        epoch, first, last = self.position()
+        self._set_epoch(epoch, first)
+        done = first
         try:
-            yield from super().__iter__()
+            for batch in islice(super().__iter__(), *self._left(first, last)):
+                done += 1
+                yield batch
         except InputError as error:
-            # From a worker process, it arrives with the worker's traceback in the message.
-            raise InputError(str(error).strip().rpartition(f"{InputError.__name__}: ")[2]) from error
+            raise InputError(_without_traceback(str(error))) from error
+        if done == 0 and self.drop_last and last != 0:
+            raise InputError(f"data.drop_last: no prompts make a whole batch of data.batch_size={self.batch_size}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the position is the trainer's. Lightning asks, to know that the loader can be resumed."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing; see `state_dict`."""
+
+    def _set_epoch(self, epoch: int, first: int) -> None:
+        if isinstance(self.dataset, PromptStream):
+            self.dataset.epoch = epoch
+        elif isinstance(self.sampler, PromptOrder):
+            self.sampler.set_epoch(epoch)
+            self.sampler.skipped = first * (self.batch_size or 1)
+
+    def _left(self, first: int, last: int | None) -> tuple[int, int | None]:
+        """Tell which batches to take: a stream begins at its beginning, an order where it goes on."""
+        if isinstance(self.dataset, PromptStream):
+            return first, last
+        return 0, None if last is None else max(last - first, 0)
+
+
+def _without_traceback(message: str) -> str:
+    """Take the message itself from one that a worker process sent with its traceback."""
+    if "Original Traceback" not in message:
+        return message
+    return message.strip().partition(f"\n{InputError.__module__}.{InputError.__name__}: ")[2] or message
 
 
 @dataclass(frozen=True)
@@ -122,26 +165,40 @@ class Batching:
     drop_last: bool
 
     def for_training(
-        self, prompts: PromptDataset | PromptStream, share: Share, current_epoch: Callable[[], int]
+        self, prompts: PromptDataset | PromptStream, share: Share, position: Callable[[], tuple[int, int, int | None]]
     ) -> DataLoader[Sample]:
-        """Load training prompts."""
+        """Load training prompts; `position` is that of `TrainingLoader`."""
         if isinstance(prompts, PromptStream):
             stream = replace(prompts, seed=self.seed, buffer=self.buffer if self.shuffle else 1, share=share)
-            loader = StreamLoader(stream, batch_size=self.size, drop_last=self.drop_last, **self._common())
-            loader.stream, loader.current_epoch = stream, current_epoch
+            loader = TrainingLoader(stream, batch_size=self.size, drop_last=self.drop_last, **self._common())
+            loader.position = position
             return loader
         order = PromptOrder(prompts, share.num_replicas, share.rank, self.shuffle, self.seed)
         if self.drop_last and len(order) < self.size:
             raise InputError(
                 f"data.drop_last: {len(order)} prompts make no whole batch of data.batch_size={self.size}; lower it"
             )
-        return DataLoader(prompts, batch_size=self.size, sampler=order, drop_last=self.drop_last, **self._common())
+        loader = TrainingLoader(
+            prompts, batch_size=self.size, sampler=order, drop_last=self.drop_last, **self._common()
+        )
+        loader.position = position
+        return loader
 
     def in_order(self, prompts: PromptDataset | PromptStream, share: Share) -> DataLoader[Sample]:
         """Load prompts in their own order; Lightning shares indexed ones out among processes."""
         if isinstance(prompts, PromptStream):
             prompts = replace(prompts, share=share)
         return DataLoader(prompts, batch_size=self.eval_size, **self._common())
+
+    def identity(self, prompts: PromptDataset | PromptStream, share: Share) -> dict[str, Any]:
+        """Tell what the order of the training prompts depends on, in plain values."""
+        settings = asdict(self)
+        batch_size, _, num_workers = (settings.pop(name) for name in ("size", "eval_size", "num_workers"))
+        named = {"batch_size": batch_size, **settings, "processes": share.num_replicas}
+        if isinstance(prompts, PromptStream):  # Each worker makes batches of its own share.
+            return {**named, "num_workers": num_workers}
+        named.pop("buffer")
+        return {**named, "prompts": len(prompts), "token_ids": prompts.fingerprint()}
 
     def _common(self) -> dict[str, Any]:
         # Without a generator of its own, a loader draws from the global one at the start of each pass.

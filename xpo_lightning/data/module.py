@@ -15,7 +15,9 @@ from xpo_lightning.data.options import DEFAULT_BUFFER, check_at_least, check_str
 from xpo_lightning.data.order import Share
 from xpo_lightning.data.reading import Source, Stream, read, stream
 from xpo_lightning.errors import InputError
+from xpo_lightning.identity import differences
 from xpo_lightning.prompts import Truncation
+from xpo_lightning.standing import position
 
 Role = Literal["training", "validation"]
 
@@ -122,9 +124,7 @@ class PromptDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return the training prompts, in a new order each epoch if `shuffle`."""
-        return self.batching.for_training(
-            self._prompts["training"], self._share(), lambda: getattr(self.trainer, "current_epoch", 0)
-        )
+        return self.batching.for_training(self._prompts["training"], self._share(), lambda: position(self.trainer))
 
     def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
         """Return the validation prompts in order; an empty list where there are none."""
@@ -134,6 +134,27 @@ class PromptDataModule(LightningDataModule):
         """Return the validation prompts, or where there are none the training prompts, in order."""
         role: Role = "validation" if self.has_validation else "training"
         return self.batching.in_order(self._prompts[role], self._share())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the order of the training prompts depends on; the position in it is the trainer's."""
+        prompts = self._prompts.get("training")
+        return {} if prompts is None else {"data": self.batching.identity(prompts, self._share())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with other training prompts, or in another order, than the checkpoint's run.
+
+        Raises:
+            InputError: Some setting differs.
+        """
+        prompts = self._prompts.get("training")
+        if prompts is None or self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        changed = differences(state_dict, self.state_dict())
+        if changed:
+            raise InputError(
+                f"ckpt_path: the checkpoint's run had another {', '.join(changed)}; its place among the prompts has no "
+                f"meaning here. Resume with the settings and the data that it had"
+            )
 
     def _take_encoder(self) -> None:
         encoder = getattr(getattr(self.trainer, "lightning_module", None), "prompt_encoder", None)

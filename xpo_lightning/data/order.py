@@ -30,14 +30,20 @@ class PromptOrder(DistributedSampler[int]):
     Processes take turns, so that their batches together are those of one process with the larger batch. Lightning calls
     `set_epoch` before each epoch. It leaves a `DistributedSampler` alone, where it would replace another sampler by one
     that shuffles by a seed of its own, asked or not.
+
+    Attributes:
+        skipped: How many of this process's prompts the next pass leaves out; a resumed run has had them.
     """
+
+    skipped: int = 0
 
     def __iter__(self) -> Iterator[int]:
         """Start a pass over this process's share; the first prompts fill up what is missing to equal shares."""
         order = list(range(len(cast(Sized, self.dataset))))
         if self.shuffle:
             epoch_generator(self.seed, self.epoch).shuffle(order)
-        return islice(cycle(order), self.rank, self.total_size, self.num_replicas)
+        begin = self.rank + self.skipped * self.num_replicas
+        return islice(cycle(order), begin, max(begin, self.total_size), self.num_replicas)
 
 
 def epoch_generator(seed: int, epoch: int) -> random.Random:

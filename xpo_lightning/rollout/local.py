@@ -1,17 +1,20 @@
 """Sampling completions with the model at hand, in this process."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from xpo_lightning.adapters import adapters_cast
+from xpo_lightning.anatomy import anatomy_of
 from xpo_lightning.batch import Completions, Prompts, cut
 from xpo_lightning.errors import InputError
 from xpo_lightning.forward import evaluating
+from xpo_lightning.head import apply_head
 from xpo_lightning.logps import shares_prompt
 from xpo_lightning.rollout.cache import most_rows
+from xpo_lightning.rollout.noise import Noise
 from xpo_lightning.rollout.plain import PlainSession
 from xpo_lightning.rollout.sampling import Sampling, TokenSampler
 from xpo_lightning.rollout.session import Session
@@ -31,6 +34,7 @@ class LocalRollout:
         eos_token_ids: Token ids that end a completion.
         rows_at_once: Most prompts that are decoded together; None is all of them, or on a CPU, where many are no
             faster, `most_rows`. Less needs less memory.
+        check: Called before each token; may raise, to break a rollout off.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class LocalRollout:
         sampling: Sampling,
         eos_token_ids: list[int],
         rows_at_once: int | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         if rows_at_once is not None and rows_at_once < 1:
             raise InputError(f"model.rollout_batch_size must be at least 1 or null, but is {rows_at_once}")
@@ -46,23 +51,24 @@ class LocalRollout:
         self.sampling = sampling
         self.eos_token_ids = eos_token_ids
         self.rows_at_once = rows_at_once
+        self.check = check
         self.sampler = TokenSampler(sampling)
         self.stops = StopStringCriteria(tokenizer, sampling.stop_strings) if sampling.stop_strings else None
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, prompts: Prompts, generator: torch.Generator) -> Completions:
+    def __call__(self, model: nn.Module, prompts: Prompts, noise: Noise) -> Completions:
         """Sample one completion for each prompt.
 
         Args:
             model: A transformers causal language model on the device of the prompts; its train and eval modes are left
                 as they were.
             prompts: B prompts.
-            generator: Source of randomness, on the device of the prompts.
+            noise: Source of the randomness.
 
         Returns:
             B completions, with the model's own log-probabilities of their tokens.
         """
-        uniforms, parts = self.uniforms(prompts, generator), []
+        uniforms, parts = self.uniforms(prompts, noise), []
         groups = self.groups(prompts, model)
         with evaluating(model), adapters_cast(model):
             for rows in groups:
@@ -78,14 +84,13 @@ class LocalRollout:
             most = most_rows(model, prompts.ids.shape[1] + self.sampling.max_new_tokens)
         return [list(rows) for rows in cut(order, most)]
 
-    def uniforms(self, prompts: Prompts, generator: torch.Generator) -> Tensor:
+    def uniforms(self, prompts: Prompts, noise: Noise) -> Tensor:
         """Draw all the randomness of a rollout beforehand, so that no row's depends on the rows beside it.
 
         Returns:
             Numbers in [0, 1), float64. (B, max_new_tokens)
         """
-        shape = (len(prompts), self.sampling.max_new_tokens)
-        return torch.rand(shape, dtype=torch.float64, generator=generator, device=prompts.ids.device)
+        return noise.uniforms(len(prompts), self.sampling.max_new_tokens).to(prompts.ids.device)
 
     def open(self, model: nn.Module, prompts: Prompts) -> Session | PlainSession:
         """Let a model, which must be in eval mode, read prompts."""
@@ -107,11 +112,13 @@ class LocalRollout:
         written = _Written(len(uniforms), self.sampling.max_new_tokens, uniforms.device)
         eos = torch.tensor(self.eos_token_ids, dtype=torch.long, device=uniforms.device)
         context = self._context(session)
+        head = anatomy_of(session.model).head
         features, active = session.first, len(uniforms)
         for step in range(self.sampling.max_new_tokens):
+            self.check()
             places = session.places[:active]
             so_far = torch.cat([context[places], written.tokens[places, :step]], 1)
-            token, logp = self.sampler(session.logits(features), so_far, uniforms[places, step])
+            token, logp = self.sampler(apply_head(features, head), so_far, uniforms[places, step])
             written.add(places, step, token, logp)
             written.ended[places] |= torch.isin(token, eos) | self._stopped(written.tokens[places, : step + 1])
             if step + 1 == self.sampling.max_new_tokens:
@@ -165,7 +172,6 @@ class LocalRollout:
 def gather(parts: Sequence[Completions], groups: Sequence[Sequence[int]]) -> Completions:
     """Put the completions of groups of prompts back into the order of the prompts."""
     width = max(part.ids.shape[1] for part in parts)
-    places = [row for rows in groups for row in rows]
 
     def joined(tensors: list[Tensor]) -> Tensor:
         return torch.cat([nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
@@ -177,7 +183,13 @@ def gather(parts: Sequence[Completions], groups: Sequence[Sequence[int]]) -> Com
         texts=tuple(text for part in parts for text in part.texts),
         token_logps=joined([part.token_logps for part in parts]),
     )
-    return together.select(sorted(range(len(places)), key=places.__getitem__))
+    return together.select(order_of(groups))
+
+
+def order_of(groups: Sequence[Sequence[int]]) -> list[int]:
+    """Tell where each row is, once groups of rows stand one behind the other."""
+    places = [row for rows in groups for row in rows]
+    return sorted(range(len(places)), key=places.__getitem__)
 
 
 class _Written:

@@ -6,7 +6,6 @@ from transformers import DynamicCache
 
 from xpo_lightning.anatomy import anatomy_of
 from xpo_lightning.batch import Completions, Prompts, cut
-from xpo_lightning.cpu import linear
 from xpo_lightning.forward import base_of, last_features, positions_from
 from xpo_lightning.logps import token_logps
 
@@ -27,10 +26,6 @@ class PlainSession:
         self.places = torch.arange(len(prompts), device=prompts.ids.device)
         self.mask = prompts.mask
         self.first = self._features(prompts.ids, positions_from(prompts.mask))
-
-    def logits(self, features: Tensor) -> Tensor:
-        """See `Session.logits`."""
-        return features if self.head is None else linear(features, self.head.weight, self.head.bias)
 
     def advance(self, tokens: Tensor, step: int) -> Tensor:
         """See `Session.advance`."""

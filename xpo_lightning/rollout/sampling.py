@@ -48,11 +48,14 @@ class Sampling:
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         _require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
-        _require(self.temperature >= 0, "temperature", "at least 0", self.temperature)
+        # Beyond, quotients leave the range of float32, and the samples would be wrong without a word.
+        sensible = self.temperature == 0 or 1e-3 <= self.temperature <= 1e3
+        _require(sensible, "temperature", "0, or from 0.001 to 1000", self.temperature)
         _require(self.top_k >= 0, "top_k", "at least 0", self.top_k)
         _require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
         _require(0 <= self.min_p <= 1, "min_p", "from 0 to 1", self.min_p)
-        _require(self.repetition_penalty > 0, "repetition_penalty", "above 0", self.repetition_penalty)
+        sensible = 1e-3 <= self.repetition_penalty <= 1e3
+        _require(sensible, "repetition_penalty", "from 0.001 to 1000", self.repetition_penalty)
         _require(all(self.stop_strings), "stop_strings", "texts that are not empty", self.stop_strings)
 
     def processors(self) -> LogitsProcessorList:
@@ -125,7 +128,8 @@ def draw(weights: Tensor, uniforms: Tensor, sums: Tensor | None = None) -> Tenso
     inside = weights.gather(1, columns.clamp(max=weights.shape[1] - 1)).double()
     inside = torch.where(columns < weights.shape[1], inside, 0.0)
     offsets, _ = _invert(inside, share)
-    return (blocks * BLOCK + offsets)[:, 0]
+    # Weights that are not finite must not lead outside; their log-probability tells of them.
+    return (blocks * BLOCK + offsets)[:, 0].clamp(max=weights.shape[1] - 1)
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,18 +153,6 @@ def _block_sums(weights: Tensor) -> Tensor:
     whole = weights.shape[1] // BLOCK * BLOCK
     sums = weights[:, :whole].view(len(weights), -1, BLOCK).sum(2)
     return torch.cat([sums, weights[:, whole:].sum(1, keepdim=True)], 1).double()
-
-
-def noise_source(device: torch.device, rank: int, purpose: int, number: int = 0) -> torch.Generator:
-    """Make a source of randomness of its own for each process and purpose, from the global seed.
-
-    Args:
-        device: Where it draws.
-        rank: Number of the process: processes must not draw the same completions.
-        purpose: Tells training from validation, so that neither disturbs the other.
-        number: Tells sources of one purpose apart.
-    """
-    return torch.Generator(device).manual_seed(hash((torch.initial_seed(), rank, purpose, number)) % 2**63)
 
 
 def _require(holds: bool, name: str, expected: str, value: object) -> None:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from xpo_lightning.anatomy import anatomy_of
 from xpo_lightning.attention import cache_dtype
 from xpo_lightning.batch import Completions, Prompts
-from xpo_lightning.cpu import linear
-from xpo_lightning.forward import last_features, positions_from
+from xpo_lightning.forward import last_features
 from xpo_lightning.logps import logps_of
+from xpo_lightning.prefix import run_completions, run_prompts
 from xpo_lightning.rollout.cache import RolloutCache, exchange
 
 
@@ -41,11 +41,6 @@ class Session:
         self.mask = torch.nn.functional.pad(mask, (0, room), value=True)
         self.first = torch.cat([self._read(rows) for rows in self._cut(self.prompts.counts)])  # (B, F)
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Apply the vocabulary head to features (N, F) that lack it, for logits (N, V)."""
-        head = self.anatomy.head
-        return features if head is None else linear(features, head.weight, head.bias)
-
     def advance(self, tokens: Tensor, step: int) -> Tensor:
         """Append a token to each of the first rows.
 
@@ -59,7 +54,8 @@ class Session:
         rows, end = slice(0, len(tokens)), self.width + step + 1
         self._place(rows, 0, end - 1)
         positions = self.lengths[rows, None] + step
-        return self._features(tokens[:, None], self.mask[rows, :end], positions, 1)[:, 0]
+        mask, head = self.mask[rows, :end], self.anatomy.head
+        return last_features(self.model, tokens[:, None], mask, positions, 1, cache=self.cache, head=head)[:, 0]
 
     def retire(self, ended: Tensor) -> Tensor:
         """Take the rows that have ended out of the batch; they change places with rows that go on.
@@ -97,38 +93,22 @@ class Session:
         sums = torch.empty(len(own), device=own.ids.device)
         for rows in self._cut(own.counts):
             part = own.select(range(rows.start, rows.stop))
-            features = self._continue(rows, part.ids[:, :-1], part.mask[:, :-1])
+            self._place(rows, 0, self.width)
+            first, mask = self.first[rows, None], self.mask[rows, : self.width]
+            features = run_completions(self.model, part, first, mask, self.cache, self.anatomy.head)
             sums[rows] = logps_of(features, part, self.anatomy.head).sum(1)
         return sums[self.places.argsort()]
 
-    def _continue(self, rows: slice, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the features that predict each token of some rows' completions, of shape (N, T, F)."""
-        first = self.first[rows, None]
-        if ids.shape[1] == 0:
-            return first
-        self._place(rows, 0, self.width)
-        seen = torch.cat([self.mask[rows, : self.width], mask], 1)
-        positions = self.lengths[rows, None] + torch.arange(ids.shape[1], device=ids.device)
-        return torch.cat([first, self._features(ids, seen, positions, ids.shape[1])], 1)
-
     def _read(self, rows: slice) -> Tensor:
         """Run some prompts; return the features of their last tokens, of shape (N, F)."""
-        some = self.prompts.select(range(rows.start, rows.stop))
-        width = some.ids.shape[1]
-        if not self.anatomy.pads_right:
-            self._place(rows, self.width - width, self.width - width)
-            return self._features(some.ids, some.mask, positions_from(some.mask), 1)[:, 0]
-        self._place(rows, 0, 0)
-        positions = torch.arange(width, device=some.ids.device).expand_as(some.ids)
-        features = self._features(some.padded_right()[0], None, positions, width)
-        return features.take_along_dim(some.lengths[:, None, None] - 1, 1)[:, 0]
+        some, pads_right = self.prompts.select(range(rows.start, rows.stop)), self.anatomy.pads_right
+        begin = 0 if pads_right else self.width - some.ids.shape[1]
+        self._place(rows, begin, begin)
+        features, _ = run_prompts(self.model, some, self.cache, self.anatomy.head, pads_right=pads_right)
+        return features[:, 0]
 
     def _place(self, rows: slice, begin: int, length: int) -> None:
         self.cache.rows, self.cache.begin, self.cache.length = rows, begin, length
-
-    def _features(self, ids: Tensor, mask: Tensor | None, positions: Tensor, keep: int) -> Tensor:
-        head = self.anatomy.head
-        return last_features(self.model, ids, mask, positions, keep, cache=self.cache, head=head)
 
     def _cut(self, widths: tuple[int, ...]) -> Iterator[slice]:
         """Cut rows of these widths into runs whose padded size stays within `tokens_at_once`."""

@@ -1,0 +1,125 @@
+"""What a run is made of beside weights, optimizer and Lightning's counters: written down, and taken up again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from xpo_lightning.errors import InputError
+from xpo_lightning.guard import Guard
+from xpo_lightning.identity import differences
+from xpo_lightning.processes import gathered
+from xpo_lightning.randomness import random_state, set_random_state
+from xpo_lightning.reference_cache import ReferenceCache
+from xpo_lightning.standing import batches_done, has_begun, validate_now, validation_is_due
+
+
+@dataclass
+class RunState:
+    """Keeps what a resumed run needs in order to go on as the run that was never stopped.
+
+    Args:
+        guard: Counts the steps that were left out.
+
+    Attributes:
+        seed: Seed of all noise.
+        validated: How many batches had been done at the last validation.
+        random: The global random state before the step or the validation that is under way; None between those.
+        loaded: What a checkpoint held, until `take_up`.
+    """
+
+    guard: Guard
+    seed: int = 0
+    validated: int = -1
+    random: dict[str, Any] | None = field(default=None, init=False)
+    loaded: dict[str, Any] | None = field(default=None, init=False)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Take a step: if it breaks off, the random state to save is the one before it.
+
+        Raises:
+            RuntimeError: In place of a StopIteration, which would end Lightning's training loop without a word.
+        """
+        self.random = random_state()
+        try:
+            yield
+        except StopIteration as error:
+            # Not `from error`: contextlib would raise the StopIteration again.
+            raise RuntimeError(f"StopIteration was raised in a training step: {error}") from None
+        self.random = None
+
+    def begin_validation(self) -> None:
+        """Remember the random state, which validation must not change."""
+        self.random = random_state()
+
+    def end_validation(self, trainer: Trainer) -> None:
+        """Put the random state back, before any callback can save it."""
+        if self.random is not None:
+            set_random_state(self.random)
+        self.random = None
+        if has_begun(trainer):
+            self.validated = batches_done(trainer)
+
+    def state(self, trainer: Trainer, cache: ReferenceCache | None, optimization: dict[str, Any]) -> dict[str, Any]:
+        """Read the state; all processes must call it.
+
+        Args:
+            trainer: The trainer.
+            cache: What the reference wrote.
+            optimization: What must be the same again, from `Optimization.identity`.
+
+        Returns:
+            Plain values and tensors.
+        """
+        own = {"random": self.random or random_state(), "cache": None if cache is None else cache.state()}
+        metrics = trainer.callback_metrics
+        return {
+            "seed": self.seed,
+            "optimization": optimization,
+            "validate": self.validated != batches_done(trainer) and validation_is_due(trainer),
+            "validated": self.validated,
+            "metrics": {name: float(value) for name, value in metrics.items()},
+            "skipped": [self.guard.in_a_row, self.guard.skipped],
+            "processes": gathered(own),
+        }
+
+    def load(self, state: dict[str, Any], trainer: Trainer, optimization: dict[str, Any]) -> None:
+        """Keep what a checkpoint held for `take_up`.
+
+        Raises:
+            InputError: It cannot be gone on with under the present settings.
+        """
+        changed = differences(state["optimization"], optimization)
+        if changed:
+            raise InputError(
+                f"ckpt_path: the checkpoint was made with another {', '.join(changed)}, whose state cannot be gone on "
+                f"with; resume with the settings that it was made with"
+            )
+        before, now = len(state["processes"]), trainer.world_size
+        if before != now:
+            raise InputError(
+                f"ckpt_path: the checkpoint was made by {before} process{'es' * (before > 1)}, and now there "
+                f"{'are' if now > 1 else 'is'} {now}; resume with trainer.devices and trainer.num_nodes as they were"
+            )
+        self.loaded = state
+
+    def take_up(self, trainer: Trainer, cache: ReferenceCache | None) -> None:
+        """Put everything back, and make up for a validation that was due; does nothing where nothing was loaded."""
+        state, self.loaded = self.loaded, None
+        if state is None:
+            return
+        own = state["processes"][trainer.global_rank]
+        self.guard.in_a_row, self.guard.skipped = state["skipped"]
+        self.validated = state["validated"]
+        if cache is not None and own["cache"] is not None:
+            cache.load_state(own["cache"])
+        metrics = {name: torch.tensor(value) for name, value in state["metrics"].items()}
+        trainer._logger_connector._callback_metrics.update(metrics)
+        if state["seed"] == self.seed:  # With another seed, other random numbers are wanted.
+            set_random_state(own["random"])
+        if state["validate"]:
+            validate_now(trainer)

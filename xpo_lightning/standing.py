@@ -1,0 +1,115 @@
+"""Where a run stands between two batches, and how a resumed one is put there.
+
+Lightning's own counters are the truth. A checkpoint may be written at any moment, in the middle of a step or of a
+validation as well; it is always one of the state after the last batch that was finished.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+Counters = dict[str, dict[str, int]]
+
+
+def has_begun(trainer: Trainer) -> bool:
+    """Tell whether training is under way, the sanity check before it done."""
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+
+def batches_done(trainer: Trainer) -> int:
+    """Count the training batches that the run has finished, over all epochs."""
+    return _processed(trainer.fit_loop.epoch_loop.batch_progress.total)
+
+
+def position(trainer: Any) -> tuple[int, int, int | None]:
+    """Tell where a training loader has to begin.
+
+    Returns:
+        The epoch, the first of its batches, and the batch before which it ends, if it ends before the data does.
+    """
+    if not getattr(trainer, "training", False):
+        return getattr(trainer, "current_epoch", 0), 0, None
+    loop, most = trainer.fit_loop, trainer.num_training_batches
+    last = int(most) if math.isfinite(most) else None
+    return _processed(loop.epoch_progress.current), _processed(loop.epoch_loop.batch_progress.current), last
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Tell whether the last batch that was finished calls for a validation; it may be done already."""
+    epochs, epoch_loop = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop
+    batches, fetcher = epoch_loop.batch_progress.current, trainer.fit_loop._data_fetcher
+    in_epoch, between_batches = _processed(epochs) < epochs.ready, 0 < _processed(batches) == batches.ready
+    return in_epoch and between_batches and fetcher is not None and epoch_loop._should_check_val_fx(fetcher)
+
+
+def settle(fit_loop: dict[str, Any]) -> None:
+    """Set the counters that a checkpoint holds to those of the last batch that was finished.
+
+    Lightning reads from small differences between counters in which hook a checkpoint was written, and goes on
+    accordingly; it mistakes the epoch where a checkpoint was written at the end of one with `max_steps` set, counts a
+    batch that broke off as one that was trained, and leaves out a validation that was due. With all counters equal it
+    goes on with the next batch.
+
+    Args:
+        fit_loop: State of Lightning's training loop, which is changed.
+    """
+    epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+    epoch_is_over = epochs["current"]["processed"] == epochs["current"]["ready"]
+    for counters in (epochs["total"], epochs["current"]):
+        done = counters["processed"]
+        begun = done if epoch_is_over else done + 1
+        counters.update(ready=begun, started=begun, processed=done, completed=done)
+    if epoch_is_over:
+        batches["current"]["processed"] = 0
+    batches["is_last_batch"] = False
+    validation: Counters = fit_loop["epoch_loop.val_loop.batch_progress"]
+    validation["current"]["processed"] = validation["total"]["processed"] = 0
+    for counters in (batches["total"], batches["current"], validation["total"], validation["current"]):
+        counters.update(dict.fromkeys(counters, counters["processed"]))
+
+
+def begin_batch(trainer: Trainer) -> None:
+    """Have loggers count the batches that were finished; in a resumed run they would be one ahead or behind."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = batches_done(trainer)
+
+
+def forget_logged(trainer: Trainer) -> dict[str, Any]:
+    """Have Lightning not log what was logged of an earlier batch once more; return nothing instead."""
+    if trainer._results is not None:
+        trainer._results.reset()
+    return {}
+
+
+def before_training(trainer: Trainer, prepare: Callable[[], None]) -> None:
+    """Have a function called once all state is restored, and before the training loop looks what is left to do.
+
+    No hook of Lightning's is there: `on_train_start` is not called where no step is left.
+    """
+    loop = trainer.fit_loop
+    run = loop.run
+
+    def prepared_run() -> None:
+        loop.run = run  # type: ignore[method-assign]
+        prepare()
+        run()
+
+    loop.run = prepared_run  # type: ignore[method-assign]
+
+
+def validate_now(trainer: Trainer) -> None:
+    """Run the validation that was due when the run broke off."""
+    trainer.fit_loop.setup_data()
+    validation = trainer.fit_loop.epoch_loop.val_loop
+    validation.restarting = False
+    trainer.validating = True
+    validation.run()
+    trainer.training = True
+    # Or the epoch loop, resumed at the end of an epoch, would leave out its next epoch as well.
+    validation._has_run = False
+
+
+def _processed(counters: Any) -> int:
+    return int(counters.processed)
