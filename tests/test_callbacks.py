@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from xpo_lightning import LoadedModel, LoRASpec, ModelSpec, Sampling, XPOLightningModule
+from xpo_lightning import callbacks as all_callbacks
 from xpo_lightning.batch import Experience
 from xpo_lightning.callbacks import (
     Baseline,
@@ -40,6 +41,7 @@ from xpo_lightning.callbacks import (
 from xpo_lightning.callbacks import completions as completions_room
 from xpo_lightning.callbacks import export as export_room
 from xpo_lightning.errors import InputError
+from xpo_lightning.guard import StopAsked
 from xpo_lightning.rewards.function import PythonReward
 
 PROMPTS = ["the cat", "a dog", "red hat", "sat on", "mat", "away"]
@@ -541,10 +543,13 @@ def test_every_panel_names_a_metric_that_is_logged(make_trainer: Callable[..., p
     assert [entry.name for entry in (tmp_path / "run").glob("curves*")] == ["curves.png"]
 
 
-def test_curves_of_an_interrupted_run(make_trainer: Callable[..., pl.Trainer], tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StopAsked(143)])
+def test_curves_of_an_interrupted_run(
+    make_trainer: Callable[..., pl.Trainer], tmp_path: Path, error: BaseException
+) -> None:
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit):
-        make_trainer(LearningCurves(), StopAt(3, KeyboardInterrupt())).fit(build_module(), loader(), loader())
+        make_trainer(LearningCurves(), StopAt(3, error)).fit(build_module(), loader(), loader())
     signal.signal(signal.SIGINT, handler)  # Lightning ignores Ctrl-C from here on.
     assert (tmp_path / "run" / "curves.png").is_file()
 
@@ -676,6 +681,7 @@ def test_bad_settings_are_refused(name: str, arguments: dict[str, Any], message:
         ("LearningCurves", {"file": "a.png"}),
         ("PolicyExport", {"at": "validation", "merge_adapters": False}),
         ("PredictionsWriter", {"file": "a.jsonl"}),
+        ("RunContinuation", {}),
         ("RunSummary", {}),
         ("XPOProgressBar", {"refresh_rate": 3, "leave": True, "theme": {"metrics_format": ".2f"}}),
     ],
@@ -685,7 +691,7 @@ def test_config_files_build_them(name: str, arguments: dict[str, Any]) -> None:
     parser.add_argument("--callbacks", type=list[Callback])
     entry = {"class_path": f"xpo_lightning.callbacks.{name}", "init_args": arguments}
     (built,) = parser.instantiate(parser.parse_object({"callbacks": [entry]})).callbacks
-    assert type(built) is globals()[name]
+    assert type(built) is getattr(all_callbacks, name)
     wrong = {**entry, "init_args": {"no_such_setting": 1}}
     with pytest.raises(jsonargparse.ArgumentError, match="no_such_setting"):
         parser.parse_object({"callbacks": [wrong]})

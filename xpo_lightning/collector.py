@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 from xpo_lightning.adapters import adapters_cast
 from xpo_lightning.batch import Completions, Experience, Pair, Prompts
+from xpo_lightning.errors import NonFiniteError
 from xpo_lightning.forward import evaluating
+from xpo_lightning.guard import shown
 from xpo_lightning.phases import PhaseTimer
 from xpo_lightning.preference import argmax_labels, penalize_missing_eos
 from xpo_lightning.reference import Reference
-from xpo_lightning.reference_cache import Entry, ReferenceCache, with_kept
+from xpo_lightning.reference_cache import Entry, ReferenceCache, missing_rows, with_kept
 from xpo_lightning.rewards.base import Reward
 from xpo_lightning.rewards.checks import as_scores
-from xpo_lightning.rollout.local import LocalRollout, gather
+from xpo_lightning.rollout.local import LocalRollout, gather, order_of
+from xpo_lightning.rollout.noise import Noise
 
 Sampled = tuple[Pair[Completions], Tensor]
 """Completions of B prompts, and the reference's log-probabilities of the policy's (B,)."""
@@ -46,15 +49,13 @@ class Collector:
     cache: ReferenceCache | None = field(default=None, init=False)
 
     @torch.no_grad()
-    def __call__(
-        self, policy: nn.Module, prompts: Prompts, noise: torch.Generator, use_cache: bool = False
-    ) -> Experience:
+    def __call__(self, policy: nn.Module, prompts: Prompts, noise: Noise, use_cache: bool = False) -> Experience:
         """Sample a completion from the policy and one from the reference for each prompt, and label the pairs.
 
         Args:
             policy: The policy, on the device of the prompts.
             prompts: B prompts.
-            noise: Source of the samples' randomness, on the device of the prompts.
+            noise: Source of the samples' randomness.
             use_cache: Whether to use the cache, if there is one, for what the reference wrote before.
 
         Returns:
@@ -74,15 +75,14 @@ class Collector:
             gather([pair.by_policy for pair, _ in parts], groups),
             gather([pair.by_reference for pair, _ in parts], groups),
         )
-        order = torch.tensor([row for rows in groups for row in rows], device=prompts.ids.device).argsort()
-        of_policys = torch.cat([logps for _, logps in parts])[order]
+        of_policys = torch.cat([logps for _, logps in parts])[order_of(groups)]
         self.timer.counts.update(
             prompts=len(prompts),
             prompt_tokens=sum(prompts.counts),
             completion_tokens=sum(completions.by_policy.counts + completions.by_reference.counts),
         )
         scores = self._scores(prompts, completions, kept)
-        missing = _missing(kept)
+        missing = missing_rows(kept)
         if cache is not None and missing:
             written = completions.by_reference.select(missing)
             cache.put(prompts.select(missing), written, scores.by_reference[missing])
@@ -114,7 +114,7 @@ class Collector:
     ) -> Sampled:
         """Sample both sides; the prompts that the reference has read serve to score what the policy writes."""
         rollout, device = self.rollout, prompts.ids.device
-        missing, read, written = _missing(kept), None, None
+        missing, read, written = missing_rows(kept), None, None
         if missing:
             with self.timer("reference_rollout", device), self.reference.lent() as reference:
                 read = rollout.open(reference, prompts.select(missing))
@@ -131,14 +131,17 @@ class Collector:
 
     def _scores(self, prompts: Prompts, completions: Pair[Completions], kept: Sequence[Entry | None]) -> Pair[Tensor]:
         """Score both sides at once, except what was scored before, (B,) a side."""
-        device, missing = prompts.ids.device, _missing(kept)
+        device, missing = prompts.ids.device, missing_rows(kept)
         by_policy, by_reference = completions.by_policy.texts, completions.by_reference.texts
         rows = [*range(len(prompts)), *missing]
         with self.timer("reward", device):
             raw = tuple(prompts.raw[row] for row in rows)
             columns = {name: tuple(values[row] for row in rows) for name, values in prompts.columns.items()}
-            values = self.reward(raw, by_policy + tuple(by_reference[row] for row in missing), columns)
-            scores = as_scores(values, len(rows), type(self.reward).__name__).to(device)
+            try:
+                values = self.reward(raw, by_policy + tuple(by_reference[row] for row in missing), columns)
+                scores = as_scores(values, len(rows), type(self.reward).__name__).to(device)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error}; {shown([raw[row] for row in error.rows])}", error.rows) from error
         before = torch.tensor([0.0 if entry is None else entry.score for entry in kept], device=device)
         before[missing] = scores[len(prompts) :]
         return Pair(scores[: len(prompts)], before)
@@ -152,8 +155,3 @@ class Collector:
             penalize_missing_eos(scores.by_policy, completions.by_policy.ended, penalty),
             penalize_missing_eos(scores.by_reference, completions.by_reference.ended, penalty),
         )
-
-
-def _missing(kept: Sequence[Entry | None]) -> list[int]:
-    """Return the rows that have no entry."""
-    return [row for row, entry in enumerate(kept) if entry is None]

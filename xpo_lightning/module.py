@@ -3,11 +3,12 @@
 from functools import cached_property
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Generator, Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
@@ -15,21 +16,26 @@ from xpo_lightning.batch import Experience
 from xpo_lightning.checkpoint import check_reference, check_trained_state, trained_state
 from xpo_lightning.collector import Collector
 from xpo_lightning.cpu import keep_memory, speed_up_linears
-from xpo_lightning.environment import check_trainer, has_begun
+from xpo_lightning.environment import check_trainer
 from xpo_lightning.errors import InputError
-from xpo_lightning.logps import pair_logps
-from xpo_lightning.losses import PreferenceLoss, SigmoidLoss, xpo_loss
-from xpo_lightning.metrics import PairAverages, pair_metrics
+from xpo_lightning.gradient import add_gradients
+from xpo_lightning.guard import Guard, check_rollout
+from xpo_lightning.losses import PreferenceLoss
+from xpo_lightning.metrics import PairAverages
 from xpo_lightning.models import LoadedModel, LoRASpec, ModelSpec, check_loaded, end_token_ids, prompt_limit
+from xpo_lightning.objective import Objective
 from xpo_lightning.optimization import Optimization, UpdatePlan, WarmupThenDecay, total_steps
 from xpo_lightning.phases import PhaseTimer
 from xpo_lightning.preference import check_penalty
 from xpo_lightning.prompts import PromptEncoder, as_prompts
 from xpo_lightning.reference import Reference
+from xpo_lightning.resume import RunState
 from xpo_lightning.rewards.base import Reward
 from xpo_lightning.rollout.local import LocalRollout
-from xpo_lightning.rollout.sampling import Sampling, noise_source
-from xpo_lightning.schedules import FIRST_STEP, LearningRateShape, Progress, Schedule, as_positive_schedule, as_schedule
+from xpo_lightning.rollout.noise import Noise
+from xpo_lightning.rollout.sampling import Sampling
+from xpo_lightning.schedules import FIRST_STEP, LearningRateShape, Progress, Schedule
+from xpo_lightning.standing import batches_done, before_training, begin_batch, forget_logged, has_begun, settle
 
 
 class XPOLightningModule(LightningModule):
@@ -75,6 +81,8 @@ class XPOLightningModule(LightningModule):
             validation and prediction always do.
         updates_per_rollout: Optimizer steps that share one pass over a batch's pairs.
         epochs_per_rollout: Passes over a batch's pairs.
+        max_skipped_steps: Optimizer steps in a row that may be left out because a score, a log-probability, the loss or
+            the gradient is not finite; 0 stops the run at the first. Weights are never updated with such numbers.
     """
 
     strict_loading = False
@@ -107,23 +115,21 @@ class XPOLightningModule(LightningModule):
         reference_cache: str | None = None,
         updates_per_rollout: int = 1,
         epochs_per_rollout: int = 1,
+        max_skipped_steps: int = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.policy_spec: ModelSpec | LoadedModel = policy
         self.lora, self.sampling, self.reward = lora, sampling, reward
-        self.alpha, self.beta = as_schedule(alpha), as_positive_schedule(beta, "model.beta")
-        self.preference_loss = preference_loss or SigmoidLoss()
-        self.bonus_clip, self.missing_eos_penalty = bonus_clip, missing_eos_penalty
+        self.objective = Objective(alpha, beta, preference_loss, bonus_clip)
         self.optimization = Optimization(
             learning_rate, optimizer, lr_schedule, warmup_ratio, warmup_steps, lr_scheduler, max_grad_norm
         )
         self.rollout_batch_size, self.reference_cache = rollout_batch_size, reference_cache
-        if bonus_clip is not None and not bonus_clip > 0:
-            raise InputError(f"model.bonus_clip must be above 0 or null, but is {bonus_clip}")
-        check_penalty(missing_eos_penalty)
+        self.missing_eos_penalty = check_penalty(missing_eos_penalty)
         self.plan = UpdatePlan(micro_batch_size, micro_batch_tokens, updates_per_rollout, epochs_per_rollout)
-        self._configured, self.timer = False, PhaseTimer()
+        self._configured, self.timer, self.guard = False, PhaseTimer(), Guard(max_skipped_steps)
+        self.run_state = RunState(self.guard)
         self.train_averages, self.eval_averages = PairAverages(), PairAverages()
 
     @cached_property
@@ -145,86 +151,70 @@ class XPOLightningModule(LightningModule):
         keep_memory()
         model = self.policy_spec.load_model()
         check_loaded(model, self.tokenizer, self.sampling.eos_token_ids)
-        eos_token_ids = end_token_ids(model, self.tokenizer, self.sampling.eos_token_ids)
-        if self.missing_eos_penalty and not (eos_token_ids or self.sampling.stop_strings):
+        ends = end_token_ids(model, self.tokenizer, self.sampling.eos_token_ids)
+        if self.missing_eos_penalty and not (ends or self.sampling.stop_strings):
             raise InputError("model.missing_eos_penalty is set, but model.sampling.eos_token_ids names no EOS token")
         self.policy = model if self.lora is None else self.lora.wrap(model)
         self.reference = Reference(self.policy)
         self.reward.load()
-        rollout = LocalRollout(self.tokenizer, self.sampling, eos_token_ids, self.rollout_batch_size)
+        self.reward.set_check(self.guard.stop.check)
+        rollout = LocalRollout(self.tokenizer, self.sampling, ends, self.rollout_batch_size, self.guard.stop.check)
         self.collect = Collector(rollout, self.reference, self.reward, self.missing_eos_penalty, self.timer)
         speed_up_linears(self.policy, self.reference, self.reward)
 
     def setup(self, stage: str) -> None:
         """Refuse trainer options that do not suit the module."""
         check_trainer(self.trainer)
+        self.run_state.seed = torch.initial_seed()
 
     def on_fit_start(self) -> None:
         """Open the cache of what the reference writes."""
         self.collect.open_cache(self.reference_cache, self.reference.identity(self.policy_spec), self.trainer)
+        before_training(self.trainer, lambda: self.run_state.take_up(self.trainer, self.collect.cache))
 
     def on_train_start(self) -> None:
-        """Set the length of the run, and the randomness of its rollouts."""
-        # A resumed run goes on with other random numbers than those it began with.
-        self._train_noise = self._noise(self.global_step, purpose=0)
+        """Set the length of the run."""
+        self.optimization.take_settings(self._optimizer.optimizer, self._scheduler)
         if isinstance(self._scheduler, WarmupThenDecay):
             self._scheduler.begin(self._total_steps)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Sample and label pairs for the whole batch, then take the optimizer steps on them."""
-        experience = self._collect(batch, self._train_noise, use_cache=True)
-        self.train_averages.reset()
-        settings: dict[str, Any] = {}
-        for micro_batches in self.plan(experience, self._train_noise):
-            if 0 < self.trainer.max_steps <= self.global_step:
-                break
-            settings = self._update([experience.select(rows) for rows in micro_batches])
-        self.log_dict({**self.train_averages.compute(), **settings, "step": float(self.global_step)})
+        begin_batch(self.trainer)
+        with self.run_state.step():
+            noise = self._noise(batches_done(self.trainer), purpose=0)
+            experience = self.guard.attempt(lambda: self._collect(batch, noise, use_cache=True))
+            self.train_averages.reset()
+            settings: dict[str, Any] = {}
+            for number, pairs in enumerate(self.plan.batches(experience, noise) if experience else []):
+                if 0 < self.trainer.max_steps <= self.global_step:
+                    break
+                settings |= self._update(pairs, may_stop=number == 0)
+            averages = self.train_averages.compute() if settings else forget_logged(self.trainer)
+            self.log_dict({**averages, **settings, **self.guard.counts(), "step": float(self.global_step)})
 
-    def objective(self, experience: Experience, alpha: float, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Evaluate the XPO objective of labelled pairs under the policy.
-
-        Args:
-            experience: B pairs.
-            alpha: Weight of the exploration term.
-            beta: Strength of the KL constraint.
-
-        Returns:
-            The objective of each pair, with gradient where enabled (B,), and each metric, without (B,) each.
-        """
-        policy_logps = pair_logps(self.policy, experience.prompts, experience.completions)
-        loss = xpo_loss(
-            policy_logps,
-            experience.reference_logps,
-            experience.labels,
-            experience.identical,
-            alpha=alpha,
-            beta=beta,
-            preference_loss=self.preference_loss,
-            bonus_clip=self.bonus_clip,
-        )
-        return loss.total, pair_metrics(experience, loss, policy_logps, beta)
-
-    def _update(self, micro_batches: list[Experience]) -> dict[str, Any]:
-        """Take one optimizer step on these pairs, micro-batch by micro-batch; return what it was taken with."""
-        alpha, beta = self._alpha_and_beta()
+    def _update(self, micro_batches: list[Experience], may_stop: bool) -> dict[str, Any]:
+        """Take one optimizer step on these pairs; return what it was taken with, nothing where it was left out."""
+        weights = self._weights()
         learning_rate = self._optimizer.param_groups[0]["lr"]
-        pairs = sum(map(len, micro_batches))
         self._optimizer.zero_grad()
-        for experience in micro_batches:
-            with self.timer("policy_forward", self.device):
-                losses, numbers = self.objective(experience, alpha, beta)
-            with self.timer("backward", self.device):
-                self.manual_backward(losses.sum() / pairs)
-            self.train_averages.update(numbers)
+        stop = self.guard.stop if may_stop else None
+        result = self.guard.attempt(lambda: add_gradients(self, micro_batches, weights, stop), may_stop=may_stop)
+        if result is None:
+            self._optimizer.zero_grad()
+            return {}
+        grad_norm, numbers = result
+        for measured in numbers:
+            self.train_averages.update(measured)
         with self.timer("optimizer", self.device):
-            grad_norm = self.optimization.clip(self.trained_parameters())
             self._optimizer.step()
             self._scheduler.step()
-        return {"alpha": alpha, "beta": beta, "lr": learning_rate, "grad_norm": grad_norm}
+        self.guard.taken()
+        return {**weights, "lr": learning_rate, "grad_norm": grad_norm}
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the pairs of the last validation."""
+    def on_validation_start(self) -> None:
+        """Let validation not touch the randomness of training, and forget the pairs of the last one."""
+        self.run_state.begin_validation()
         self.eval_averages.reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> Experience:  # type: ignore[override]
@@ -232,15 +222,17 @@ class XPOLightningModule(LightningModule):
 
         The randomness is the same each time: two validations differ by the policy alone.
         """
-        alpha, beta = self._alpha_and_beta()
-        experience = self._collect(batch, self._noise(batch_idx, purpose=1))
+        weights = self._weights()
+        noise = self._noise(batch_idx, purpose=1)
+        experience = self.guard.run(lambda: self._collect(batch, noise))
         for rows in self.plan.micro_batches(experience):
-            _, numbers = self.objective(experience.select(rows), alpha, beta)
+            _, numbers = self.objective(self.policy, experience.select(rows), **weights)
             self.eval_averages.update(numbers)
         return experience
 
     def on_validation_epoch_end(self) -> None:
         """Log the averages over all held-out prompts and processes."""
+        self.run_state.end_validation(self.trainer)
         numbers = {f"eval/{name}": value for name, value in self.eval_averages.compute().items()}
         self.log_dict({**numbers, "step": float(self.global_step)})
 
@@ -263,29 +255,32 @@ class XPOLightningModule(LightningModule):
         return trained_state(state, self.policy, kwargs.get("prefix", "") + "policy.")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record which reference the weights were trained against."""
+        """Record which reference the weights were trained against, and all that a resumed run needs."""
+        settle(checkpoint["loops"]["fit_loop"])
         checkpoint["xpo_reference"] = self.reference.identity(self.policy_spec)
+        optimization = self.optimization.identity(self.trained_parameters())
+        checkpoint["xpo_run"] = self.run_state.state(self.trainer, self.collect.cache, optimization)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or another reference."""
         self.configure_model()
         check_trained_state(checkpoint["state_dict"], self.state_dict())
         check_reference(checkpoint.get("xpo_reference"), self.reference.identity(self.policy_spec))
+        if self._trainer is not None and self.trainer.state.fn == "fit" and "xpo_run" in checkpoint:
+            optimization = self.optimization.identity(self.trained_parameters())
+            self.run_state.load(checkpoint["xpo_run"], self.trainer, optimization)
 
-    def _collect(self, batch: Any, noise: Generator, use_cache: bool = False) -> Experience:
-        return self.collect(self.policy, as_prompts(batch, self.prompt_encoder, self.device), noise, use_cache)
+    def _collect(self, batch: Any, noise: Noise, use_cache: bool = False) -> Experience:
+        prompts = as_prompts(batch, self.prompt_encoder, self.device)
+        return check_rollout(self.collect(self.policy, prompts, noise, use_cache))
 
-    def _alpha_and_beta(self) -> tuple[float, float]:
-        """Return their values now; outside of training, and before it, those of the first step."""
-        begun = has_begun(self.trainer)
-        progress = Progress(self.global_step, self.current_epoch, self._total_steps) if begun else FIRST_STEP
-        alpha, beta = self.alpha(progress), self.beta(progress)
-        if beta <= 0:
-            raise InputError(f"model.beta must be above 0, but its schedule gives {beta} at step {progress.step}")
-        return alpha, beta
+    def _weights(self) -> dict[str, float]:
+        """Return alpha and beta now; outside of training, and before it, those of the first step."""
+        progress = Progress(self.global_step, self.current_epoch, self._total_steps)
+        return self.objective.weights(progress if has_begun(self.trainer) else FIRST_STEP)
 
-    def _noise(self, number: int = 0, *, purpose: int) -> Generator:
-        return noise_source(self.device, self.global_rank, purpose, number)
+    def _noise(self, number: int, *, purpose: int) -> Noise:
+        return Noise(self.run_state.seed, purpose, number, self.global_rank, self.trainer.world_size)
 
     @property
     def _optimizer(self) -> LightningOptimizer:

@@ -23,10 +23,11 @@ def argmax_labels(scores: Pair[Tensor]) -> Tensor:
     return (torch.sign(margin) + 1) / 2
 
 
-def check_penalty(penalty: float | None) -> None:
-    """Refuse a penalty that would reward completions for being cut."""
+def check_penalty(penalty: float | None) -> float | None:
+    """Refuse a penalty that would reward completions for being cut; give back any other."""
     if penalty is not None and not penalty >= 0:
         raise InputError(f"model.missing_eos_penalty must be at least 0 or null, but is {penalty}")
+    return penalty
 
 
 def penalize_missing_eos(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:

@@ -58,8 +58,8 @@ def _header(base: str, is_adapter: bool) -> str:
 def _training_facts(trainer: Trainer, module: XPOLightningModule) -> dict[str, str]:
     facts = {
         "optimizer steps": str(trainer.global_step),
-        "alpha": _describe(module.alpha),
-        "beta": _describe(module.beta),
+        "alpha": _describe(module.objective.alpha),
+        "beta": _describe(module.objective.beta),
         "adapters": "none" if module.lora is None else str(module.lora),
         "sampling": str(module.sampling),
     }

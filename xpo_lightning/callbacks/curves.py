@@ -8,12 +8,13 @@ from lightning.pytorch.loggers import CSVLogger
 from xpo_lightning.callbacks.plot import draw_curves
 from xpo_lightning.callbacks.run import FileWriter, is_fast_dev_run, say
 from xpo_lightning.errors import InputError
+from xpo_lightning.guard import StopAsked
 
 
 class LearningCurves(FileWriter):
-    """Draws the learning curves at the end of training, and when it is interrupted from the keyboard.
+    """Draws the learning curves at the end of training, and when somebody asks for it to stop.
 
-    It reads `metrics.csv`, so it needs a `CSVLogger` among the loggers.
+    It reads `metrics.csv`, so it needs a `ResumableCSVLogger` or a `CSVLogger` among the loggers.
 
     Args:
         file: Where to draw; a relative path starts in the run's folder. PNG.
@@ -38,8 +39,8 @@ class LearningCurves(FileWriter):
         loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
         if not loggers:
             raise InputError(
-                "trainer.logger: LearningCurves needs a lightning.pytorch.loggers.CSVLogger; add one, or remove "
-                "LearningCurves from trainer.callbacks"
+                "trainer.logger: LearningCurves needs a ResumableCSVLogger, or Lightning's CSVLogger; add one, or "
+                "remove LearningCurves from trainer.callbacks"
             )
         if loggers[0]._prefix:
             raise InputError(
@@ -52,8 +53,8 @@ class LearningCurves(FileWriter):
         self._draw(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Draw what there is, if it was the user who stopped the training."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
+        """Draw what there is, if the training was asked to stop."""
+        if isinstance(exception, (KeyboardInterrupt, StopAsked)) and trainer.state.fn == "fit":
             self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:

@@ -8,7 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xpo_lightning.errors import InputError
+from xpo_lightning.errors import InputError, NonFiniteError
+
+SHOWN = 3
+"""How many of the rows without a finite score a message shows."""
 
 
 def as_scores(values: object, expected: int, who: str) -> Tensor:
@@ -24,13 +27,25 @@ def as_scores(values: object, expected: int, who: str) -> Tensor:
         The scores, float32, on the CPU. (B,)
 
     Raises:
-        InputError: There are not B values, or one of them is not a finite number.
+        InputError: There are not B values, or one of them is not a number.
+        NonFiniteError: Some are not finite in float32; it has all their rows.
     """
     numbers = [_number(entry, row, who) for row, entry in enumerate(_entries(values, expected, who))]
     scores = torch.tensor(numbers, dtype=torch.float32)
-    for row in torch.nonzero(~scores.isfinite()).flatten().tolist():
-        raise InputError(f"{who} gave {numbers[row]} for row {row}; a score must be a finite float32 number")
+    rows: list[int] = torch.nonzero(~scores.isfinite()).flatten().tolist()
+    if rows:
+        shown = [f"{numbers[row]} for row {row}" for row in rows[:SHOWN]]
+        if len(rows) > SHOWN:
+            shown.append(f"no finite number for {len(rows) - SHOWN} more rows")
+        text = " and ".join(part for part in (", ".join(shown[:-1]), shown[-1]) if part)
+        raise NonFiniteError(f"{who} gave {text}; a score must be a finite float32 number", rows)
     return scores
+
+
+def raised(error: BaseException) -> str:
+    """Say what was raised, as `raised ValueError: no grader`; an error without a message is its name alone."""
+    message = str(error)
+    return f"raised {type(error).__name__}" + (f": {message}" if message else "")
 
 
 def _entries(values: object, expected: int, who: str) -> Sequence[object]:

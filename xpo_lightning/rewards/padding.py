@@ -1,7 +1,7 @@
 """Scores of token rows of unequal length, each the same as if its row were scored alone."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -47,9 +47,8 @@ def score_rows(
 def forward_scores(model: PreTrainedModel, ids: Tensor, pad_id: int, **arguments: Any) -> Tensor:
     """Run a classifier on token ids (B, L), padded with `pad_id`, and return the scores in float32, of shape (B,)."""
     device = next(model.parameters()).device
-    attention = fast_attention() if device.type == "cpu" else nullcontext()
     # Autocast would override the dtype that the user chose for this model.
-    with padded_with(model.config, pad_id), torch.autocast(device.type, enabled=False), attention:
+    with padded_with(model.config, pad_id), torch.autocast(device.type, enabled=False), fast_attention(device):
         logits = model(input_ids=ids.to(device), **arguments).logits  # (B, 1)
     scores: Tensor = logits[:, 0].float()
     return scores

@@ -63,7 +63,8 @@ class WeightedSum(Reward):
             sum_i weight_i * score_i, float32. (B,)
 
         Raises:
-            InputError: One of the rewards did not give B finite numbers, or the sum is not finite.
+            InputError: One of the rewards raised, or did not give B numbers; the message names it.
+            NonFiniteError: Some scores of one of the rewards, or some sums, are not finite.
         """
         total = torch.zeros(len(completions), dtype=torch.float32)
         for reward, weight in zip(self._parts(), self.weights, strict=True):

@@ -1,0 +1,197 @@
+"""Stops a run before harm is done, on all of its processes together."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from xpo_lightning.batch import Experience, RawPrompt
+from xpo_lightning.errors import InputError, NonFiniteError
+from xpo_lightning.processes import gathered
+
+T = TypeVar("T")
+NOT_FINITE, STOP, BAD_INPUT, BROKEN = 1, 2, 3, 4
+"""What can come of a piece of work, the worst last."""
+SHOWN = 3
+"""Prompts that a message shows."""
+
+
+class StopAsked(SystemExit):
+    """Somebody asked for the run to stop; nothing has been changed since the last step. `code` is the exit status."""
+
+
+Problem = Exception | StopAsked
+Report = tuple[int, str]
+
+
+class Stop:
+    """Whether somebody has asked for the run to stop; looked at wherever it can stop cleanly.
+
+    Attributes:
+        status: Exit status of the run then; None while nobody has asked. A signal handler sets it, at any moment.
+    """
+
+    def __init__(self) -> None:
+        self.status: int | None = None
+
+    def check(self) -> None:
+        """Break off what can be done again.
+
+        Raises:
+            StopAsked: The run is asked to stop.
+        """
+        if self.status is not None:
+            raise StopAsked(self.status)
+
+
+class Guard:
+    """Lets a piece of work succeed on all processes, or on none.
+
+    A process that fails alone would leave the others waiting for it. So each says how it fared before the run goes on,
+    and an error of one is an error of all, with the message of the one.
+
+    Args:
+        max_skipped: Steps in a row that may be left out because of numbers that are not finite.
+
+    Attributes:
+        stop: Whether somebody has asked for the run to stop.
+        in_a_row: Steps left out since the last one that was taken.
+        skipped: Steps left out in all.
+    """
+
+    def __init__(self, max_skipped: int = 0) -> None:
+        if max_skipped < 0:
+            raise InputError(f"model.max_skipped_steps must be at least 0, but is {max_skipped}")
+        self.max_skipped = max_skipped
+        self.stop = Stop()
+        self.in_a_row = self.skipped = 0
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Do a piece of work that changes nothing that lasts.
+
+        Raises:
+            StopAsked: A process is asked to stop.
+            InputError: The work raised it, in this process or in another.
+        """
+        result, problem, reports = self._try(work, may_stop=True)
+        self._raise_worst(problem, reports)
+        return cast("T", result)
+
+    def attempt(self, work: Callable[[], T], *, may_stop: bool = True) -> T | None:
+        """Do a piece of work that changes nothing that lasts, or leave it out where its numbers are not finite.
+
+        Args:
+            work: The work.
+            may_stop: Whether the run can stop cleanly before and after it.
+
+        Returns:
+            Its result, or None where it is left out.
+
+        Raises:
+            StopAsked: A process is asked to stop.
+            InputError: The work raised it, in this process or in another; not finite numbers too, unless they may still
+                be left out.
+        """
+        result, problem, reports = self._try(work, may_stop)
+        if _worst(reports) == NOT_FINITE and self.in_a_row < self.max_skipped:
+            self.in_a_row += 1
+            self.skipped += 1
+            return None
+        self._raise_worst(problem, reports)
+        return result
+
+    def taken(self) -> None:
+        """Note that a step was taken."""
+        self.in_a_row = 0
+
+    def counts(self) -> dict[str, float]:
+        """Return what to log: the steps left out so far, where any may be."""
+        return {"skipped_steps": float(self.skipped)} if self.max_skipped else {}
+
+    def _try(self, work: Callable[[], T], may_stop: bool) -> tuple[T | None, Problem | None, list[Report | None]]:
+        result: T | None = None
+        problem: Problem | None = None
+        try:
+            if may_stop:
+                self.stop.check()
+            result = work()
+            if may_stop:
+                self.stop.check()
+        except StopIteration as error:  # It would end Lightning's training loop without a word.
+            problem = RuntimeError(f"StopIteration was raised: {error}")
+        except (Exception, StopAsked) as error:
+            problem = error
+        return result, problem, gathered(None if problem is None else (_severity(problem), str(problem)))
+
+    def _raise_worst(self, problem: Problem | None, reports: list[Report | None]) -> None:
+        worst = _worst(reports)
+        if worst == 0:
+            return
+        if problem is not None and _severity(problem) == worst:
+            raise problem
+        rank, message = next((rank, report[1]) for rank, report in enumerate(reports) if report and report[0] == worst)
+        if worst == STOP:
+            raise StopAsked(int(message))
+        raise (RuntimeError if worst == BROKEN else InputError)(f"process {rank}: {message}")
+
+
+def check_finite(values: Sequence[tuple[str, Tensor]], prompts: Sequence[RawPrompt], consequence: str) -> None:
+    """Refuse numbers that are not finite.
+
+    Args:
+        values: What each number is, and one a prompt. (B,) each
+        prompts: B prompts.
+        consequence: What becomes of it, for the message.
+
+    Raises:
+        NonFiniteError: Some are not; the message shows their prompts.
+    """
+    finite = torch.stack([value.isfinite() for _, value in values])  # (numbers, B)
+    if bool(finite.all()):
+        return
+    number, row = (int(index) for index in (~finite).nonzero()[0])
+    rows = (~finite[number]).nonzero()[:, 0].tolist()
+    what, value = values[number]
+    raise NonFiniteError(
+        f"{what} is {float(value[row])} for {len(rows)} of {len(prompts)} prompts: "
+        f"{shown([prompts[row] for row in rows])}; {consequence}",
+        rows,
+    )
+
+
+def check_rollout(experience: Experience) -> Experience:
+    """Refuse pairs with scores or log-probabilities that are not finite; give them back otherwise.
+
+    Raises:
+        NonFiniteError: Some are not finite.
+    """
+    scores, completions = experience.scores, experience.completions
+    values = [
+        ("the score of the policy's completion", scores.by_policy),
+        ("the score of the reference's completion", scores.by_reference),
+        ("the policy's log-probability of its own completion", completions.by_policy.logps),
+        ("the reference's log-probability of the policy's completion", experience.reference_logps.by_policy),
+        ("the reference's log-probability of its own completion", experience.reference_logps.by_reference),
+    ]
+    check_finite(values, experience.prompts.raw, "no step was taken on them")
+    return experience
+
+
+def shown(prompts: Sequence[RawPrompt]) -> str:
+    """Show some prompts in a message, each by its end, where prompts differ."""
+    texts = [prompt if isinstance(prompt, str) else f"{prompt[-1]['content']}" for prompt in prompts[:SHOWN]]
+    ends = [text if len(text) <= 80 else "..." + text[-77:] for text in texts]
+    return ", ".join(map(repr, ends)) + ", ..." * (len(prompts) > SHOWN)
+
+
+def _severity(problem: Problem) -> int:
+    if isinstance(problem, NonFiniteError):
+        return NOT_FINITE
+    if isinstance(problem, StopAsked):
+        return STOP
+    return BAD_INPUT if isinstance(problem, InputError) else BROKEN
+
+
+def _worst(reports: list[Report | None]) -> int:
+    return max((report[0] for report in reports if report), default=0)
