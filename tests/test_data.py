@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import re
 import time
@@ -12,6 +13,8 @@ from typing import Any
 import datasets
 import huggingface_hub
 import lightning.pytorch as pl
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -522,6 +525,8 @@ def test_setup_repeats_the_work_only_for_another_encoder(source: str):
         ([], "empty list of messages"),
         ([{"role": "user"}], "a chat message must be a mapping"),
         ([{"role": "user", "content": "a"}], "no chat template"),
+        ("a \ud800", "half of a character"),
+        ([{"role": "user", "content": "\udfff"}], "half of a character"),
     ],
 )
 @both_ways
@@ -561,6 +566,10 @@ def test_blank_lines_are_skipped_but_counted(tmp_path: Path, streaming: bool):
         ("x.csv", b"prompt,x\na,1\n\xe9,2\n", ", line 3: ", "not valid UTF-8"),
         ("x.csv", b"prompt,x\na,1\n,2\n", ", row 2: ", "the prompt is empty"),
         ("x.parquet", b"PAR1 but not really", ": ", "cannot be read as Parquet"),
+        ("x.jsonl", b'{"prompt": ' + b"[" * 50_000, ", line 1: ", "nested too deeply"),
+        ("x.jsonl", b'{"prompt": ' + b"1" * 5000 + b"}", ", line 1: ", "4300 digits"),
+        ("x.json", b"[" * 50_000, ": ", "nested too deeply"),
+        ("x.csv", b"a" * 100_000 + b"\nb\n", ", row 1 ", "has no column 'prompt'; it has 'aaa"),
         (
             "x.jsonl",
             b'{"prompt": "a", "n": 1}\n{"promt": "b", "n": 2}',
@@ -582,6 +591,31 @@ def test_broken_files(tmp_path: Path, name: str, content: bytes, place: str, rea
 def test_null_in_parquet(tmp_path: Path):
     Dataset.from_dict({"prompt": ["a", None]}).to_parquet(tmp_path / "x.parquet")
     assert refusal(str(tmp_path / "x.parquet")).startswith(f"{tmp_path / 'x.parquet'}, row 2: the prompt is null")
+
+
+@pytest.mark.parametrize(
+    ("column", "place"),
+    [
+        (pyarrow.array([b"fine", b"\xff"]).view(pyarrow.string()), "x.parquet, row 2: "),
+        (pyarrow.array([0, 2**60]).view(pyarrow.duration("s")), "x.parquet, row 2: "),
+        (pyarrow.array([[("a", 1)], []], pyarrow.map_("string", "int64")), "x.parquet"),
+    ],
+    ids=["not UTF-8", "too long a time", "a type that datasets does not know"],
+)
+@both_ways
+def test_parquet_values_that_cannot_be_decoded(tmp_path: Path, column: pyarrow.Array, place: str, streaming: bool):
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "x": column}), tmp_path / "x.parquet")
+    assert place in refusal(str(tmp_path / "x.parquet"), streaming=streaming)
+
+
+@pytest.mark.parametrize(
+    "metadata", [b"", b"{", b"null", b'{"info": {"features": {"prompt": {"_type": "No"}}}}', b"\xff"]
+)
+@both_ways
+def test_parquet_with_broken_metadata(tmp_path: Path, metadata: bytes, streaming: bool):
+    table = pyarrow.table({"prompt": ["a"]}).replace_schema_metadata({b"huggingface": metadata})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    assert str(tmp_path / "x.parquet") in refusal(str(tmp_path / "x.parquet"), streaming=streaming)
 
 
 def test_empty_saved_data_set(tmp_path: Path):
@@ -614,6 +648,13 @@ def test_streamed_error_in_a_worker_is_one_line(tmp_path: Path):
 
 def test_missing_path():
     assert refusal("./nowhere.jsonl").startswith("data.source: there is nothing at './nowhere.jsonl'")
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", "\x00", "a" * 5000, "~nobody/x.jsonl", "./\x00", "package:__main__/x", "package:json/\x00"]
+)
+def test_name_that_no_path_can_have(name: str):
+    assert refusal(name).startswith("data.source")
 
 
 def test_suffix_that_is_not_supported(tmp_path: Path):
@@ -659,6 +700,10 @@ def test_hub_options_with_a_local_file(source: str, option: str):
         ({"seed": -1}, ["seed"]),
         ({"validation_size": -1}, ["validation_size"]),
         ({"validation_size": 1.0}, ["validation_size"]),
+        ({"validation_size": math.nan}, ["validation_size"]),
+        ({"max_prompts": 10**30, "streaming": True}, ["max_prompts"]),
+        ({"batch_size": 10**30}, ["batch_size"]),
+        ({"seed": 2**64}, ["seed"]),
         ({"validation_size": 2, "validation_source": "x"}, ["validation_size", "validation_source"]),
         ({"validation_size": 2, "validation_split": "x"}, ["validation_size", "validation_split"]),
         ({"validation_size": 2, "streaming": True}, ["validation_size", "streaming"]),

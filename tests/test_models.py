@@ -231,7 +231,7 @@ def test_dropout_is_off_while_sampling_and_on_while_training(make_module: MakeMo
     for completions in (pairs.completions.by_policy, pairs.completions.by_reference):
         expected = token_logps(base, pairs.prompts, completions)
         torch.testing.assert_close(completions.token_logps, expected.detach(), rtol=0, atol=5e-5)
-    first, second = (module.objective(pairs, 0.0, 0.1)[0] for _ in range(2))
+    first, second = (module.objective(module.policy, pairs, alpha=0.0, beta=0.1)[0] for _ in range(2))
     assert not torch.equal(first, second)
 
 

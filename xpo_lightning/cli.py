@@ -1,21 +1,21 @@
 """The command line `xpo`: runs assembled from YAML by LightningCLI."""
 
 import os
-import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import CheckpointIO
 
 import xpo_lightning.callbacks
 import xpo_lightning.rewards
-from xpo_lightning.callbacks.predictions import PredictionsWriter
+from xpo_lightning import resume_point
+from xpo_lightning.callbacks import GracefulStop, PredictionsWriter, RunCheckpoint, RunContinuation
+from xpo_lightning.checkpoint_io import CrashSafeCheckpointIO
+from xpo_lightning.complaints import explaining_trainer_errors, explanation, input_error_in, refuse_nulls, stop
+from xpo_lightning.continued_run import make_resumable
 from xpo_lightning.cpu import limit_threads
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.errors import InputError
@@ -26,7 +26,6 @@ _TRAINER_KEYS_OF_THE_MODULE = {
     "gradient_clip_algorithm": (None, "model.max_grad_norm (gradients are clipped by norm)"),
     "accumulate_grad_batches": (1, "data.batch_size (prompts an optimizer step) and model.micro_batch_size"),
 }
-_CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
 
 
 class XPOParser(LightningArgumentParser):
@@ -34,10 +33,10 @@ class XPOParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End the program; of an error that began with bad input, only that is shown."""
-        cause = _input_error_in(ex)
+        cause = input_error_in(ex)
         if cause is None and os.environ.get("JSONARGPARSE_DEBUG"):
             super().error(message, ex)
-        _stop(str(cause or message))
+        stop(str(cause or message))
 
 
 class XPOCLI(LightningCLI):
@@ -65,10 +64,21 @@ class XPOCLI(LightningCLI):
         offered = LightningCLI.subcommands()
         return {name: offered[name] for name in ("fit", "validate", "predict")}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the command line and the configs that it names."""
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise InputError(f"--config: the file is not valid UTF-8 ({error}); save it as UTF-8") from error
+
     def before_instantiate_classes(self) -> None:
         """Refuse a checkpoint that does not load, and trainer options whose work the module does itself."""
         config = self.config[self.subcommand]
-        _check_checkpoint(config.get("ckpt_path"))
+        for group in ("trainer", "model", "data"):
+            if not hasattr(config[group], "get"):
+                raise InputError(f"{group} must be a group of options, but is {config[group]!r:.60}")
+        refuse_nulls(self._parser(self.subcommand), config)
+        resume_point.check_request(str(self.subcommand), config.ckpt_path, config.weights_only)
         trainer = config.trainer
         if str(trainer.get("precision")) in ("16", "16-mixed"):  # On a CPU, Lightning would take bf16-mixed instead.
             raise InputError(f"trainer.precision={trainer.precision} is not supported; use 32-true or bf16-mixed")
@@ -76,10 +86,34 @@ class XPOCLI(LightningCLI):
             if trainer.get(key) not in (None, default):
                 raise InputError(f"trainer.{key} has no effect here; set {instead} instead")
 
+    def instantiate_classes(self) -> None:
+        """Build everything, and say in one line what the config has that cannot be built."""
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:  # A number where a group of options belongs, say.
+            raise (input_error_in(error) or InputError(f"the config cannot be used: {error}")) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, and name it where Lightning refuses its options."""
-        with _explaining_trainer_errors(ValueError, TypeError, OSError):
-            return super().instantiate_trainer(**kwargs)
+        with explaining_trainer_errors(ValueError, TypeError, OSError):
+            trainer = super().instantiate_trainer(plugins=self._plugins(), **kwargs)
+        make_resumable(trainer)
+        return trainer
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        """Add the callbacks that every run has."""
+        own = config.get("callbacks") or []
+        given = [*(own if isinstance(own, list) else [own]), *callbacks]
+        added: list[Any] = [RunContinuation(), GracefulStop()]
+        if config.get("enable_checkpointing") is not False and not any(isinstance(one, Checkpoint) for one in given):
+            added.append(RunCheckpoint())
+        kinds = {type(one) for one in given}
+        return super()._instantiate_trainer(config, [*callbacks, *(one for one in added if type(one) not in kinds)])
+
+    def after_instantiate_classes(self) -> None:
+        """Find the checkpoint that is meant by `last`; the trainer knows where to look."""
+        config = self.config_init[self.subcommand]
+        config.ckpt_path = resume_point.resolve(str(self.subcommand), config.ckpt_path, self.trainer)
 
     def before_validate(self) -> None:
         """Refuse to validate on nothing."""
@@ -97,6 +131,14 @@ class XPOCLI(LightningCLI):
         if self.config_init.predict.return_predictions is None:
             self.config_init.predict.return_predictions = False
 
+    def _plugins(self) -> list[Any]:
+        """Add crash-safe checkpoints to the trainer's plugins, unless the config has its own way to write them."""
+        config = self.config_init[self.subcommand].trainer
+        plugins: list[Any] = config.plugins if isinstance(config.plugins, list) else [config.plugins]
+        plugins = [plugin for plugin in plugins if plugin is not None]
+        has_own = getattr(config.strategy, "_checkpoint_io", None) or any(isinstance(p, CheckpointIO) for p in plugins)
+        return plugins if has_own else [*plugins, CrashSafeCheckpointIO()]
+
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint: the settings of a run are those of its config and command line."""
 
@@ -113,43 +155,14 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     limit_threads()
     try:
-        with _explaining_trainer_errors():
+        with explaining_trainer_errors():
             XPOCLI(args)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning would end with 1.
+            raise SystemExit(130) from end
+        raise
     except Exception as error:
-        cause = _input_error_in(error)
-        if cause is None or os.environ.get("XPO_DEBUG"):
+        message = explanation(error)
+        if message is None or os.environ.get("XPO_DEBUG"):
             raise
-        _stop(str(cause))
-
-
-@contextmanager
-def _explaining_trainer_errors(*kinds: type[Exception]) -> Iterator[None]:
-    handled: tuple[type[Exception], ...] = (MisconfigurationException, *kinds)
-    try:
-        yield
-    except handled as error:
-        raise (_input_error_in(error) or InputError(f"trainer: {error}")) from error
-
-
-def _check_checkpoint(checkpoint: str | None) -> None:
-    if checkpoint is None or checkpoint in _CHECKPOINT_WORDS or "://" in checkpoint:
-        return
-    if not Path(checkpoint).is_file():
-        raise InputError(f"ckpt_path: there is no checkpoint '{checkpoint}'")
-    try:
-        torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise InputError(f"ckpt_path: '{checkpoint}' is no checkpoint, or a damaged one ({reason:.160})") from error
-
-
-def _input_error_in(error: BaseException | None) -> InputError | None:
-    """Find the bad input that an error began with."""
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _stop(message: str) -> NoReturn:
-    sys.stderr.write(f"xpo: error: {' '.join(message.split())}\n")
-    raise SystemExit(2) from None
+        stop(message)

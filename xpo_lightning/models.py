@@ -1,5 +1,7 @@
 """The one place that loads causal language models: folders, hub ids, adapters and GGUF files."""
 
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -9,9 +11,10 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from xpo_lightning.chat_template import read_chat_template
 from xpo_lightning.errors import InputError
 from xpo_lightning.gguf import gguf_pre_tokenizer, unpacked
-from xpo_lightning.sources import explaining_hub_errors, is_local, resolve
+from xpo_lightning.sources import existing_path, explaining_hub_errors, is_local, resolve
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -74,11 +77,7 @@ class ModelSpec:
             if pre_tokenizer is not None:
                 tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
         if self.chat_template is not None:
-            file = Path(self.chat_template)
-            is_file = len(self.chat_template) < 256 and "{" not in self.chat_template
-            if is_file and not file.exists():
-                raise InputError(f"model.policy.chat_template: there is no file '{file}'")
-            tokenizer.chat_template = file.read_text() if is_file else self.chat_template
+            tokenizer.chat_template = read_chat_template(self.chat_template)
         return cast("PreTrainedTokenizerBase", tokenizer)
 
     def load_config(self) -> Any:
@@ -183,13 +182,16 @@ class LoRASpec:
         """Refuse values out of range."""
         if self.r < 1:
             raise InputError(f"model.lora.r must be at least 1, but is {self.r}")
-        if not self.alpha > 0:
-            raise InputError(f"model.lora.alpha must be above 0, but is {self.alpha}")
+        if not 0 < self.alpha < math.inf:
+            raise InputError(f"model.lora.alpha must be above 0 and finite, but is {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise InputError(f"model.lora.dropout must be at least 0 and below 1, but is {self.dropout}")
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Freeze the model and add trainable adapters to it."""
+        widest = max(max(weight.shape, default=1) for weight in model.parameters())
+        if self.r > widest:
+            raise InputError(f"model.lora.r={self.r} is above every dimension of the model ({widest}); lower it")
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=self.r,
@@ -200,7 +202,7 @@ class LoRASpec:
         )
         try:
             return get_peft_model(model, config)
-        except ValueError as error:
+        except (ValueError, re.error) as error:
             raise InputError(f"model.lora.target_modules: {error}") from error
 
 
@@ -292,6 +294,7 @@ def _set_dropout(model: nn.Module, probability: float) -> None:
 
 def _adapter_base(source: str) -> str | None:
     """Name the base model of a folder that holds a LoRA adapter, or None where it holds none."""
-    if not (Path(source) / "adapter_config.json").is_file():
+    if existing_path(f"{source}/adapter_config.json") is None:
         return None
-    return str(LoraConfig.from_pretrained(source).base_model_name_or_path)
+    with explaining_hub_errors(source, "model.policy.path"):
+        return str(LoraConfig.from_pretrained(source).base_model_name_or_path)

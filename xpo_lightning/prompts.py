@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from xpo_lightning.batch import Prompts, RawPrompt, left_pad
@@ -29,6 +28,7 @@ def check_prompt(prompt: Any, where: str) -> None:
     if isinstance(prompt, str):
         if not prompt.strip():
             raise InputError(f"{where}: the prompt is empty; give text, or delete the row")
+        _check_characters(prompt, where)
         return
     if not isinstance(prompt, list):
         raise InputError(
@@ -44,6 +44,19 @@ def check_prompt(prompt: Any, where: str) -> None:
                 f"{where}: a chat message must be a mapping with text under 'role' and 'content', "
                 f"but is {message!r:.80}"
             )
+        for text in texts:
+            _check_characters(str(text), where)
+
+
+def _check_characters(text: str, where: str) -> None:
+    """Refuse halves of characters, which JSON can hold as an escape and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: the prompt holds {text[error.start]!r}, half of a character (a lone surrogate); "
+            f"mend the text, or delete the row"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -161,7 +174,7 @@ class PromptEncoder:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=not to_continue, continue_final_message=to_continue
             )
-        except (TemplateError, ValueError) as error:
+        except Exception as error:  # A template is a program, and may fail as programs do.
             raise InputError(f"{where}: the policy's chat template refuses the conversation: {error}") from error
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 

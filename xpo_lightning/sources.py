@@ -33,11 +33,13 @@ def resolve(name: str, key: str) -> str:
     Raises:
         InputError: The name can only be a path, and nothing is there; or the package is not installed.
     """
+    if not name.strip():
+        raise InputError(f"{key} is empty; give a path or a hub id")
     if name.startswith("package:"):
         return _inside_package(name, key)
-    path = Path(name).expanduser()
-    if path.exists():
-        return str(path)
+    found = existing_path(name)
+    if found is not None:
+        return str(found)
     if _looks_like_a_path(name):
         raise InputError(f"{key}: there is nothing at '{name}' (in {Path.cwd()}); give an existing path or a hub id")
     return name
@@ -45,7 +47,16 @@ def resolve(name: str, key: str) -> str:
 
 def is_local(resolved: str) -> bool:
     """Tell whether `resolve` found a local path."""
-    return Path(resolved).exists()
+    return existing_path(resolved) is not None
+
+
+def existing_path(name: str) -> Path | None:
+    """Return the path of that name, `~` expanded; None where nothing is there, or no path can have that name."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long; a user that does not exist; a null character
+        return None
 
 
 @contextmanager
@@ -92,11 +103,14 @@ def _hub_answers() -> bool:
 def _inside_package(name: str, key: str) -> str:
     package, _, inner = name.removeprefix("package:").partition("/")
     # The package is found, not imported: files are all that is wanted of it.
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    try:
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    except ValueError:  # `__main__` has none
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"{key}: '{name}' needs the Python package '{package}', which is not installed")
-    path = Path(spec.submodule_search_locations[0]) / inner
-    if not path.exists():
+    path = existing_path(str(Path(spec.submodule_search_locations[0]) / inner))
+    if path is None:
         raise InputError(f"{key}: the Python package '{package}' has no '{inner}'")
     return str(path)
 

@@ -99,7 +99,7 @@ class Encoding:
             hint = f" (did you mean '{close[0]}'?)" if close else ""
             raise InputError(
                 f"data.prompt_column: {where} has no column '{self.prompt_column}'{hint}; "
-                f"it has {', '.join(map(repr, columns)) or 'none'}"
+                f"it has {_named(columns) or 'none'}"
             )
         for taken in {"prompt", "prompt_ids"} - {self.prompt_column}:
             if taken in columns:
@@ -110,10 +110,16 @@ class Encoding:
 
 
 def _other_columns(first: Row, row: Row, where: str) -> InputError:
-    lacking = [repr(column) for column in first if column not in row]
-    added = [repr(column) for column in row if column not in first]
-    differences = [f"lacks {', '.join(lacking)}"] * bool(lacking) + [f"adds {', '.join(added)}"] * bool(added)
+    lacking = _named([column for column in first if column not in row])
+    added = _named([column for column in row if column not in first])
+    differences = [f"lacks {lacking}"] * bool(lacking) + [f"adds {added}"] * bool(added)
     return InputError(
         f"{where}: this row {' and '.join(differences)}, unlike the first row; "
         f"give every row the same columns, with null where there is no value"
     )
+
+
+def _named(columns: list[str]) -> str:
+    """List columns, cut where the file is no table and its first line is taken for them."""
+    named = ", ".join(map(repr, columns))
+    return named if len(named) <= 300 else f"{named[:300]}..."

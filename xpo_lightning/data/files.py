@@ -2,8 +2,9 @@
 
 import csv
 import json
-from collections.abc import Iterator
-from itertools import count
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,11 @@ def read_csv(path: str) -> Iterator[Located]:
 
 def stream_parquet(path: str) -> Iterator[Located]:
     """Read a Parquet file a batch of rows at a time."""
-    numbers = count(1)
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in Dataset(pyarrow.Table.from_batches([batch])):
-                    yield f"{path}, row {next(numbers)}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _unreadable_parquet(path, error) from error
+    with explaining_parquet(path):
+        file = pyarrow.parquet.ParquetFile(path)
+    with file:
+        tables = (pyarrow.Table.from_batches([batch]) for batch in file.iter_batches())
+        yield from numbered(path, chain.from_iterable(map(Dataset, tables)))
 
 
 def load_parquet(path: str) -> Dataset:
@@ -77,10 +75,49 @@ def load_parquet(path: str) -> Dataset:
 
     The Arrow table is read directly: `Dataset.from_parquet` would first copy it into the Hugging Face cache.
     """
-    try:
+    with explaining_parquet(path):
         return Dataset(pyarrow.parquet.read_table(path))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _unreadable_parquet(path, error) from error
+
+
+def numbered(name: str, rows: Iterable[Row]) -> Iterator[Located]:
+    """Take rows one after the other and tell where each stands.
+
+    Raises:
+        InputError: A row cannot be read or decoded.
+    """
+    left = iter(rows)
+    for number in count(1):
+        where = f"{name}, row {number}"
+        with explaining_row(where):
+            row = next(left, None)
+        if row is None:
+            return
+        yield where, row
+
+
+# Damaged bytes and odd metadata make readers raise errors of every kind, so both of these catch all.
+
+
+@contextmanager
+def explaining_row(where: str) -> Iterator[None]:
+    """Name the row that cannot be read, for example text that is not UTF-8 or a time that Python cannot hold."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{where}: the row cannot be read ({_reason(error)})") from error
+
+
+@contextmanager
+def explaining_parquet(path: str) -> Iterator[None]:
+    """Name the file that cannot be read."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{path}: the file cannot be read as Parquet ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
@@ -100,6 +137,10 @@ def _parse_json(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
         raise InputError(f"{where}: broken JSON ({error.msg} at {place})") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: the JSON is nested too deeply to be read") from error
+    except ValueError as error:  # Python reads no integer of more than 4300 digits.
+        raise InputError(f"{where}: the JSON cannot be read ({error})") from error
 
 
 def _checked_row(row: Any, where: str) -> Row:
@@ -111,9 +152,5 @@ def _checked_row(row: Any, where: str) -> Row:
 def _checked_header(header: list[str], path: str) -> list[str]:
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
-        raise InputError(f"{path}, line 1: the header names {', '.join(map(repr, twice))} more than once")
+        raise InputError(f"{path}, line 1: the header names {', '.join(map(repr, twice)):.300} more than once")
     return header
-
-
-def _unreadable_parquet(path: str, error: Exception) -> InputError:
-    return InputError(f"{path}: the file cannot be read as Parquet ({' '.join(str(error).split())[:160]})")

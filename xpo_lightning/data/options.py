@@ -1,5 +1,6 @@
 """Options that contradict each other are refused by name before anything is read."""
 
+import sys
 from dataclasses import replace
 
 from xpo_lightning.data.reading import Source
@@ -9,10 +10,12 @@ DEFAULT_BUFFER = 1000
 
 
 def check_at_least(least: int, **options: float | None) -> None:
-    """Refuse numbers below `least`; None stands for an option that is not given."""
+    """Refuse numbers below `least`, or beyond what counts and seeds can be; None is an option that is not given."""
     for option, value in options.items():
-        if value is not None and value < least:
+        if value is not None and not value >= least:
             raise InputError(f"data.{option}: must be at least {least}, but is {value}")
+        if value is not None and value > sys.maxsize:
+            raise InputError(f"data.{option}: must be at most {sys.maxsize}, but is {value}")
 
 
 def check_streaming(streaming: bool, shuffle: bool, buffer: int, validation_size: float) -> None:

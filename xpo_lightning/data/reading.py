@@ -11,7 +11,16 @@ import datasets
 import pyarrow  # type: ignore[import-untyped,unused-ignore]
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from xpo_lightning.data.files import Located, load_parquet, read_csv, read_json, read_jsonl, stream_parquet
+from xpo_lightning.data.files import (
+    Located,
+    explaining_row,
+    load_parquet,
+    numbered,
+    read_csv,
+    read_json,
+    read_jsonl,
+    stream_parquet,
+)
 from xpo_lightning.errors import InputError
 from xpo_lightning.sources import explaining_hub_errors, is_local, resolve
 
@@ -78,7 +87,11 @@ class _ArrowRows(Sequence[Located]):
     def __getitem__(self, index: int | slice) -> Located | Sequence[Located]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        return f"{self.name}, row {index + 1}", self.dataset[index]
+        if index >= len(self):  # how iteration over a sequence ends
+            raise IndexError(index)
+        where = f"{self.name}, row {index + 1}"
+        with explaining_row(where):
+            return where, self.dataset[index]
 
 
 def read(source: Source) -> Sequence[Located]:
@@ -108,18 +121,13 @@ def stream(source: Source, limit: int | None = None) -> Stream:
     """
     path = resolve(source.name, source.key)
     if not is_local(path):
-        return Stream(partial(_numbered, _label(source), _load_from_hub(source, streaming=True)), limit)
+        return Stream(partial(numbered, _label(source), _load_from_hub(source, streaming=True)), limit)
     suffix = _checked_suffix(path, source)
     if suffix in _TEXT_FILES:
         return Stream(partial(_TEXT_FILES[suffix], path), limit)
     if suffix == ".parquet":
         return Stream(partial(stream_parquet, path), limit)
-    return Stream(partial(_numbered, _label(source), _load_from_directory(path, source)), limit)
-
-
-def _numbered(name: str, rows: Dataset | IterableDataset) -> Iterator[Located]:
-    for number, row in enumerate(rows, 1):
-        yield f"{name}, row {number}", row
+    return Stream(partial(numbered, _label(source), _load_from_directory(path, source)), limit)
 
 
 def _label(source: Source) -> str:

@@ -1,0 +1,69 @@
+"""Errors as a person at the command line sees them: one line, and the option that it is about."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, get_args
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from xpo_lightning.errors import InputError
+
+LONGEST = 1000  # characters of a line
+# Errors that these raise themselves, and nothing that they call, are about the options that they were given.
+OPTIONS_OF = {"lightning": "trainer", "torch.optim": "model.optimizer or model.lr_scheduler"}
+
+
+@contextmanager
+def explaining_trainer_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn what Lightning says of its options into an `InputError`; other kinds of errors too, where they are given."""
+    handled: tuple[type[Exception], ...] = (MisconfigurationException, *kinds)
+    try:
+        yield
+    except handled as error:
+        raise (input_error_in(error) or InputError(f"trainer: {error}")) from error
+
+
+def refuse_nulls(parser: Any, config: Any) -> None:
+    """Refuse null where an option has no meaning for it; jsonargparse takes it everywhere.
+
+    Raises:
+        InputError: An option is null.
+    """
+    for action in parser._actions:
+        hint = getattr(action, "_typehint", None)
+        if hint in (None, Any) or type(None) in get_args(hint) or action.default is None:
+            continue
+        if config.get(action.dest, 0) is None:
+            raise InputError(f"{action.dest} must not be null; remove the line, to take the default")
+
+
+def explanation(error: BaseException) -> str | None:
+    """Say what a person can do about an error; None where it is none of their making."""
+    cause, key = input_error_in(error), _option_behind(error)
+    if cause is not None:
+        return str(cause)
+    return f"{key}: {type(error).__name__}: {error}" if key else None
+
+
+def input_error_in(error: BaseException | None) -> InputError | None:
+    """Find the bad input that an error began with."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def stop(message: str) -> NoReturn:
+    """End the program with one line."""
+    line = " ".join(message.split())
+    line = line if len(line) <= LONGEST else f"{line[: LONGEST - 300]} ... {line[-290:]}"
+    sys.stderr.write(f"xpo: error: {line}\n")
+    raise SystemExit(2) from None
+
+
+def _option_behind(error: BaseException) -> str | None:
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = "" if frame is None else f"{frame.tb_frame.f_globals.get('__name__', '')}."
+    return next((key for prefix, key in OPTIONS_OF.items() if module.startswith(f"{prefix}.")), None)
