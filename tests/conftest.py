@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from xpo_lightning import LoadedModel, ModelSpec, Prompts, Sampling, XPOLightningModule
 from xpo_lightning.batch import Completions, left_pad
 from xpo_lightning.rewards.function import PythonReward
+from xpo_lightning.rollout.noise import Noise
 
 torch.set_num_threads(1)
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -187,8 +188,8 @@ def random_rows(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     return [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
-def noise(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def noise(seed: int = 0) -> Noise:
+    return Noise(seed)
 
 
 def naive_token_logps(model: nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:

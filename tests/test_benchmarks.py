@@ -60,6 +60,17 @@ def test_both_sides_are_told_the_same(name: str):
     assert "gradient_checkpointing" not in trl_spec(suite, Path("assets"), "trl-shipped", 4)["options"]
 
 
+def test_the_tables_have_every_phase():
+    """`report.py` runs where this package is not installed, so it keeps a list of its own."""
+    from typing import get_args
+
+    import report
+
+    from xpo_lightning.phases import Phase
+
+    assert get_args(Phase) == report.PHASES
+
+
 def test_our_worker_times_a_step_and_all_of_its_phases(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

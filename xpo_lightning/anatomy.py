@@ -31,7 +31,8 @@ class Anatomy:
     pads_right: bool
 
 
-_FAILURES = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+FAILURES = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+"""What models raise that cannot do what is tried."""
 PLAIN = Anatomy(head=None, shares_prompt=False, pads_right=False)
 _known: "weakref.WeakKeyDictionary[nn.Module, Anatomy]" = weakref.WeakKeyDictionary()
 
@@ -70,7 +71,7 @@ def _examine(model: nn.Module) -> Anatomy:
             head = _plain_head(model, device)
             found = replace(PLAIN, head=head, pads_right=head is not None and not has_window(model))
             reason = _cannot_share(model, found, device)
-        except _FAILURES as error:
+        except FAILURES as error:
             found, reason = PLAIN, f"{type(error).__name__}: {error}"
     if reason is not None:
         rank_zero_info(f"{type(base_of(model)).__name__}: each prompt is computed once a completion ({reason:.200})")
@@ -103,12 +104,14 @@ def _cannot_share(model: nn.Module, found: Anatomy, device: torch.device) -> str
     with torch.enable_grad():  # a cache may be refused where gradients are wanted
         shared = shared_features(model, prompts, completions, found.head, pads_right=found.pads_right).detach()
     plain = plain_features(model, prompts.select([0, 1, 0, 1]), completions, found.head)
-    error = float((shared - plain).abs().max() / plain.abs().max())
-    return None if error < _tolerance(plain) else f"it would change its numbers by {error:.1%}"
+    return change(shared, plain, plain.dtype)
 
 
-def _tolerance(features: Tensor) -> float:
-    return 1e-3 if features.dtype == torch.float32 else 5e-2
+def change(tried: Tensor, plain: Tensor, dtype: torch.dtype) -> str | None:
+    """Say by how much a trial changes the plain way's numbers, or None where it is rounding in this type of weights."""
+    error, size = float((tried - plain).abs().max()), float(plain.abs().max())
+    rounding = (1e-3 if dtype == torch.float32 else 5e-2) * size
+    return None if error <= rounding else f"numbers of up to {size:.3g} would change by {error:.3g}"
 
 
 def has_window(model: nn.Module) -> bool:

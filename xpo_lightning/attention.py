@@ -22,9 +22,9 @@ HIDDEN = -1e30
 
 
 @contextmanager
-def fast_attention() -> Iterator[None]:
-    """Put our attention in the place of the one that transformers calls `sdpa`, for a while."""
-    if not _is_transformers_own():
+def fast_attention(device: torch.device) -> Iterator[None]:
+    """Put our attention in the place of the one that transformers calls `sdpa`, for a while, where there is a CPU."""
+    if device.type != "cpu" or not _is_transformers_own():
         yield
         return
     ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_forward
@@ -54,11 +54,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
 def cache_dtype(model: nn.Module) -> torch.dtype | None:
     """Return the type that keys and values are best kept in while tokens are sampled; None is the model's own.
 
-    On a CPU each step would otherwise convert them to float32 again.
+    On a CPU each step would otherwise convert bfloat16 to float32 again; under autocast, float32 weights make bfloat16
+    keys and values, too.
     """
     config: Any = getattr(model, "config", None)
     replaced = getattr(config, "_attn_implementation", None) == "sdpa" and _is_transformers_own()
-    return torch.float32 if replaced and next(model.parameters()).device.type == "cpu" else None
+    weight = next(model.parameters())
+    converted = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
+    return torch.float32 if replaced and converted else None
 
 
 def _attention_forward(

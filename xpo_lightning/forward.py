@@ -87,7 +87,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _attention_for(model: nn.Module, ids: Tensor) -> AbstractContextManager[None]:
     """Choose the attention; layers that will be computed again in the backward pass must find the same then."""
     again = torch.is_grad_enabled() and is_checkpointing(model)
-    return fast_attention() if ids.device.type == "cpu" and not again else nullcontext()
+    return nullcontext() if again else fast_attention(ids.device)
 
 
 @contextmanager

@@ -33,6 +33,11 @@ def head_logps(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
     return logps
 
 
+def apply_head(features: Tensor, head: nn.Linear | None) -> Tensor:
+    """Turn features (N, F) into logits (N, V), without gradient; without a head they are logits already."""
+    return features if head is None else linear(features, head.weight, head.bias)
+
+
 class _HeadLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

@@ -52,30 +52,57 @@ def shared_features(
     """
     copies = len(completions) // len(prompts)
     cache = PromptCache()
-    first, mask = _run_prompts(model, prompts, cache, head, pads_right)
-    first = first.repeat(copies, 1, 1)
-    if completions.ids.shape[1] == 1:
-        return first
+    first, mask = run_prompts(model, prompts, cache, head, pads_right=pads_right)
     cache.copies = copies
-    seen = torch.cat([mask.repeat(copies, 1), completions.mask[:, :-1]], 1)
-    begins = mask.sum(1).repeat(copies)[:, None]
-    positions = begins + torch.arange(completions.ids.shape[1] - 1, device=seen.device)
-    rest = last_features(model, completions.ids[:, :-1], seen, positions, positions.shape[1], cache=cache, head=head)
-    return torch.cat([first, rest], 1)
+    return run_completions(model, completions, first.repeat(copies, 1, 1), mask.repeat(copies, 1), cache, head)
 
 
-def _run_prompts(
-    model: nn.Module, prompts: Prompts, cache: Cache, head: nn.Linear | None, pads_right: bool
+def run_prompts(
+    model: nn.Module, prompts: Prompts, cache: Cache, head: nn.Linear | None, *, pads_right: bool
 ) -> tuple[Tensor, Tensor]:
-    """Fill a cache with prompts; return the features of the last tokens (B, 1, F) and the mask of the cache (B, P)."""
-    if not pads_right or head is None:
+    """Fill a cache with prompts.
+
+    Args:
+        model: As in `shared_features`.
+        prompts: B prompts.
+        cache: Where their keys and values go.
+        head: As in `plain_features`.
+        pads_right: As in `shared_features`.
+
+    Returns:
+        The features of the last tokens (B, 1, F), and the mask of the cache (B, P).
+    """
+    if not pads_right:
         positions = positions_from(prompts.mask)
         return last_features(model, prompts.ids, prompts.mask, positions, 1, cache=cache, head=head), prompts.mask
     ids, mask = prompts.padded_right()
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     features = last_features(model, ids, None, positions, ids.shape[1], cache=cache, head=head)
-    last = prompts.lengths - 1
-    return features.take_along_dim(last[:, None, None], 1), mask
+    return features.take_along_dim(prompts.lengths[:, None, None] - 1, 1), mask
+
+
+def run_completions(
+    model: nn.Module, completions: Completions, first: Tensor, mask: Tensor, cache: Cache, head: nn.Linear | None
+) -> Tensor:
+    """Go on from a cache that holds the prompts of these completions.
+
+    Args:
+        model: As in `shared_features`.
+        completions: B completions.
+        first: The features of the prompts' last tokens. (B, 1, F)
+        mask: True on the prompts' tokens. (B, P)
+        cache: The prompts' keys and values.
+        head: As in `plain_features`.
+
+    Returns:
+        Features that predict each completion token. (B, T, F)
+    """
+    ids = completions.ids[:, :-1]  # the last token predicts nothing
+    if ids.shape[1] == 0:
+        return first
+    seen = torch.cat([mask, completions.mask[:, :-1]], 1)
+    positions = mask.sum(1)[:, None] + torch.arange(ids.shape[1], device=ids.device)
+    return torch.cat([first, last_features(model, ids, seen, positions, ids.shape[1], cache=cache, head=head)], 1)
 
 
 class PromptCache(Cache):
