@@ -20,6 +20,18 @@ MAY_IMPORT = {
     "losses": {"batch", "errors"},
     "phases": set(),
     "environment": {"errors"},
+    "standing": set(),
+    "randomness": set(),
+    "processes": set(),
+    "checkpoint_io": {"errors"},
+    "complaints": {"errors"},
+    "continued_run": {"csv_logger"},
+    "csv_logger": {"errors"},
+    "resume_point": {"checkpoint_io", "continued_run", "errors"},
+    "guard": {"batch", "errors", "processes"},
+    "objective": {"batch", "errors", "logps", "losses", "metrics", "schedules"},
+    "gradient": {"batch", "errors", "guard", "objective", "optimization", "phases"},
+    "resume": {"errors", "guard", "identity", "processes", "randomness", "reference_cache", "standing"},
     "identity": set(),
     "cpu": set(),
     "attention": set(),
@@ -34,7 +46,7 @@ MAY_IMPORT = {
     "sources": {"errors"},
     "reference": {"forward", "identity"},
     "reference_cache": {"batch", "errors", "identity", "rollout"},
-    "rollout": {"adapters", "anatomy", "attention", "batch", "cpu", "errors", "forward", "logps"},
+    "rollout": {"adapters", "anatomy", "attention", "batch", "errors", "forward", "head", "logps", "prefix"},
 }
 TOP = {"module", "callbacks", "cli"}
 MAY_NOT_IMPORT = {
@@ -48,7 +60,7 @@ MAY_NOT_IMPORT = {
     "optimization": TOP,
     "checkpoint": TOP,
     "embedded": TOP,
-    "module": {"callbacks", "cli"},
+    "module": {"callbacks", "checkpoint_io", "cli", "continued_run", "csv_logger", "resume_point"},
     "callbacks": {"cli"},
 }
 

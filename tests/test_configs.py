@@ -19,6 +19,9 @@ class ParsingCLI(XPOCLI):
     def instantiate_classes(self) -> None:
         """Build nothing."""
 
+    def after_instantiate_classes(self) -> None:
+        """Look for no checkpoint."""
+
     def _run_subcommand(self, subcommand: str) -> None:
         """Run nothing."""
 
