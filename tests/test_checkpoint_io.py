@@ -322,9 +322,12 @@ def test_last_passes_over_damaged_files_and_names_them(
     assert steps == [1, 2, 3, 4], "the rows of the lost steps are written anew, and once"
     for file in folder.glob("*.ckpt"):
         file.write_bytes(cut(file.read_bytes()))
-    line = refused(capsys, "fit", "--config", config, "--ckpt_path", "last")
-    assert "no checkpoint can be used" in line
-    assert all(str(file) in line for file in (good, *bad))
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", config, "--ckpt_path", "last"])
+    assert end.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("xpo: ")]
+    assert lines[-1].startswith("xpo: error: ckpt_path: no checkpoint can be used")
+    assert all(sum(f"'{file}'" in line for line in lines) == 1 for file in folder.glob("*.ckpt"))
 
 
 def test_newest_is_told_by_time_and_then_by_name_and_on_every_process_alike(

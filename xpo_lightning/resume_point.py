@@ -141,12 +141,19 @@ def newest_checkpoint(verb: str, places: list[Place]) -> ResumePoint | None:
         except InputError as error:
             faults.append(str(error))
         else:
-            for fault in faults:
-                _say(f"passed over: {fault}")
+            _say_passed_over(faults)
             return point
     if faults:
-        raise InputError(f"ckpt_path: no checkpoint can be used: {'; '.join(faults)}")
+        newest, *others = faults
+        _say_passed_over(others)
+        more = f"; nor any of the {len(others)} others, see above" if others else ""
+        raise InputError(f"ckpt_path: no checkpoint can be used: {newest}{more}")
     return None
+
+
+def _say_passed_over(faults: list[str]) -> None:
+    for fault in faults:
+        _say(f"passed over: {fault}")
 
 
 def _read_usable(verb: str, path: Path) -> dict[str, Any]:
