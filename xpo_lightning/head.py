@@ -1,4 +1,4 @@
-"""The vocabulary head at the positions of completions alone, with a backward pass of its own."""
+"""The vocabulary head at the positions of completions alone, with backward passes of its own."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +12,8 @@ CHUNK = {"cpu": 2**22, "cuda": 2**26}
 """Most logits that are worked on at a time, by type of device; on a CPU they had better stay in its cache."""
 KEPT = 2**26
 """Most probabilities kept for the backward pass; where there are more, they are computed again, this many at a time."""
+_LEAST = -1e4
+"""A log-probability whose exponential is 0, and whose product with 0 is 0, unlike that of minus infinity."""
 
 
 def head_logps(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
@@ -31,6 +33,25 @@ def head_logps(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
     """
     logps: Tensor = _HeadLogps.apply(hidden, head.weight, head.bias, targets)  # type: ignore[no-untyped-call]
     return logps
+
+
+def logps_and_entropies(features: Tensor, head: nn.Linear | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Score tokens, and measure the entropy of the distribution that each was drawn from.
+
+    Logits of a head exist for a few positions at a time, and again in the backward pass.
+
+    Args:
+        features: Hidden states at the positions that predict the targets (N, D) or, without `head`, logits (N, V).
+        head: The vocabulary head; its weight is (V, D).
+        targets: Token ids. (N,)
+
+    Returns:
+        The targets' natural log-probabilities, and the entropies -sum p log p over the vocabulary in nats, in float32.
+        (N,) each
+    """
+    weight, bias = (None, None) if head is None else (head.weight, head.bias)
+    logps, entropies = _LogpsAndEntropies.apply(features, weight, bias, targets)  # type: ignore[no-untyped-call]
+    return logps, entropies
 
 
 def apply_head(features: Tensor, head: nn.Linear | None) -> Tensor:
@@ -79,7 +100,7 @@ class _HeadLogps(torch.autograd.Function):
         sum_of_weight = torch.zeros_like(weight, dtype=torch.float32)
         sum_of_bias = weight.new_zeros(len(weight), dtype=torch.float32)
         for rows in _cut(hidden, weight, KEPT):
-            probabilities = linear(hidden[rows], weight, bias).float().softmax(1)
+            probabilities = linear(hidden[rows].to(weight.dtype), weight, bias).float().softmax(1)
             residual = _residual(probabilities, targets[rows, None]).to(weight.dtype)
             sum_of_weight += products_summed(residual, scaled[rows])
             sum_of_bias += scale[rows, 0].to(residual.dtype) @ residual
@@ -87,11 +108,61 @@ class _HeadLogps(torch.autograd.Function):
         return of_hidden, of_weight, sum_of_bias.to(weight.dtype) if wants_bias else None, None
 
 
+class _LogpsAndEntropies(torch.autograd.Function):
+    """With p = softmax(logits), d logp / d logits is one-hot - p, and d entropy / d logits is -p (log p + entropy)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor | None, bias: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logps = features.new_empty(len(features), dtype=torch.float32)
+        entropies = torch.empty_like(logps)
+        for rows in _cut(features, weight, CHUNK["cpu" if features.device.type == "cpu" else "cuda"]):
+            log_p = _logits(features[rows], weight, bias).log_softmax(1)
+            logps[rows] = log_p.gather(1, targets[rows, None])[:, 0]
+            entropies[rows] = -(log_p.exp() * log_p.clamp_(min=_LEAST)).sum(1)
+        ctx.save_for_backward(features, weight, bias, targets, entropies)
+        return logps, entropies
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        features, weight, bias, targets, entropies = ctx.saved_tensors
+        wants_features, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        of_logps, of_entropies = (grad[:, None] for grad in grads)
+        of_features = torch.empty_like(features) if wants_features else None
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        of_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        for rows in _cut(features, weight, KEPT):
+            log_p = _logits(features[rows], weight, bias).log_softmax(1).clamp_(min=_LEAST)
+            p = log_p.exp()
+            slopes = log_p.add_(entropies[rows, None]).mul_(of_entropies[rows]).add_(of_logps[rows]).neg_().mul_(p)
+            slopes = slopes.scatter_add_(1, targets[rows, None], of_logps[rows])
+            if weight is not None:
+                slopes = slopes.to(weight.dtype)
+            if of_features is not None:
+                of_features[rows] = slopes if weight is None else linear(slopes, weight.t())
+            if of_weight is not None:
+                of_weight += products_summed(slopes, features[rows].to(slopes.dtype))
+            if of_bias is not None:
+                of_bias += slopes.sum(0)
+        return (
+            of_features,
+            None if of_weight is None else of_weight.to(weight.dtype),
+            None if of_bias is None else of_bias.to(bias.dtype),
+            None,
+        )
+
+
+def _logits(features: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Turn features into logits (N, V), in float32; without a weight they are logits already."""
+    return (features if weight is None else linear(features.to(weight.dtype), weight, bias)).float()
+
+
 def _residual(probabilities: Tensor, targets: Tensor) -> Tensor:
     """Subtract probabilities (N, V) from the one-hot targets (N, 1), in place."""
     return probabilities.neg_().scatter_add_(1, targets, torch.ones_like(targets, dtype=probabilities.dtype))
 
 
-def _cut(hidden: Tensor, weight: Tensor, most: int) -> Iterator[slice]:
-    step = max(1, most // len(weight))
-    return (slice(start, start + step) for start in range(0, len(hidden), step))
+def _cut(features: Tensor, weight: Tensor | None, most: int) -> Iterator[slice]:
+    step = max(1, most // (features.shape[1] if weight is None else len(weight)))
+    return (slice(start, start + step) for start in range(0, len(features), step))

@@ -1,4 +1,4 @@
-"""Log-probabilities of completions under a causal language model."""
+"""Log-probabilities of completions under a causal language model, and the entropy of what it may write next."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from xpo_lightning.adapters import adapters_cast
 from xpo_lightning.anatomy import anatomy_of
 from xpo_lightning.batch import Completions, Pair, Prompts, stack
 from xpo_lightning.forward import is_checkpointing
-from xpo_lightning.head import head_logps
+from xpo_lightning.head import head_logps, logps_and_entropies
 from xpo_lightning.prefix import plain_features, shared_features
 
 
@@ -37,15 +37,35 @@ def pair_logps(model: nn.Module, prompts: Prompts, completions: Pair[Completions
     Returns:
         Log-probability of each completion, summed over its tokens, in nats. (B,) a side
     """
-    both, anatomy = stack(completions), anatomy_of(model)
-    with adapters_cast(model):
-        if shares_prompt(model):
-            features = shared_features(model, prompts, both, anatomy.head, pads_right=anatomy.pads_right)
-        else:
-            features = plain_features(model, prompts.select(list(range(len(prompts))) * 2), both, anatomy.head)
-    logps = logps_of(features, both, anatomy.head)
-    by_policy, by_reference = logps.sum(1).chunk(2)
-    return Pair(by_policy, by_reference)
+    both, head = stack([completions.by_policy, completions.by_sampler]), anatomy_of(model).head
+    logps = logps_of(_features_of_both(model, prompts, both), both, head)
+    by_policy, by_sampler = logps.sum(1).chunk(2)
+    return Pair(by_policy, by_sampler)
+
+
+def pair_logps_and_entropies(
+    model: nn.Module, prompts: Prompts, completions: Pair[Completions]
+) -> tuple[Pair[Tensor], Tensor]:
+    """Score both completions of each prompt, and measure how open the policy's next token is along its own completion.
+
+    Args:
+        model: As in `token_logps`.
+        prompts: B prompts.
+        completions: B completions a side.
+
+    Returns:
+        What `pair_logps` returns, and the entropy of the distribution of the next token, over the full vocabulary at
+        temperature 1, in nats, as a mean over the tokens of the policy's completion. (B,)
+    """
+    both, head = stack([completions.by_policy, completions.by_sampler]), anatomy_of(model).head
+    features = _features_of_both(model, prompts, both)
+    own, sampled = completions.by_policy, completions.by_sampler
+    of_own, of_sampled = features.chunk(2)
+    index, chosen, targets = _real(of_own[:, : own.ids.shape[1]], own)
+    logps, entropies = (_padded(values, index, own) for values in logps_and_entropies(chosen, head, targets))
+    means = entropies.sum(1) / own.lengths.clamp(min=1)
+    by_sampler = logps_of(of_sampled[:, : sampled.ids.shape[1]], sampled, head)
+    return Pair(logps.sum(1), by_sampler.sum(1)), means
 
 
 def shares_prompt(model: nn.Module) -> bool:
@@ -65,12 +85,31 @@ def logps_of(features: Tensor, completions: Completions, head: nn.Linear | None)
     Returns:
         Natural log-probability of each token, in float32; 0 on padding. (B, T)
     """
-    rows, width = completions.ids.shape
-    real = torch.arange(width) < torch.tensor(completions.counts)[:, None]
-    index = real.flatten().nonzero()[:, 0].to(features.device, non_blocking=True)
-    chosen, targets = features.flatten(0, 1)[index], completions.ids.flatten()[index]
+    index, chosen, targets = _real(features, completions)
     if head is None:
         logps = chosen.float().log_softmax(1).gather(1, targets[:, None])[:, 0]
     else:
         logps = head_logps(chosen, head, targets)
-    return logps.new_zeros(rows * width).index_put((index,), logps).view(rows, width)
+    return _padded(logps, index, completions)
+
+
+def _features_of_both(model: nn.Module, prompts: Prompts, both: Completions) -> Tensor:
+    """Return what predicts each token of two completions a prompt, stacked: (2B, T, D), or logits (2B, T, V)."""
+    anatomy = anatomy_of(model)
+    with adapters_cast(model):
+        if shares_prompt(model):
+            return shared_features(model, prompts, both, anatomy.head, pads_right=anatomy.pads_right)
+        return plain_features(model, prompts.select(list(range(len(prompts))) * 2), both, anatomy.head)
+
+
+def _real(features: Tensor, completions: Completions) -> tuple[Tensor, Tensor, Tensor]:
+    """Select the N real tokens of (B, T): their places (N,), their features (N, F) and their ids (N,)."""
+    real = torch.arange(completions.ids.shape[1]) < torch.tensor(completions.counts)[:, None]
+    index = real.flatten().nonzero()[:, 0].to(features.device, non_blocking=True)
+    return index, features.flatten(0, 1)[index], completions.ids.flatten()[index]
+
+
+def _padded(values: Tensor, index: Tensor, completions: Completions) -> Tensor:
+    """Put one number for each real token back in its place, of shape (B, T); 0 on padding."""
+    rows, width = completions.ids.shape
+    return values.new_zeros(rows * width).index_put((index,), values).view(rows, width)
