@@ -1,8 +1,8 @@
-"""What a reward is: text in, one number a completion out."""
+"""What says which completion is better: a reward scores each by itself, a judge compares two."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,31 +10,42 @@ from torch import Tensor, nn
 from xpo_lightning.batch import RawPrompt
 from xpo_lightning.errors import InputError
 from xpo_lightning.identity import fingerprint, import_path, settings_of
-from xpo_lightning.rewards.checks import raised
+from xpo_lightning.rewards.checks import as_probabilities, raised
+
+OnInvalid = Literal["skip", "tie", "error"]
 
 
-class Reward(nn.Module, ABC):
-    """Scores completions; a higher score is better.
+class Feedback(nn.Module, ABC):
+    """Says which completion is better; the base of `Reward` and `Judge`.
 
-    A reward is an `nn.Module`, so that the model inside it moves with the trainer's device. Settings are taken in
-    `__init__`; weights are loaded by `load`, which the XPO module calls once before training.
+    It is an `nn.Module`, so that a model inside it moves with the trainer's device. Settings are taken in `__init__`;
+    weights are loaded by `load`, which the XPO module calls once before training.
     """
 
     _check: Callable[[], None] | None = None
 
     def set_check(self, check: Callable[[], None]) -> None:
-        """Set what `check` does, here and in all rewards that this one is made of; the XPO module calls it."""
+        """Set what `check` does, here and in all that this one is made of; the XPO module calls it."""
         for part in self.modules():
-            if isinstance(part, Reward):
+            if isinstance(part, Feedback):
                 part._check = check
 
     def check(self) -> None:
-        """Let the run stop, if it is asked to; a `score` that takes long may call it now and then."""
+        """Let the run stop, if it is asked to; what takes long may call it now and then."""
         if self._check is not None:
             self._check()
 
+    @property
+    def depends_on_batch(self) -> bool:
+        """Whether a score depends on what else is scored with it."""
+        return False
+
+    @abstractmethod
+    def forward(self, *args: Any) -> Tensor:
+        """Say it of B completions, or of B pairs of them, without gradients; (B,)."""
+
     def load(self) -> None:
-        """Load weights, if there are any. Called once, before the first score; a second call does nothing."""
+        """Load weights, if there are any. Called once, before anything else; a second call does nothing."""
 
     def identity(self) -> dict[str, Any]:
         """Tell what the scores depend on, so that scores that were kept are not taken for those of another reward.
@@ -48,6 +59,10 @@ class Reward(nn.Module, ABC):
         named = {"class": import_path(type(self)), **settings_of(self)}
         weights = list(self.named_parameters())
         return {**named, "fingerprint": fingerprint(weights)} if weights else named
+
+
+class Reward(Feedback):
+    """Scores completions; a higher score is better."""
 
     @abstractmethod
     def score(
@@ -82,3 +97,79 @@ class Reward(nn.Module, ABC):
             raise
         except Exception as error:  # StopIteration too: as it is, it would end the training loop without a word
             raise InputError(f"reward {import_path(type(self))} {raised(error)}") from error
+
+
+class Judge(Feedback):
+    """Compares two completions of a prompt.
+
+    Two completions of the same text are a tie, and the judge is not asked.
+
+    Args:
+        invalid: What becomes of a pair where the judge gave no usable answer: `skip` leaves it out of the preference
+            loss, `tie` takes it for undecided, `error` ends the run.
+    """
+
+    def __init__(self, invalid: OnInvalid = "skip") -> None:
+        super().__init__()
+        if invalid not in get_args(OnInvalid):
+            raise InputError(f"model.reward.init_args.invalid must be skip, tie or error, but is {invalid!r}")
+        self.invalid: OnInvalid = invalid
+
+    @abstractmethod
+    def compare(
+        self,
+        prompts: Sequence[RawPrompt],
+        firsts: Sequence[str],
+        seconds: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> Tensor:
+        """Compare two completions of each prompt.
+
+        Args:
+            prompts: B prompts as the rows gave them: text or chat messages.
+            firsts: B completions as text, without special tokens.
+            seconds: B others, never of the same text.
+            columns: The rows' other columns, each of length B.
+
+        Returns:
+            Probability that the first is the better one, in [0, 1]; NaN where there is no usable answer. (B,)
+        """
+
+    @torch.no_grad()
+    def forward(
+        self,
+        prompts: Sequence[RawPrompt],
+        firsts: Sequence[str],
+        seconds: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> Tensor:
+        """Call `compare` for completions that differ, without gradients, and check what it says.
+
+        Returns:
+            Probability that the first is the better one; NaN where there is no usable answer. float32, on the CPU. (B,)
+
+        Raises:
+            InputError: It raised one, or any other exception, or gave what is no probability; or gave no usable answer
+                where `invalid` is `error`.
+        """
+        name = import_path(type(self))
+        asked = [row for row, (first, second) in enumerate(zip(firsts, seconds, strict=True)) if first != second]
+        answers = torch.full((len(prompts),), 0.5)
+        if not asked:
+            return answers
+        some = {key: [values[row] for row in asked] for key, values in columns.items()}
+        asks, ones, others = ([texts[row] for row in asked] for texts in (prompts, firsts, seconds))
+        try:
+            said = self.compare(asks, ones, others, some)  # type: ignore[arg-type]
+            answers[asked] = as_probabilities(said, len(asked), f"judge {name}")
+        except InputError:
+            raise
+        except Exception as error:  # StopIteration too: as it is, it would end the training loop without a word
+            raise InputError(f"judge {name} {raised(error)}") from error
+        missing = int(answers.isnan().sum())
+        if missing and self.invalid == "error":
+            raise InputError(
+                f"judge {name} gave no usable answer for {missing} of {len(asked)} pairs; set "
+                f"model.reward.init_args.invalid to skip or tie to go on without them"
+            )
+        return answers

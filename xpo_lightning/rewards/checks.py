@@ -42,6 +42,31 @@ def as_scores(values: object, expected: int, who: str) -> Tensor:
     return scores
 
 
+def as_probabilities(values: object, expected: int, who: str) -> Tensor:
+    """Check a judge's output and turn it into a tensor.
+
+    Args:
+        values: What the judge gave: as in `as_scores`; None or NaN where it has no answer.
+        expected: B, the number of pairs.
+        who: The judge, as its user knows it.
+
+    Returns:
+        Probabilities, float32, on the CPU; NaN where there is no answer. (B,)
+
+    Raises:
+        InputError: There are not B values, or one of them is no probability.
+    """
+    entries = _entries(values, expected, who)
+    numbers = [math.nan if entry is None else _number(entry, row, who) for row, entry in enumerate(entries)]
+    for row, number in enumerate(numbers):
+        if not (0 <= number <= 1 or math.isnan(number)):
+            raise InputError(
+                f"{who} gave {number} for row {row}; the probability that the first completion is better must be "
+                f"between 0 and 1"
+            )
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
 def raised(error: BaseException) -> str:
     """Say what was raised, as `raised ValueError: no grader`; an error without a message is its name alone."""
     message = str(error)

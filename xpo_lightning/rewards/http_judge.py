@@ -1,0 +1,179 @@
+"""A judge that is a language model behind an HTTP endpoint of the OpenAI kind."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from xpo_lightning.errors import InputError
+from xpo_lightning.rewards.asking import TEMPLATE, VERDICTS, ModelJudge
+from xpo_lightning.rewards.base import OnInvalid
+from xpo_lightning.rewards.http import HTTPClient, RequestError, UnusableError, checked_url
+
+_OPTIONS = "model.reward.init_args"
+_TOKENS = 8  # enough for a letter with blanks, stars or brackets around it
+_TOP = 20  # as many as OpenAI and vLLM give
+_MIN_PROBABILITY = 0.1  # so that the article of "A good question" is no verdict
+_BLANKS = " \t\r\n▁Ġ"  # the last two stand for a blank where a server shows tokens as its tokenizer writes them
+_OURS = {
+    *("model", "messages", "temperature", "max_tokens", "max_completion_tokens"),
+    *("logprobs", "top_logprobs", "n", "stream"),
+}
+
+
+class HTTPJudge(ModelJudge):
+    """Asks a language model behind a chat completions endpoint: OpenAI, vLLM, llama.cpp, Ollama and many others.
+
+    Each question is one request `POST {url}/chat/completions` with temperature 0. Which completion is shown as A is
+    decided as `ModelJudge` says. What the answer means:
+
+    - With `logprobs`, p(A) / (p(A) + p(B)), where p adds up the probabilities of the letter with and without blanks
+      around it, among the likeliest first tokens that the server lists. A letter that is not among them counts as 0; it
+      is less likely than all that are. Where A and B have less than `min_probability` together, or nothing is listed,
+      the text counts instead.
+    - By its text: 1 or 0 where the text is A or B alone, with any punctuation around it (`A`, ` B.`, `**A**`).
+    - Anything else is no usable answer, and `invalid` says what becomes of it. It is not asked again, since at
+      temperature 0 the answer would be the same.
+
+    A body that is not JSON, or not a chat completion, is a failed request: it is tried again, and ends the run when
+    `retries` are used up. A model that thinks before it answers needs that turned off, for example with `extra_body`.
+
+    Args:
+        url: Base URL of the API, such as http://localhost:8000/v1. It is shown in messages: put no secret there.
+        model: Name of the model at the server.
+        api_key_env: Name of the environment variable that holds the API key; null sends none.
+        template: The question, with `{prompt}`, `{first}` and `{second}` in it, to be answered with A or B.
+        both_orders: Ask twice, the second time with the completions exchanged, and take the mean.
+        invalid: What becomes of a pair without a usable answer: `skip`, `tie` or `error`.
+        system: System message before the question; null sends none.
+        logprobs: Whether to ask for log-probabilities, which say how sure the model is; some servers refuse that.
+        top_logprobs: How many of the likeliest tokens to ask for, at least 2; null is 20. Some servers give fewer.
+        min_probability: Least p(A) + p(B) of a verdict by log-probabilities; null is 0.1.
+        extra_body: Further fields of the request, such as `{chat_template_kwargs: {enable_thinking: false}}`. They are
+            written down with the run's settings: put no secret there.
+        timeout: How many seconds one try of a request may take, from connecting to the last byte of the answer.
+        retries: How often a request is tried again when the server cannot be reached, is too slow or too busy, or
+            answers with an error of its own or with nonsense.
+        backoff: Seconds before the second try; each later wait is twice as long, up to 30 seconds.
+        concurrency: Most requests under way at once, for each process of the run.
+        max_bytes: Largest answer, in bytes.
+
+    Raises:
+        InputError: An option is of no use, or `extra_body` has a field that is sent anyway.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        api_key_env: str | None = None,
+        template: str = TEMPLATE,
+        both_orders: bool = False,
+        invalid: OnInvalid = "skip",
+        system: str | None = None,
+        logprobs: bool = True,
+        top_logprobs: int | None = None,
+        min_probability: float | None = None,
+        extra_body: dict[str, Any] | None = None,
+        timeout: float = 60.0,
+        retries: int = 6,
+        backoff: float = 1.0,
+        concurrency: int = 16,
+        max_bytes: int = 2**24,
+    ) -> None:
+        super().__init__(template, both_orders, invalid)
+        if not model.strip():
+            raise InputError(f"{_OPTIONS}.model must be the name of a model at the server, but is empty")
+        for option, value in (("top_logprobs", top_logprobs), ("min_probability", min_probability)):
+            if value is not None and not logprobs:
+                raise InputError(f"{_OPTIONS}.{option} needs {_OPTIONS}.logprobs to be true")
+        self.url, self.model, self.system, self.logprobs = checked_url(url), model, system, logprobs
+        self.top_logprobs = _TOP if top_logprobs is None else top_logprobs
+        self.min_probability = _MIN_PROBABILITY if min_probability is None else min_probability
+        if self.top_logprobs < 2:
+            raise InputError(f"{_OPTIONS}.top_logprobs must be at least 2, for A and for B, but is {top_logprobs}")
+        if not 0 <= self.min_probability < 1:
+            raise InputError(f"{_OPTIONS}.min_probability must be at least 0 and below 1, but is {min_probability}")
+        self.extra_body = _checked_extra(extra_body or {})
+        self._client = HTTPClient(
+            _endpoint(url), api_key_env, timeout, retries, backoff, concurrency=concurrency, max_bytes=max_bytes
+        )
+
+    def load(self) -> None:
+        """Check that there is an API key, if one is named.
+
+        Raises:
+            InputError: The environment variable is not set.
+        """
+        self._client.load()
+
+    def ask(self, questions: Sequence[str]) -> list[float | None]:
+        """Put questions to the model; see `ModelJudge.ask`.
+
+        Raises:
+            InputError: The server could not be reached, refused the request or gave what is no chat completion.
+        """
+        try:
+            return self._client.post([self._request(question) for question in questions], self._verdict, self.check)
+        except RequestError as error:
+            if self.logprobs and error.status in (400, 422):
+                raise InputError(
+                    f"{error}; if the server gives no log-probabilities, set {_OPTIONS}.logprobs to false, and if it "
+                    f"gives fewer than {self.top_logprobs}, lower {_OPTIONS}.top_logprobs"
+                ) from None
+            raise
+
+    def _request(self, question: str) -> dict[str, Any]:
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        request = {
+            "model": self.model,
+            "messages": [*system, {"role": "user", "content": question}],
+            "temperature": 0,
+            "max_tokens": _TOKENS,
+        }
+        wanted = {"logprobs": True, "top_logprobs": self.top_logprobs} if self.logprobs else {}
+        return {**request, **wanted, **self.extra_body}
+
+    def _verdict(self, value: Any) -> float | None:
+        """Read the probability of A against B out of a chat completion; None where there is no usable answer."""
+        try:
+            choice = value["choices"][0]
+            text, logprobs = choice["message"].get("content"), choice.get("logprobs")
+            first = (logprobs or {}).get("content") or [{}]
+            weighed = _weigh(first[0].get("top_logprobs") or [], self.min_probability) if self.logprobs else None
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+            raise UnusableError("is no chat completion") from None
+        return _from_text(text) if weighed is None else weighed
+
+
+def _endpoint(url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(path=parts.path.rstrip("/") + "/chat/completions").geturl()
+
+
+def _checked_extra(extra_body: dict[str, Any]) -> dict[str, Any]:
+    where = f"{_OPTIONS}.extra_body"
+    taken = sorted(_OURS & extra_body.keys())
+    if taken:
+        raise InputError(f"{where}: '{taken[0]}' is taken; the judge sets it, or does without it")
+    try:
+        json.dumps(extra_body, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where} must be what JSON can hold ({error})") from None
+    return dict(extra_body)
+
+
+def _weigh(listed: Sequence[Mapping[str, Any]], min_probability: float) -> float | None:
+    """Weigh A against B by the likeliest tokens; None where something else is likelier to be said."""
+    letters = [(entry["token"].strip(_BLANKS), entry["logprob"]) for entry in listed]
+    if not all(logprob <= 1e-3 for _, logprob in letters):  # a little above 0 by rounding; not NaN
+        raise ValueError
+    a, b = (math.fsum(math.exp(logprob) for letter, logprob in letters if letter == verdict) for verdict in VERDICTS)
+    return a / (a + b) if a + b >= min_probability and a + b > 0 else None
+
+
+def _from_text(text: Any) -> float | None:
+    found = re.fullmatch(r"[\W_]*([AB])[\W_]*", text) if isinstance(text, str) else None
+    return None if found is None else float(found[1] == VERDICTS[0])
