@@ -75,11 +75,11 @@ def test_collected_pairs_of_a_lora_policy_are_those_of_two_separate_models(
     roll = LocalRollout(make_tokenizer(), module.sampling, end_token_ids(base, make_tokenizer()))
     expected = Pair(roll(merged, prompts, noise()), roll(base, prompts, noise()))
     assert pairs.completions.by_policy.texts == expected.by_policy.texts
-    assert pairs.completions.by_reference.texts == expected.by_reference.texts
-    assert expected.by_policy.texts != expected.by_reference.texts
+    assert pairs.completions.by_sampler.texts == expected.by_sampler.texts
+    assert expected.by_policy.texts != expected.by_sampler.texts
     for ours, completions in (
         (pairs.reference_logps.by_policy, expected.by_policy),
-        (pairs.reference_logps.by_reference, expected.by_reference),
+        (pairs.reference_logps.by_sampler, expected.by_sampler),
     ):
         torch.testing.assert_close(ours, token_logps(base, prompts, completions).sum(1), rtol=0, atol=1e-4)
 
@@ -228,7 +228,7 @@ def test_dropout_is_off_while_sampling_and_on_while_training(make_module: MakeMo
     module, base = make_module("gpt2", spec={"dropout": 0.5}, sampling=Sampling(max_new_tokens=5)), load_model("gpt2")
     module.configure_model()
     pairs = module.collect(module.policy, as_prompts(PROMPTS, module.prompt_encoder, module.device), noise())
-    for completions in (pairs.completions.by_policy, pairs.completions.by_reference):
+    for completions in (pairs.completions.by_policy, pairs.completions.by_sampler):
         expected = token_logps(base, pairs.prompts, completions)
         torch.testing.assert_close(completions.token_logps, expected.detach(), rtol=0, atol=5e-5)
     first, second = (module.objective(module.policy, pairs, alpha=0.0, beta=0.1)[0] for _ in range(2))

@@ -169,10 +169,10 @@ def check_rollout(experience: Experience) -> Experience:
     scores, completions = experience.scores, experience.completions
     values = [
         ("the score of the policy's completion", scores.by_policy),
-        ("the score of the reference's completion", scores.by_reference),
+        ("the score of the sampler's completion", scores.by_sampler),
         ("the policy's log-probability of its own completion", completions.by_policy.logps),
         ("the reference's log-probability of the policy's completion", experience.reference_logps.by_policy),
-        ("the reference's log-probability of its own completion", experience.reference_logps.by_reference),
+        ("the reference's log-probability of the sampler's completion", experience.reference_logps.by_sampler),
     ]
     check_finite(values, experience.prompts.raw, "no step was taken on them")
     return experience

@@ -1,26 +1,20 @@
-"""The one place that loads causal language models: folders, hub ids, adapters and GGUF files."""
+"""The policy: which causal language model it is, with which adapters, and what its tokenizer and config say."""
 
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, cast
 
-import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from xpo_lightning.chat_template import read_chat_template
+from xpo_lightning.causal_lm import CausalLMSource, Dtype
 from xpo_lightning.errors import InputError
-from xpo_lightning.gguf import gguf_pre_tokenizer, unpacked
-from xpo_lightning.sources import existing_path, explaining_hub_errors, is_local, resolve
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass
-class ModelSpec:
+class ModelSpec(CausalLMSource):
     """Which causal language model to train, and how to load it.
 
     Args:
@@ -39,14 +33,9 @@ class ModelSpec:
         gradient_checkpointing: Recompute activations in the backward pass, for less memory and more time.
     """
 
-    path: str
-    revision: str | None = None
-    gguf_file: str | None = None
+    key: ClassVar[str] = "model.policy"
+
     dtype: Dtype = "float32"
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-    tokenizer: str | None = None
-    chat_template: str | None = None
     dropout: float | None = 0.0
     gradient_checkpointing: bool = False
 
@@ -55,81 +44,14 @@ class ModelSpec:
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise InputError(f"model.policy.dropout must be at least 0 and below 1, or null, but is {self.dropout}")
 
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the policy's tokenizer."""
-        key = "model.policy.path" if self.tokenizer is None else "model.policy.tokenizer"
-        if self.tokenizer is None:
-            source, arguments = self._location()
-            base = _adapter_base(source)
-            if base is not None and not (Path(source) / "tokenizer_config.json").is_file():
-                source = base  # peft saves an adapter without a tokenizer.
-        else:
-            source, arguments = resolve(self.tokenizer, key), {}
-        with explaining_hub_errors(source, key):
-            tokenizer: Any = AutoTokenizer.from_pretrained(
-                source,
-                trust_remote_code=self.trust_remote_code,
-                revision=self.revision if self.tokenizer is None else None,
-                **arguments,
-            )
-        if "gguf_file" in arguments and is_local(source):
-            pre_tokenizer = gguf_pre_tokenizer(Path(source) / arguments["gguf_file"])
-            if pre_tokenizer is not None:
-                tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
-        if self.chat_template is not None:
-            tokenizer.chat_template = read_chat_template(self.chat_template)
-        return cast("PreTrainedTokenizerBase", tokenizer)
-
-    def load_config(self) -> Any:
-        """Load the model's configuration alone, without weights."""
-        source, arguments = self._location()
-        adapter = _adapter_base(source)
-        if adapter is not None:
-            source = adapter
-        with explaining_hub_errors(source, "model.policy.path"):
-            return AutoConfig.from_pretrained(
-                source, trust_remote_code=self.trust_remote_code, revision=self.revision, **arguments
-            )
-
     def load_model(self) -> nn.Module:
         """Load the weights, in train mode, with dropout and checkpointing as specified."""
-        source, arguments = self._location()
-        loader = AutoModelForCausalLM if _adapter_base(source) is None else AutoPeftModelForCausalLM
-        if "gguf_file" in arguments:
-            arguments["quantization_config"] = unpacked(arguments["gguf_file"])
-        if self.attn_implementation is not None:
-            arguments["attn_implementation"] = self.attn_implementation
-        with explaining_hub_errors(source, "model.policy.path"):
-            model: Any = loader.from_pretrained(
-                source,
-                dtype="auto" if self.dtype == "auto" else getattr(torch, self.dtype),
-                trust_remote_code=self.trust_remote_code,
-                revision=self.revision,
-                **arguments,
-            )
-        if loader is AutoPeftModelForCausalLM:
-            model = model.merge_and_unload().requires_grad_(True)
-        if getattr(model, "_hf_peft_config_loaded", False):
-            raise InputError(
-                f"model.policy.path: '{self.path}' holds a LoRA adapter on the hub; download it and give its folder, "
-                f"to start from the base model with the adapter merged"
-            )
+        model: Any = super().load_model()
         if self.dropout is not None:
             _set_dropout(model, self.dropout)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return cast("nn.Module", model.train())
-
-    def _location(self) -> tuple[str, dict[str, Any]]:
-        """Return the folder or hub id, and the arguments that name a GGUF file in it."""
-        resolved = resolve(self.path, "model.policy.path")
-        if is_local(resolved) and self.revision is not None:
-            raise InputError("model.policy.revision is for hub ids, but model.policy.path is local; remove one")
-        if resolved.endswith(".gguf"):
-            if self.gguf_file is not None:
-                raise InputError("model.policy.gguf_file is set, but model.policy.path names a GGUF file; remove one")
-            return str(Path(resolved).parent), {"gguf_file": Path(resolved).name}
-        return resolved, {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
 
 @dataclass
@@ -290,11 +212,3 @@ def _set_dropout(model: nn.Module, probability: float) -> None:
         for name, value in list(vars(module).items()):
             if "dropout" in name and isinstance(value, int | float) and not isinstance(value, bool):
                 setattr(module, name, probability)
-
-
-def _adapter_base(source: str) -> str | None:
-    """Name the base model of a folder that holds a LoRA adapter, or None where it holds none."""
-    if existing_path(f"{source}/adapter_config.json") is None:
-        return None
-    with explaining_hub_errors(source, "model.policy.path"):
-        return str(LoraConfig.from_pretrained(source).base_model_name_or_path)

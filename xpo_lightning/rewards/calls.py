@@ -1,14 +1,20 @@
 """Calls that may take only so long: they run in a thread of their own, and are given up when they do not return."""
 
+import inspect
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 import torch
+
+from xpo_lightning.errors import InputError
+from xpo_lightning.identity import import_path
+from xpo_lightning.rewards.checks import raised
 
 _LONGEST_WAIT = 1.0  # seconds; where a signal does not end a wait at once, it is seen after this
 
@@ -78,12 +84,92 @@ class CallThread:
     def _start(self) -> None:
         self._calls = SimpleQueue()
         self._end = weakref.finalize(self, self._calls.put, None)
-        self._thread = threading.Thread(target=_serve, args=(self._calls,), name="reward function", daemon=True)
+        self._thread = threading.Thread(target=_serve, args=(self._calls,), name="user function", daemon=True)
         self._thread.start()
 
     def _give_up(self) -> None:
         self._end()
         self._thread = None
+
+
+class UserFunction:
+    """A function that the config names, called by keyword, always in the same thread of its own.
+
+    Args:
+        kind: What it is, for errors, such as `reward function`.
+        function: The function.
+        given: Names of the keywords that each call gives.
+        arguments: Further keyword arguments, the same in each call.
+        timeout: How many seconds a call may take; None waits for ever.
+        key: The option that takes the function, for errors.
+
+    Attributes:
+        name: The function's import path.
+        who: Kind and name.
+
+    Raises:
+        InputError: The function cannot be called with these keywords, or `timeout` is not above 0.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        function: Callable[..., Any],
+        given: Collection[str],
+        arguments: Mapping[str, Any] | None,
+        timeout: float | None,
+        key: str = "model.reward",
+    ) -> None:
+        self.key = f"{key}.init_args"
+        if timeout is not None and not timeout > 0:
+            raise InputError(f"{self.key}.timeout must be above 0 or null, but is {timeout}")
+        self.function, self.arguments, self.timeout = function, dict(arguments or {}), timeout
+        self.name = import_path(function)
+        self.who = f"{kind} {self.name}"
+        self._thread = CallThread()
+        self._check_signature(given)
+
+    def __call__(self, check: Callable[[], None], **keywords: Any) -> Any:
+        """Call the function in its thread; so Ctrl-C, which comes here, is not taken for something it raised.
+
+        Args:
+            check: Called about once a second meanwhile; may raise, to wait no longer.
+            keywords: The keywords of this call.
+
+        Returns:
+            What the function returned.
+
+        Raises:
+            InputError: It raised something, or did not return in time. The message names the function.
+        """
+        try:
+            call = self._thread.run(partial(self.function, **keywords, **self.arguments), self.timeout, check)
+        except TimeoutError:
+            raise InputError(
+                f"{self.who} has not returned after {self.timeout:g} seconds; if it needs longer, "
+                f"raise {self.key}.timeout (null waits for ever)"
+            ) from None
+        if isinstance(call.error, InputError):
+            raise call.error
+        if call.error is not None:
+            raise InputError(f"{self.who} {raised(call.error)}") from call.error
+        return call.value
+
+    def _check_signature(self, given: Collection[str]) -> None:
+        taken = sorted(set(given) & self.arguments.keys())
+        if taken:
+            raise InputError(f"{self.key}.arguments: '{taken[0]}' is taken; the function gets it anyway")
+        try:
+            signature = inspect.signature(self.function)
+        except ValueError:  # some builtins have none
+            return
+        try:
+            signature.bind(**dict.fromkeys(given), **self.arguments)
+        except TypeError as error:
+            raise InputError(
+                f"{self.key}.function: {self.name}{signature} cannot be called with the keywords "
+                f"{', '.join([*given, *self.arguments])} ({error})"
+            ) from error
 
 
 def _serve(calls: "SimpleQueue[Call | None]") -> None:

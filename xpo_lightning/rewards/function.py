@@ -1,18 +1,17 @@
 """A reward that is a Python function: a rule, a checker, a call to a service."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from xpo_lightning.batch import RawPrompt
-from xpo_lightning.errors import InputError
 from xpo_lightning.identity import import_path
 from xpo_lightning.rewards.base import Reward
-from xpo_lightning.rewards.calls import CallThread
-from xpo_lightning.rewards.checks import as_scores, raised
+from xpo_lightning.rewards.calls import UserFunction
+from xpo_lightning.rewards.checks import as_scores
+
+_GIVEN = ("prompts", "completions", "columns")
 
 
 class PythonReward(Reward):
@@ -37,18 +36,16 @@ class PythonReward(Reward):
         self, function: Callable[..., Any], arguments: dict[str, Any] | None = None, timeout: float | None = 1800
     ) -> None:
         super().__init__()
-        if timeout is not None and not timeout > 0:
-            raise InputError(f"model.reward.init_args.timeout must be above 0 or null, but is {timeout}")
-        self.function = function
-        self.arguments = dict(arguments or {})
-        self.timeout = timeout
-        self.name = import_path(function)
-        self._thread = CallThread()
-        self._check_signature()
+        self.function = UserFunction("reward function", function, _GIVEN, arguments, timeout)
+
+    @property
+    def timeout(self) -> float | None:
+        """How many seconds a call may take; None waits for ever."""
+        return self.function.timeout
 
     def identity(self) -> dict[str, Any]:
         """Name the function and its arguments; the function's code is not looked at."""
-        return {"class": import_path(type(self)), "function": self.name, "arguments": self.arguments}
+        return {"class": import_path(type(self)), "function": self.function.name, "arguments": self.function.arguments}
 
     def score(
         self, prompts: Sequence[RawPrompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
@@ -68,36 +65,5 @@ class PythonReward(Reward):
                 names the function.
         """
         lists = {name: list(values) for name, values in columns.items()}
-        values = self._call(prompts=list(prompts), completions=list(completions), columns=lists, **self.arguments)
-        return as_scores(values, len(completions), f"reward function {self.name}")
-
-    def _call(self, **keywords: Any) -> Any:
-        """Call the function in its thread; so Ctrl-C, which comes here, is not taken for something it raised."""
-        try:
-            call = self._thread.run(partial(self.function, **keywords), self.timeout, self.check)
-        except TimeoutError:
-            raise InputError(
-                f"reward function {self.name} has not returned after {self.timeout:g} seconds; if it needs longer, "
-                f"raise model.reward.init_args.timeout (null waits for ever)"
-            ) from None
-        if isinstance(call.error, InputError):
-            raise call.error
-        if call.error is not None:
-            raise InputError(f"reward function {self.name} {raised(call.error)}") from call.error
-        return call.value
-
-    def _check_signature(self) -> None:
-        taken = sorted({"prompts", "completions", "columns"} & self.arguments.keys())
-        if taken:
-            raise InputError(f"model.reward.init_args.arguments: '{taken[0]}' is taken; the function gets it anyway")
-        try:
-            signature = inspect.signature(self.function)
-        except ValueError:  # some builtins have none
-            return
-        try:
-            signature.bind(prompts=[], completions=[], columns={}, **self.arguments)
-        except TypeError as error:
-            raise InputError(
-                f"model.reward.init_args.function: {self.name}{signature} cannot be called with the keywords "
-                f"{', '.join(['prompts', 'completions', 'columns', *self.arguments])} ({error})"
-            ) from error
+        values = self.function(self.check, prompts=list(prompts), completions=list(completions), columns=lists)
+        return as_scores(values, len(completions), self.function.who)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from xpo_lightning.batch import RawPrompt
 from xpo_lightning.errors import InputError
 from xpo_lightning.identity import import_path
+from xpo_lightning.midway import gathered_midway
 from xpo_lightning.rewards.base import Reward
 from xpo_lightning.rewards.checks import as_scores
+
+Normalize = Literal["none", "batch"]
 
 
 class WeightedSum(Reward):
@@ -20,12 +23,16 @@ class WeightedSum(Reward):
     Args:
         rewards: The rewards, at least one.
         weights: One weight for each reward; a negative one turns its reward into a penalty.
+        normalize: `batch` standardises each reward's scores before they are weighted, so that rewards of different
+            scales count alike: minus their mean, divided by their standard deviation, both over all completions that
+            are scored together, on all processes. Where they are all equal, they become 0. A completion's score then
+            depends on the others of its batch. `none` takes scores as they are.
 
     Raises:
-        InputError: There are no rewards, not as many weights as rewards, or a weight is not finite.
+        InputError: There are no rewards, not as many weights as rewards, or an option has an impossible value.
     """
 
-    def __init__(self, rewards: list[Reward], weights: list[float]) -> None:
+    def __init__(self, rewards: list[Reward], weights: list[float], normalize: Normalize = "none") -> None:
         super().__init__()
         if not rewards:
             raise InputError("model.reward.init_args.rewards: give at least one reward")
@@ -36,8 +43,16 @@ class WeightedSum(Reward):
             )
         if not all(math.isfinite(weight) for weight in weights):
             raise InputError(f"model.reward.init_args.weights: every weight must be a finite number, but got {weights}")
+        if normalize not in get_args(Normalize):
+            raise InputError(f"model.reward.init_args.normalize must be none or batch, but is {normalize!r}")
         self.rewards = nn.ModuleList(rewards)
         self.weights = tuple(weights)
+        self.normalize: Normalize = normalize
+
+    @property
+    def depends_on_batch(self) -> bool:
+        """Whether a completion's score depends on what is scored with it, so that it must not be kept for later."""
+        return self.normalize == "batch" or any(reward.depends_on_batch for reward in self._parts())
 
     def load(self) -> None:
         """Load every reward."""
@@ -45,9 +60,10 @@ class WeightedSum(Reward):
             reward.load()
 
     def identity(self) -> dict[str, Any]:
-        """Name the weights, and what each reward says of itself."""
+        """Name the weights, how scores are made comparable, and what each reward says of itself."""
         parts = [reward.identity() for reward in self._parts()]
-        return {"class": import_path(type(self)), "weights": list(self.weights), "rewards": parts}
+        own = {"class": import_path(type(self)), "weights": list(self.weights), "normalize": self.normalize}
+        return {**own, "rewards": parts}
 
     def score(
         self, prompts: Sequence[RawPrompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
@@ -64,13 +80,39 @@ class WeightedSum(Reward):
 
         Raises:
             InputError: One of the rewards raised, or did not give B numbers; the message names it.
-            NonFiniteError: Some scores of one of the rewards, or some sums, are not finite.
+            NonFiniteError: Some scores of one of the rewards, or some sums, are not finite; or another process has
+                failed, and scores are standardised.
         """
+        scores = [
+            as_scores(reward(prompts, completions, columns), len(completions), type(reward).__name__)
+            for reward in self._parts()
+        ]
+        if self.normalize == "batch":
+            scores = _standardized(scores)
         total = torch.zeros(len(completions), dtype=torch.float32)
-        for reward, weight in zip(self._parts(), self.weights, strict=True):
-            score = reward(prompts, completions, columns)
-            total = total + weight * as_scores(score, len(completions), type(reward).__name__)
+        for score, weight in zip(scores, self.weights, strict=True):
+            total = total + weight * score
         return as_scores(total, len(completions), type(self).__name__)
 
     def _parts(self) -> list[Reward]:
         return [reward for reward in self.rewards if isinstance(reward, Reward)]
+
+
+def _standardized(scores: Sequence[Tensor]) -> list[Tensor]:
+    """Standardise each reward's scores by those of all processes.
+
+    Args:
+        scores: What this process has of each reward. (B,) each
+
+    Returns:
+        (score - mean) / standard deviation of the population, float32; 0 where the deviation is. (B,) each
+    """
+    standardized = []
+    for own, *everywhere in zip(scores, *gathered_midway(list(scores)), strict=True):
+        values = torch.cat(everywhere).double()
+        mean = values.mean()
+        deviation = (values - mean).square().mean().sqrt()
+        # The mean of equal float32 numbers is exact in float64, so their deviation is 0 and nothing else.
+        z = (own.double() - mean) / deviation if deviation > 0 else torch.zeros_like(own)
+        standardized.append(z.float())
+    return standardized

@@ -1,0 +1,204 @@
+"""A judge that is a causal language model in this process; its verdict is one token's probability."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from xpo_lightning.batch import RawPrompt, left_pad
+from xpo_lightning.causal_lm import CausalLMSource, Dtype
+from xpo_lightning.errors import InputError
+from xpo_lightning.forward import last_features, positions_from
+from xpo_lightning.identity import fingerprint, import_path
+from xpo_lightning.rewards.asking import TEMPLATE, VERDICTS, ModelJudge, as_text
+from xpo_lightning.rewards.base import OnInvalid
+from xpo_lightning.rewards.questions import QuestionEncoder, tokens_that_read
+
+Truncation = Literal["left", "error"]
+_OPTIONS = "model.reward.init_args"
+
+
+@dataclasses.dataclass
+class JudgeSource(CausalLMSource):
+    """Where a judge comes from; the fields are `LocalJudge`'s options of the same names."""
+
+    key: ClassVar[str] = _OPTIONS
+
+
+class LocalJudge(ModelJudge):
+    """A causal language model as the judge: it reads a question, and how likely it would say A or B is the verdict.
+
+    The probability that A is better is p(A) / (p(A) + p(B)), where the model puts p on its first token after the
+    question, and p(A) sums over the tokens that read A, with or without a space before. Nothing is sampled. The
+    question is one user message of a chat where the tokenizer has a chat template, and plain text otherwise.
+
+    Args:
+        path: The judge: folder, GGUF file, hub id, or `package:name/path` for a model inside an installed Python
+            package. A folder that holds a LoRA adapter is loaded with its base model and merged.
+        revision: Branch, tag or commit of a hub id.
+        gguf_file: Name of a GGUF file inside `path`, where that is a hub id or a folder.
+        dtype: Type of the weights; "auto" keeps the checkpoint's.
+        attn_implementation: Attention of transformers, for example `sdpa`; its own choice by default.
+        trust_remote_code: Whether to run Python code that comes with the model or its tokenizer.
+        tokenizer: Another tokenizer than the one with the model: local path, hub id, or `package:name/path`.
+        chat_template: Jinja chat template, as text or as a file, in place of the tokenizer's own;
+            `{{ messages[0]['content'] }}` asks in plain text, which suits examples in `template`.
+        micro_batch_size: Questions in one forward; verdicts do not depend on it.
+        max_tokens: Most tokens of a question as the model reads it; by default the model's context length, where it
+            has one.
+        truncate: What a longer question loses: the "left" of its prompt (the prompt's end and both completions stay),
+            or "error" to end the run.
+        template: The question, with `{prompt}`, `{first}` and `{second}` in it, to be answered with A or B.
+        both_orders: Ask twice, the second time with the completions exchanged, and take the mean.
+        min_probability: Least p(A) + p(B) of an answer that is usable; the rest is what the model would say instead
+            of a verdict.
+        invalid: What becomes of a pair where the judge gave no usable answer: `skip` leaves it out of the preference
+            loss, `tie` takes it for undecided, `error` ends the run.
+
+    Raises:
+        InputError: An option has an impossible value.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        revision: str | None = None,
+        gguf_file: str | None = None,
+        dtype: Dtype = "auto",
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        tokenizer: str | None = None,
+        chat_template: str | None = None,
+        micro_batch_size: int = 16,
+        max_tokens: int | None = None,
+        truncate: Truncation = "left",
+        template: str = TEMPLATE,
+        both_orders: bool = False,
+        min_probability: float = 0.0,
+        invalid: OnInvalid = "skip",
+    ) -> None:
+        super().__init__(template, both_orders, invalid)
+        for option, value in (("micro_batch_size", micro_batch_size), ("max_tokens", max_tokens)):
+            if value is not None and value < 1:
+                raise InputError(f"{_OPTIONS}.{option} must be at least 1, but is {value}")
+        if truncate not in get_args(Truncation):
+            raise InputError(f"{_OPTIONS}.truncate must be left or error, but is {truncate!r}")
+        if not 0 <= min_probability < 1:
+            raise InputError(f"{_OPTIONS}.min_probability must be at least 0 and below 1, but is {min_probability}")
+        self.source = JudgeSource(
+            path, revision, gguf_file, dtype, attn_implementation, trust_remote_code, tokenizer, chat_template
+        )
+        self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
+        self.truncate: Truncation = truncate
+        self.min_probability = min_probability
+        self.model: nn.Module | None = None
+        self.encoder: QuestionEncoder | None = None
+        self._verdicts: list[list[int]] = []
+
+    def load(self) -> None:
+        """Load the model and its tokenizer; a second call does nothing.
+
+        Raises:
+            InputError: They cannot be loaded, do not belong together, have no tokens for A and B, or an option does not
+                suit them.
+        """
+        if self.model is not None:
+            return
+        tokenizer, model = self.source.load_tokenizer(), self.source.load_model()
+        config: Any = model.config
+        context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if self.max_tokens is not None and context is not None and self.max_tokens > context:
+            raise InputError(
+                f"{_OPTIONS}.max_tokens: {self.max_tokens} is more than the judge's context of {context} tokens"
+            )
+        embedded = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        if len(tokenizer) > embedded:
+            raise InputError(
+                f"{_OPTIONS}.tokenizer: the tokenizer has {len(tokenizer)} tokens, but the judge embeds only "
+                f"{embedded}; give the tokenizer that belongs to the judge"
+            )
+        self._verdicts = [tokens_that_read(letter, tokenizer) for letter in VERDICTS]
+        self.encoder = QuestionEncoder(tokenizer, self.max_tokens or context)
+        self.model = model.requires_grad_(False).train(False)
+
+    def train(self, mode: bool = True) -> "LocalJudge":
+        """Stay in eval mode: dropout would make verdicts random."""
+        return super().train(False)
+
+    def identity(self) -> dict[str, Any]:
+        """Name the model, a fingerprint of its weights once they are loaded, and what else verdicts depend on."""
+        options = ("max_tokens", "truncate", "template", "both_orders", "min_probability", "invalid")
+        return {
+            "class": import_path(type(self)),
+            **dataclasses.asdict(self.source),
+            **{option: getattr(self, option) for option in options},
+            "fingerprint": fingerprint(self.named_parameters()),
+        }
+
+    def ask(self, questions: Sequence[str]) -> list[float | None]:
+        """See `ModelJudge.ask`.
+
+        Raises:
+            InputError: A question is too long, or the model's probabilities are not finite.
+        """
+        model, encoder = self._loaded()
+        rows = [encoder(question) for question in questions]
+        self._check_lengths(rows, encoder.limit)
+        answers: list[float | None] = [None] * len(rows)
+        # Longest first: memory runs out at once or never.
+        by_length = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+        for start in range(0, len(rows), self.micro_batch_size):
+            self.check()
+            chosen = by_length[start : start + self.micro_batch_size]
+            said = self._log_probabilities(model, [rows[row] for row in chosen]).tolist()
+            for row, (log_a, log_b) in zip(chosen, said, strict=True):
+                answers[row] = self._verdict(log_a, log_b)
+        return answers
+
+    def _log_probabilities(self, model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Return log p(A) and log p(B) of the token after each row, float64 on the CPU, of shape (B, 2)."""
+        device = next(model.parameters()).device
+        ids, mask = left_pad(rows, device)
+        # Autocast would override the dtype that the user chose for this model.
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            logits = last_features(model, ids, mask, positions_from(mask), keep=1)[:, 0]  # (B, V)
+        logps = logits.float().log_softmax(-1)
+        if bool(logps.isnan().any()):
+            raise InputError(f"model.reward: the judge '{self.source.path}' gave probabilities that are not numbers")
+        return torch.stack([logps[:, tokens].logsumexp(-1) for tokens in self._verdicts], 1).double().cpu()
+
+    def _verdict(self, log_a: float, log_b: float) -> float | None:
+        """Weigh A against B, or return None where the model would rather say something else."""
+        highest = max(log_a, log_b)
+        if highest == -math.inf or math.exp(log_a) + math.exp(log_b) < self.min_probability:
+            return None
+        a, b = math.exp(log_a - highest), math.exp(log_b - highest)  # so that at least one is not rounded to 0
+        return a / (a + b)
+
+    def _question(self, prompt: RawPrompt, first: str, second: str) -> str:
+        """Write the question, with as much of the prompt's end as there is room for."""
+        _, encoder = self._loaded()
+        question, text = super()._question(prompt, first, second), as_text(prompt)
+        while self.truncate == "left" and text and (excess := encoder.excess(question)):
+            text = encoder.without_start(text, excess)
+            question = super()._question(text, first, second)
+        return question
+
+    def _loaded(self) -> tuple[nn.Module, QuestionEncoder]:
+        if self.model is None or self.encoder is None:
+            raise RuntimeError("call load() before the first question")
+        return self.model, self.encoder
+
+    def _check_lengths(self, rows: Sequence[Sequence[int]], limit: int | None) -> None:
+        longest = max((len(row) for row in rows), default=0)
+        if limit is None or longest <= limit:
+            return
+        fixes = [f"set {_OPTIONS}.truncate to left"] * (self.truncate == "error")
+        fixes += [f"raise {_OPTIONS}.max_tokens"] * (self.max_tokens is not None)
+        fixes += ["lower model.sampling.max_new_tokens", "or take a judge with a longer context"]
+        raise InputError(
+            f"model.reward: a question has {longest} tokens, more than the judge's limit of {limit}; {', '.join(fixes)}"
+        )
