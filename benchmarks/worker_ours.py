@@ -110,7 +110,7 @@ def _note_lengths(module: XPOLightningModule, lengths: set[int]) -> None:
 
     def collect_noting(*args: Any, **kwargs: Any) -> Any:
         experience = collect(*args, **kwargs)
-        for side in (experience.completions.by_policy, experience.completions.by_reference):
+        for side in (experience.completions.by_policy, experience.completions.by_sampler):
             lengths.update(side.lengths.tolist())
         return experience
 

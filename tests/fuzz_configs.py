@@ -6,7 +6,15 @@ from typing import Any, get_args
 
 from hypothesis import strategies as st
 
-from xpo_lightning import ModelSpec, Sampling, XPOLightningModule
+from xpo_lightning import (
+    BufferOptions,
+    Candidates,
+    LabelRule,
+    ModelSpec,
+    ReferenceRefresh,
+    Sampling,
+    XPOLightningModule,
+)
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.models import LoRASpec
 from xpo_lightning.rewards import PythonReward, SequenceClassifierReward
@@ -29,6 +37,8 @@ _SCHEDULES = [
     {"class_path": "Cosine", "init_args": {"start": 0.1, "end": math.inf, "steps": 1}},
     {"class_path": "Constant", "init_args": {"value": -1}},
     {"class_path": "PerEpoch", "init_args": {"values": [1, math.nan]}},
+    {"class_path": "PerIteration", "init_args": {"values": [0.1, 0.0], "batches": 2}},
+    {"class_path": "PerIteration", "init_args": {"values": []}},
 ]
 _REWARDS = [
     {"class_path": "PythonReward", "init_args": {"function": "os.getcwd"}},
@@ -37,6 +47,17 @@ _REWARDS = [
     {"class_path": "PythonReward"},
     {"class_path": "WeightedSum", "init_args": {"rewards": {}}},
     {"class_path": "SequenceClassifierReward", "init_args": {"path": "./nowhere"}},
+    {"class_path": "xpo_lightning.rewards.base.Feedback"},
+    {"class_path": "PythonJudge", "init_args": {"function": "os.getcwd"}},
+    {"class_path": "PythonJudge", "init_args": {"function": "builtins.dict", "invalid": "maybe"}},
+    {"class_path": "HumanJudge"},
+    {"class_path": "LocalJudge", "init_args": {"path": "./nowhere"}},
+    {"class_path": "LocalJudge", "init_args": {"path": "./nowhere", "template": "{prompt}"}},
+    {"class_path": "HTTPJudge", "init_args": {"url": "ftp://x", "model": "x"}},
+    {"class_path": "HTTPJudge", "init_args": {"url": "http://127.0.0.1:9/v1", "model": "x", "retries": 0}},
+    {"class_path": "HTTPJudge", "init_args": {"url": "http://a:b@x", "model": "x", "api_key_env": "NOT_SET"}},
+    {"class_path": "RemoteReward", "init_args": {"url": "http://127.0.0.1:9", "retries": 0, "timeout": 5}},
+    {"class_path": "RemoteReward", "init_args": {"url": "x", "batch_size": 0}},
 ]
 PLAUSIBLE: dict[str, list[Any]] = {
     "model.policy": [{"path": "./nowhere"}, {"pth": "x"}, "x"],
@@ -69,8 +90,31 @@ PLAUSIBLE: dict[str, list[Any]] = {
     "model.sampling.eos_token_ids": [[5], [], [5, 5], [-1], [10**30]],
     "model.alpha": _SCHEDULES,
     "model.beta": _SCHEDULES,
-    "model.preference_loss": ["SigmoidLoss", "IPOLoss", {"class_path": "IPOLoss", "init_args": {"label_smoothing": 2}}],
+    "model.preference_loss": [
+        *("SigmoidLoss", "IPOLoss", "HingeLoss", "RobustLoss", "DPOPositiveLoss"),
+        {"class_path": "IPOLoss", "init_args": {"label_smoothing": 2}},
+        {"class_path": "RobustLoss", "init_args": {"flip_rate": 0.1, "label_smoothing": 0.1}},
+        {"class_path": "DPOPositiveLoss", "init_args": {"penalty": math.nan}},
+        {"class_path": "SigmoidLoss", "init_args": {"length_normalized": "yes"}},
+    ],
     "model.bonus_clip": [500, 1e-3],
+    "model.bonus_on": ["sampler", "both", "rejected", "chosen"],
+    "model.entropy_bonus": [0.1, 1e38],
+    "model.alpha_in_beta": [True, False],
+    "model.sampler": [
+        *("ReferenceSampler", "PolicySampler", "PreviousPolicySampler", "xpo_lightning.Sampler"),
+        {"class_path": "PreviousPolicySampler", "init_args": {"every": 0}},
+        {"class_path": "PythonSampler", "init_args": {"function": "os.getcwd"}},
+        {"class_path": "PythonSampler", "init_args": {"function": "builtins.dict", "timeout": math.nan}},
+    ],
+    "model.candidates": [{"count": 2, "choose": "best_of_each"}, {"count": 2}, {"choose": "worst"}],
+    "model.candidates.count": [3, 10**6],
+    "model.labels": [{"rule": "soft", "temperature": 0.1}, {"rule": "argmax", "temperature": 2.0}, {"ties": "draw"}],
+    "model.labels.rule": ["bradley_terry", "soft", "hard"],
+    "model.labels.flip": [0.2, 0.5],
+    "model.labels.min_margin": [0.1, 1e300],
+    "model.buffer": [{"keep": "all"}, {"keep": 2, "memory_pairs": 1}, {"keep": "some"}, {"keep": 0}],
+    "model.reference_refresh": [{"every": 1}, {"every": 1, "mix": 0.5}, {"every": 0}, {"mix": 2}],
     "model.learning_rate": [1e-3, 1e20],
     "model.optimizer": [
         {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
@@ -147,6 +191,10 @@ _CLASSES: dict[Any, str] = {
     ModelSpec: "model.policy",
     Sampling: "model.sampling",
     LoRASpec: "model.lora",
+    Candidates: "model.candidates",
+    LabelRule: "model.labels",
+    BufferOptions: "model.buffer",
+    ReferenceRefresh: "model.reference_refresh",
     PythonReward: "model.reward.init_args",
     SequenceClassifierReward: "classifier",
     XPOLightningModule: "model",

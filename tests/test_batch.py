@@ -124,9 +124,9 @@ def test_experience_select_keeps_each_part_in_order():
     some = pairs.select([2, 1])
     assert some.prompts.raw == ("prompt 2", "prompt 1")
     assert some.completions.by_policy.ids.tolist() == [[3, 0], [2, 2]]
-    assert some.completions.by_reference.ids.tolist() == [[3], [2]]
+    assert some.completions.by_sampler.ids.tolist() == [[3], [2]]
     assert some.scores.map(torch.Tensor.tolist) == Pair([3.0, 2.0], [6.0, 5.0])
     assert some.labels.tolist() == [0.5, 0.0]
     assert some.reference_logps.by_policy.tolist() == [-3.0, -2.0]
-    assert some.reference_logps.by_reference.tolist() == [-6.0, -5.0]
+    assert some.reference_logps.by_sampler.tolist() == [-6.0, -5.0]
     assert some.identical.tolist() == [True, False]

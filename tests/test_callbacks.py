@@ -148,10 +148,10 @@ def expected_rows(experience: Experience) -> list[dict[str, Any]]:
     """Say by hand what each pair's row is."""
     rows = []
     for i in range(len(experience)):
-        policy, reference = experience.completions.by_policy, experience.completions.by_reference
+        policy, reference = experience.completions.by_policy, experience.completions.by_sampler
         row = {"prompt": experience.prompts.raw[i], "policy": policy.texts[i], "reference": reference.texts[i]}
         row["policy_score"] = experience.scores.by_policy[i].item()
-        row["reference_score"] = experience.scores.by_reference[i].item()
+        row["reference_score"] = experience.scores.by_sampler[i].item()
         row["label"] = experience.labels[i].item()
         row["policy_ended"], row["reference_ended"] = policy.ended[i].item(), reference.ended[i].item()
         rows.append(row)
@@ -267,7 +267,7 @@ def test_predictions_hold_every_prompt(
     for number, row in enumerate(expected):
         side = pairs[number // 4].completions
         row["policy_logp"] = side.by_policy.token_logps[number % 4].sum().item()
-        row["reference_logp"] = side.by_reference.token_logps[number % 4].sum().item()
+        row["reference_logp"] = side.by_sampler.token_logps[number % 4].sum().item()
         row["columns"] = {"number": number}
     assert rows == expected
     assert [row["prompt"] for row in rows] == PROMPTS
@@ -436,6 +436,41 @@ def test_export_after_each_validation_but_not_the_sanity_check(
     assert steps == [2, 4]
     make_trainer(PolicyExport(at="end")).fit(build_module(), loader(), loader())
     assert steps == [2, 4, 4]
+
+
+def test_export_of_the_best_keeps_the_iterate_that_did_best(
+    make_trainer: Callable[..., pl.Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values 1, 3, 3, 2, 4 in five validations: the first, the second and the fifth are the best so far."""
+    values, steps = iter([1.0, 3.0, 3.0, 2.0, 4.0]), []
+
+    class Values(Callback):
+        def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            pl_module.log("quality", next(values))
+
+    monkeypatch.setattr(PolicyExport, "_export", lambda self, trainer, module: steps.append(trainer.global_step))
+    best = PolicyExport(at="best", monitor="quality")
+    make_trainer(Values(), best, max_epochs=5).fit(build_module(), loader(), loader())
+    assert steps == [2, 4, 10]
+    state = best.state_dict()
+    values, again = iter([4.0, 3.0]), PolicyExport(at="best", monitor="quality", mode="min")
+    again.load_state_dict({**state, "best": -3.5})
+    make_trainer(Values(), again).fit(build_module(), loader(), loader())
+    assert steps == [2, 4, 10, 4], "a resumed run knows the best so far"
+
+
+def test_export_of_the_best_is_that_of_the_estimate_of_j_beta(make_trainer: Callable[..., pl.Trainer]) -> None:
+    recorder, best = Recorder(), PolicyExport(at="best")
+    make_trainer(recorder, best, max_epochs=6).fit(build_module(), loader(), loader())
+    assert best.best == max(metrics["eval/objective/rlhf_reward"] for metrics in recorder.metrics)
+    with pytest.raises(
+        InputError, match=r"PolicyExport\.monitor is .eval/quality., which was not logged"
+    ):
+        make_trainer(PolicyExport(at="best", monitor="eval/quality")).fit(build_module(), loader(), loader())
+    with pytest.raises(InputError, match=r"PolicyExport\.monitor and PolicyExport\.mode are for at: best"):
+        PolicyExport(monitor="eval/win_rate")
+    with pytest.raises(InputError, match=r"PolicyExport\.at is 'best', but there are no validation prompts"):
+        make_trainer(PolicyExport(at="best")).fit(build_module(), loader())
 
 
 def test_export_refuses_before_training(make_trainer: Callable[..., pl.Trainer], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 from xpo_lightning.cli import XPOCLI
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-OVERLAYS = {"tldr_lora.yaml": "tldr.yaml"}
+OVERLAYS = {"tldr_lora.yaml": "tldr.yaml", "iterated.yaml": "quickstart.yaml"}
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
 
@@ -37,7 +37,9 @@ def parse_file(path: Path, *args: str) -> Namespace:
 
 
 def test_configs_are_found():
-    assert {"quickstart.yaml", "tldr.yaml", "tldr_lora.yaml", "smollm2.yaml"} <= {file.name for file in FILES}
+    assert {"quickstart.yaml", "tldr.yaml", "tldr_lora.yaml", "smollm2.yaml", "iterated.yaml"} <= {
+        file.name for file in FILES
+    }
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)

@@ -65,8 +65,8 @@ PAIR = Pair(
 def logps_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     logps = pair_logps(model, prompts_of(PROMPT_ROWS), PAIR)
-    (2 * logps.by_policy - logps.by_reference).sum().backward()
-    both = torch.cat([logps.by_policy, logps.by_reference]).detach()
+    (2 * logps.by_policy - logps.by_sampler).sum().backward()
+    both = torch.cat([logps.by_policy, logps.by_sampler]).detach()
     return both, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -314,7 +314,7 @@ def test_bfloat16_logps_are_as_close_to_float32_as_transformers_own(load_model: 
     expected = pair_logps(exact, prompts_of(PROMPT_ROWS), PAIR)
     for plain in (False, True):
         logps = pair_logps(model, prompts_of(PROMPT_ROWS), PAIR) if not plain else _plain_transformers(model)
-        gaps = torch.cat([logps.by_policy - expected.by_policy, logps.by_reference - expected.by_reference])
+        gaps = torch.cat([logps.by_policy - expected.by_policy, logps.by_sampler - expected.by_sampler])
         errors.append(gaps.square().mean().sqrt().item())
     assert errors[0] < 1.5 * errors[1]
 

@@ -1,5 +1,6 @@
 """Metrics: what each name means, how batches are averaged, and the KL divergence against its exact value."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from xpo_lightning import Experience, ModelSpec, Pair, Sampling, SigmoidLoss, XPOLightningModule, xpo_loss
-from xpo_lightning.metrics import PairAverages, pair_metrics
+from xpo_lightning.metrics import PairAverages, rollout_metrics, update_metrics
 from xpo_lightning.rewards.function import PythonReward
 
 MakeModule = Callable[..., XPOLightningModule]
@@ -101,22 +102,25 @@ def worked_pairs() -> tuple[dict[str, Tensor], Tensor]:
     policy_logps = Pair(torch.tensor([-10.0, -4.0, -6.0]), torch.tensor([-20.0, -3.0, -6.0]))
     reference_logps = Pair(torch.tensor([-12.0, -3.0, -7.0]), torch.tensor([-15.0, -5.0, -7.0]))
     by_policy = completions_of([[1, 2, 3], [4], [5, 6]], ended=[True, False, True])
-    by_reference = completions_of([[1, 2], [4, 4], [5, 6]], ended=[False, False, True])
+    token_logps = torch.tensor([[-5.0, -3.0, -2.0], [-4.0, 0.0, 0.0], [-2.5, -3.5, 0.0]])
+    by_policy = dataclasses.replace(by_policy, token_logps=token_logps)  # sums -10, -4, -6, as below
+    by_sampler = completions_of([[1, 2], [4, 4], [5, 6]], ended=[False, False, True])
     pairs = Experience(
         prompts=prompts_of([[1], [2, 3], [4]]),
-        completions=Pair(by_policy, by_reference),
+        completions=Pair(by_policy, by_sampler),
         scores=Pair(torch.tensor([2.0, -1.0, 3.0]), torch.tensor([0.5, 1.0, 3.0])),
         labels=torch.tensor([1.0, 0.0, 0.5]),
         reference_logps=reference_logps,
     )
     options: dict[str, Any] = {"alpha": 0.01, "beta": 0.1, "preference_loss": SigmoidLoss()}
     loss = xpo_loss(policy_logps, reference_logps, pairs.labels, pairs.identical, **options)
-    return pair_metrics(pairs, loss, policy_logps, beta=0.1), loss.total
+    return rollout_metrics(pairs, beta=0.1) | update_metrics(pairs, loss, policy_logps, beta=0.1), loss.total
 
 
 def test_pair_metrics_are_those_worked_by_hand():
     """Log-ratios: policy's completions 2, -1, 1; reference's -5, 2, 1; times beta 0.1 they are implicit rewards.
 
+    Scores less beta times KL: 2 - 0.2, -1 + 0.1, 3 - 0.1.
     Won pair: chosen 0.2, rejected -0.5. Lost pair: chosen 0.2 (the reference's), rejected -0.1. Tie: the mean, 0.1.
     Losses: margin 0.7, log(1 + e^-0.7) = 0.4031860; margin 0.3, log(1 + e^-0.3) = 0.5543552; identical pair: 0.
     """
@@ -126,6 +130,7 @@ def test_pair_metrics_are_those_worked_by_hand():
         "loss/total": [0.2031860, 0.5243552, -0.06],
         "objective/kl": [2.0, -1.0, 1.0],
         "objective/entropy": [10.0, 4.0, 6.0],
+        "objective/rlhf_reward": [1.8, -0.9, 2.9],
         "objective/model_scores": [2.0, -1.0, 3.0],
         "objective/ref_scores": [0.5, 1.0, 3.0],
         "objective/scores_margin": [1.5, -2.0, 0.0],
@@ -163,7 +168,7 @@ def test_rewards_accuracies_when_the_policy_disagrees_with_the_label_are_0():
     )
     same = pairs.identical
     loss = xpo_loss(logps, reference, pairs.labels, same, alpha=0.0, beta=0.5, preference_loss=SigmoidLoss())
-    values = pair_metrics(pairs, loss, logps, beta=0.5)
+    values = update_metrics(pairs, loss, logps, beta=0.5)
     assert values["rewards/accuracies"].item() == 0.0
     assert values["rewards/margins"].item() == -2.0
 

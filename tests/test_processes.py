@@ -126,8 +126,8 @@ def ended_runs(begin: Begin, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_processes_take_the_steps_of_one_and_sample_what_it_samples(ended_runs: Path):
-    one, two = ended_runs / "1", ended_runs / "2"
+def assert_same_steps(one: Path, two: Path) -> None:
+    """Compare all numbers of two runs, and the weights at their ends."""
     assert len(metrics(one)) == len(metrics(two)) == 4
     for single, double in zip(metrics(one), metrics(two), strict=True):
         assert single.keys() == double.keys()
@@ -137,6 +137,28 @@ def test_two_processes_take_the_steps_of_one_and_sample_what_it_samples(ended_ru
             assert double[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     for (name, value), other in zip(weights(one).items(), weights(two).values(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-7, msg=name)
+
+
+EVERYTHING: dict[str, Any] = {
+    "sampler": {"class_path": "PolicySampler"},
+    "candidates": {"count": 2, "choose": "best_and_worst"},
+    "labels": {"rule": "bradley_terry", "flip": 0.2, "min_margin": 0.1},
+    "buffer": {"keep": 2, "memory_pairs": 3},
+    "bonus_on": "both",
+    "alpha": 0.01,
+    "entropy_bonus": 0.01,
+}
+
+
+def test_two_processes_take_the_steps_of_one_on_all_that_is_kept(begin: Begin, tmp_path: Path):
+    for processes in (1, 2):
+        ended(begin(tmp_path, processes, **EVERYTHING))
+    assert_same_steps(tmp_path / "1", tmp_path / "2")
+
+
+def test_two_processes_take_the_steps_of_one_and_sample_what_it_samples(ended_runs: Path):
+    one, two = ended_runs / "1", ended_runs / "2"
+    assert_same_steps(one, two)
     ranks = [[json.loads(line)[1] for line in (two / f"rank{rank}.jsonl").open()] for rank in (0, 1)]
     assert all(mine != other for mine, other in zip(*ranks, strict=True)), "both processes sampled the same"
 

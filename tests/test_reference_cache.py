@@ -30,6 +30,7 @@ from xpo_lightning import Experience, InputError, LoadedModel, Sampling, XPOLigh
 from xpo_lightning.cli import main
 from xpo_lightning.collector import Collector
 from xpo_lightning.logps import token_logps
+from xpo_lightning.metrics import rollout_metrics
 from xpo_lightning.models import LoRASpec
 from xpo_lightning.objective import Objective
 from xpo_lightning.prompts import as_prompts
@@ -68,12 +69,12 @@ def fit_on_rows(module: XPOLightningModule, rows: dict[str, list[Any]], epochs: 
 
 def assert_same_reference(first: Experience, second: Experience) -> None:
     """Check that the reference's side is the same to the last bit."""
-    one, other = first.completions.by_reference, second.completions.by_reference
+    one, other = first.completions.by_sampler, second.completions.by_sampler
     for name in ("ids", "mask", "ended", "token_logps"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
     assert one.texts == other.texts
-    assert torch.equal(first.scores.by_reference, second.scores.by_reference)
-    assert torch.equal(first.reference_logps.by_reference, second.reference_logps.by_reference)
+    assert torch.equal(first.scores.by_sampler, second.scores.by_sampler)
+    assert torch.equal(first.reference_logps.by_sampler, second.reference_logps.by_sampler)
 
 
 def files(folder: Path) -> list[str]:
@@ -108,7 +109,7 @@ def test_second_epoch_takes_the_reference_from_the_cache(
 
 def test_without_a_cache_every_epoch_samples_anew(make_module: MakeModule, collected: list[Experience]):
     module = fitted(make_module())
-    assert collected[0].completions.by_reference.texts != collected[1].completions.by_reference.texts
+    assert collected[0].completions.by_sampler.texts != collected[1].completions.by_sampler.texts
     assert module.timer.counts["reference_rollout"] == 2
 
 
@@ -138,7 +139,7 @@ def test_kept_log_probabilities_are_those_that_the_reference_gives(
     second, reference = collected[1], load_model()
     with torch.no_grad():
         again = second.completions.map(lambda side: token_logps(reference, second.prompts, side).sum(1))
-    assert second.reference_logps.by_reference.tolist() == pytest.approx(again.by_reference.tolist(), abs=1e-4)
+    assert second.reference_logps.by_sampler.tolist() == pytest.approx(again.by_sampler.tolist(), abs=1e-4)
     assert second.reference_logps.by_policy.tolist() == pytest.approx(again.by_policy.tolist(), abs=1e-4)
 
 
@@ -164,6 +165,7 @@ def test_losses_of_a_cached_epoch_are_those_of_pairs_that_are_scored_anew(
         module.policy.load_state_dict(states[1])
         pairs = dataclasses.replace(second, reference_logps=anew)
         _, numbers = evaluate(module.objective, module.policy, pairs, alpha=0.1, beta=0.1)
+        numbers |= rollout_metrics(pairs, beta=0.1)
     for name in ("loss/dpo", "loss/xpo", "objective/kl"):
         assert recorder.of(name)[1] == pytest.approx(float(numbers[name].mean()), abs=1e-4), name
 
@@ -194,26 +196,26 @@ def test_only_prompts_without_an_entry_are_sampled(make_module: MakeModule, coll
     alone = make_module(reference_cache="memory")
     fitted(alone, [PROMPTS[1], PROMPTS[3]], epochs=1)
     batch = as_prompts(list(PROMPTS), alone.prompt_encoder, alone.device)
-    mixed = alone.collect(alone.policy, batch, noise(), use_cache=True)
-    plain = alone.collect(alone.policy, batch, noise(), use_cache=False)
-    before, mine, fresh = (pairs.completions.by_reference for pairs in (collected[0], mixed, plain))
+    mixed = alone.collect(alone.policy, batch, noise(), training=True)
+    plain = alone.collect(alone.policy, batch, noise(), training=False)
+    before, mine, fresh = (pairs.completions.by_sampler for pairs in (collected[0], mixed, plain))
     assert [mine.texts[row] for row in (1, 3)] == list(before.texts)
     assert [mine.texts[row] for row in (0, 2, 4)] == [fresh.texts[row] for row in (0, 2, 4)]
     assert mine.texts != fresh.texts
     assert mixed.completions.by_policy.texts == plain.completions.by_policy.texts
     rows = [0, 2, 4]
-    assert mixed.scores.by_reference[rows].tolist() == plain.scores.by_reference[rows].tolist()
-    assert mixed.scores.by_reference[[1, 3]].tolist() == collected[0].scores.by_reference.tolist()
+    assert mixed.scores.by_sampler[rows].tolist() == plain.scores.by_sampler[rows].tolist()
+    assert mixed.scores.by_sampler[[1, 3]].tolist() == collected[0].scores.by_sampler.tolist()
     torch.testing.assert_close(mixed.reference_logps.by_policy, plain.reference_logps.by_policy, atol=1e-5, rtol=0)
     torch.testing.assert_close(
-        mixed.reference_logps.by_reference[rows], plain.reference_logps.by_reference[rows], atol=1e-5, rtol=0
+        mixed.reference_logps.by_sampler[rows], plain.reference_logps.by_sampler[rows], atol=1e-5, rtol=0
     )
 
 
 def test_prompt_twice_in_a_batch_is_kept_once(make_module: MakeModule, collected: list[Experience], tmp_path: Path):
     folder = tmp_path / "cache"
     fitted(make_module(reference_cache=str(folder)), ["the cat", "red", "the cat"])
-    first, second = (pairs.completions.by_reference.texts for pairs in collected)
+    first, second = (pairs.completions.by_sampler.texts for pairs in collected)
     assert second == (first[0], first[1], first[0])
     assert entries(folder) == 2
 
@@ -249,7 +251,7 @@ def test_missing_eos_penalty_is_taken_once_from_a_kept_score(collected: list[Exp
             reference_cache=str(tmp_path),
         )
         fitted(module, ["red", "sat"])
-        assert [pairs.scores.by_reference.tolist() for pairs in collected] == [expected] * 2
+        assert [pairs.scores.by_sampler.tolist() for pairs in collected] == [expected] * 2
 
 
 def test_validation_samples_anew_and_leaves_nothing_behind(
@@ -261,8 +263,8 @@ def test_validation_samples_anew_and_leaves_nothing_behind(
     assert len(collected) == 4  # training and validation in each of two epochs
     assert entries(tmp_path) == len(PROMPTS)
     validation = collected[1]
-    trained_on = collected[0].completions.by_reference.texts[:2]
-    assert validation.completions.by_reference.texts[:2] != trained_on
+    trained_on = collected[0].completions.by_sampler.texts[:2]
+    assert validation.completions.by_sampler.texts[:2] != trained_on
     assert module.timer.counts["reference_rollout"] == 3
 
 
@@ -446,10 +448,10 @@ def test_cli_keeps_a_cache_and_refuses_a_stale_one(
     config = write_config(str(tmp_path / "cache"))
     main(["fit", "--config", config])
     assert entries(tmp_path / "cache") == 3
-    written = sorted(pairs.completions.by_reference.texts for pairs in collected)
+    written = sorted(pairs.completions.by_sampler.texts for pairs in collected)
     collected.clear()
     main(["fit", "--config", config, "--seed_everything", "7"])
-    training = [sorted(pairs.completions.by_reference.texts) for pairs in collected if len(pairs) == 3]
+    training = [sorted(pairs.completions.by_sampler.texts) for pairs in collected if len(pairs) == 3]
     assert len(training) == 2
     assert training[0] == training[1]
     assert training[0] in [sorted(texts) for texts in written]
@@ -462,7 +464,7 @@ def test_cli_keeps_a_cache_and_refuses_a_stale_one(
 
 def test_cli_takes_memory(write_config: Callable[[str], str], collected: list[Experience]):
     main(["fit", "--config", write_config("memory")])
-    first, second = (sorted(pairs.completions.by_reference.texts) for pairs in collected if len(pairs) == 3)
+    first, second = (sorted(pairs.completions.by_sampler.texts) for pairs in collected if len(pairs) == 3)
     assert first == second
 
 

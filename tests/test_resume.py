@@ -14,7 +14,21 @@ import pytest
 import torch
 from conftest import longer_is_better, quiet_trainer
 
-from xpo_lightning import Experience, InputError, LoRASpec, PromptDataModule, PythonReward, XPOLightningModule
+from xpo_lightning import (
+    BufferOptions,
+    Candidates,
+    Experience,
+    InputError,
+    LabelRule,
+    LoRASpec,
+    PerIteration,
+    PolicySampler,
+    PreviousPolicySampler,
+    PromptDataModule,
+    PythonReward,
+    ReferenceRefresh,
+    XPOLightningModule,
+)
 
 MakeModule = Callable[..., XPOLightningModule]
 
@@ -37,11 +51,11 @@ class Tape(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         collect = pl_module._collect
 
-        def recording(*args: Any, use_cache: bool = False) -> Experience:
-            pairs: Experience = collect(*args, use_cache=use_cache)
-            if use_cache:
+        def recording(*args: Any, training: bool = False) -> Experience:
+            pairs: Experience = collect(*args, training=training)
+            if training:
                 both = pairs.completions.map(lambda side: side.texts)
-                self.sampled[trainer.global_step + 1] = [pairs.prompts.raw, both.by_policy, both.by_reference]
+                self.sampled[trainer.global_step + 1] = [pairs.prompts.raw, both.by_policy, both.by_sampler]
             return pairs
 
         pl_module._collect = recording
@@ -94,7 +108,7 @@ def run(make_module: MakeModule, tmp_path: Path) -> Run:
         options = {"learning_rate": 1e-2, "warmup_ratio": 0.2, "lr_schedule": "cosine", **options}
         pl.seed_everything(options.pop("seed", 3), verbose=False)
         module, tape = make_module(reward=PythonReward(noisy), **options), Tape(folder)
-        trainer = quiet_trainer(callbacks=[tape], **trainer_options)
+        trainer = quiet_trainer(callbacks=[tape], default_root_dir=tmp_path, **trainer_options)
         trainer.fit(module, datamodule=PromptDataModule(**data), ckpt_path=resume)
         return digest(module, trainer), tape
 
@@ -126,6 +140,25 @@ CASES: dict[str, dict[str, Any]] = {
         "trainer": {"max_steps": 6, "max_epochs": -1},
     },
     "a part of each epoch": {"trainer": {"limit_train_batches": 2, "max_epochs": 3}},
+    "all pairs, in memory": {"buffer": BufferOptions(), "epochs_per_rollout": 2},
+    "all pairs, from the third batch on in a file": {"buffer": BufferOptions(memory_pairs=5), "updates_per_rollout": 2},
+    "the pairs of two batches": {"buffer": BufferOptions(keep=2)},
+    "the pairs of two batches, in a file": {
+        "buffer": BufferOptions(keep=2, memory_pairs=3),
+        "data": WITHOUT_VALIDATION,
+    },
+    "the policy against itself of before": {"sampler": PreviousPolicySampler(every=2)},
+    "the policy against itself": {
+        "sampler": PolicySampler(),
+        "candidates": Candidates(3, "best_and_worst"),
+        "labels": LabelRule(rule="bradley_terry", flip=0.2, min_margin=0.1),
+    },
+    "a reference that follows": {"reference_refresh": ReferenceRefresh(every=2)},
+    "a reference that follows slowly, with LoRA": {
+        "reference_refresh": ReferenceRefresh(every=1, mix=0.3),
+        "lora": LoRASpec(r=2, dropout=0.3),
+    },
+    "another alpha in each iteration": {"alpha": PerIteration([0.3, 0.2, 0.0], batches=2), "alpha_in_beta": True},
     "another scheduler": {
         "lr_schedule": None,
         "warmup_ratio": 0.0,

@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import PROMPTS, Recorder, completions_of, fit_quietly, loader, noise, prompts_of, quiet_trainer
 
-from xpo_lightning import Constant, Cosine, InputError, IPOLoss, Linear, PerEpoch, XPOLightningModule
+from xpo_lightning import Constant, Cosine, InputError, IPOLoss, Linear, PerEpoch, PerIteration, XPOLightningModule
 from xpo_lightning.batch import Experience, Pair
-from xpo_lightning.optimization import UpdatePlan, WarmupThenDecay
+from xpo_lightning.optimization import WarmupThenDecay
 from xpo_lightning.schedules import Progress, as_schedule, learning_rate_factor
+from xpo_lightning.updates import UpdatePlan
 
 MakeModule = Callable[..., XPOLightningModule]
 
@@ -27,6 +28,25 @@ def test_constant_is_the_same_everywhere():
 def test_per_epoch_beyond_its_list_keeps_the_last_value():
     schedule = PerEpoch([3, 2.0])
     assert [schedule(at(step=100, epoch=epoch)) for epoch in range(5)] == [3.0, 2.0, 2.0, 2.0, 2.0]
+
+
+def test_per_iteration_counts_batches_and_keeps_the_last_value():
+    schedule = PerIteration([1e-5, 5e-6, 0], batches=2)
+    found = [schedule(Progress(step=9, epoch=7, total_steps=None, batches=batches)) for batches in range(7)]
+    assert found == [1e-5, 1e-5, 5e-6, 5e-6, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"values": []}, "must not be empty"),
+        ({"values": [1.0], "batches": 0}, "at least 1"),
+        ({"values": [float("nan")]}, "finite"),
+    ],
+)
+def test_per_iteration_without_sense_is_refused(options: Any, message: str):
+    with pytest.raises(InputError, match=message):
+        PerIteration(**options)
 
 
 def test_per_epoch_without_values_is_refused():

@@ -3,8 +3,9 @@
 Shapes in capitals: B pairs, P prompt tokens, T completion tokens, V vocabulary, D hidden size.
 Masks are True on real tokens and are never inferred from token ids. Prompts are padded on the left, completions on the
 right, so that a prompt ends where its completion begins.
-Naming: the variable says who scores, the field says who wrote: `policy_logps.by_reference` is the policy's
-log-probability of the reference's completion.
+Naming: the variable says who scores, the field says who wrote: `policy_logps.by_sampler` is the policy's
+log-probability of the sampler's completion. The sampler is whoever writes the second completion of a pair (pi_samp of
+arXiv 2405.21046): the frozen reference, unless `model.sampler` names another.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,14 +29,14 @@ RawPrompt = str | Messages
 
 @dataclass(frozen=True)
 class Pair(Generic[T]):
-    """One thing for the policy's completions and the same thing for the reference's."""
+    """One thing for the policy's completions and the same thing for the sampler's: those it is compared with."""
 
     by_policy: T
-    by_reference: T
+    by_sampler: T
 
     def map(self, function: Callable[[T], U]) -> "Pair[U]":
         """Apply `function` to both sides."""
-        return Pair(function(self.by_policy), function(self.by_reference))
+        return Pair(function(self.by_policy), function(self.by_sampler))
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Completions:
         ended: True where the writer stopped by itself (EOS or a stop string), False where it was cut. (B,)
         texts: Decoded completions, without special tokens and without the stop string. Length B.
         token_logps: Natural log-probability of each token under its writer, at temperature 1 and over the full
-            vocabulary whatever the sampling settings; 0 on padding. (B, T)
+            vocabulary whatever the sampling settings; 0 on padding; NaN where the writer has none to give. (B, T)
     """
 
     ids: Tensor
@@ -143,7 +144,7 @@ class Completions:
     def to(self, device: torch.device | str) -> "Completions":
         """Return the same completions on another device."""
         names = ("ids", "mask", "ended", "token_logps")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        return _counted(replace(self, **{name: getattr(self, name).to(device) for name in names}), self.counts)
 
     def select(self, rows: Sequence[int]) -> "Completions":
         """Return these rows, with no more padding than they need."""
@@ -167,9 +168,13 @@ class Experience:
     Args:
         prompts: The prompts. B rows.
         completions: Who wrote what. B rows a side.
-        scores: The reward model's scores, missing-EOS penalty included. (B,) a side.
+        scores: The reward's scores, missing-EOS penalty included; a judge's probability that the completion beats the
+            other one. (B,) a side.
         labels: Probability that the policy's completion is the better one: 1, 0, or 0.5 for a tie. (B,)
         reference_logps: The reference's log-probability of each completion, summed over tokens. (B,) a side.
+        silent: True where the label says nothing: scores too close, or no usable answer of a judge; None is nowhere.
+            (B,)
+        answered: False where a judge gave no usable answer; None is nowhere. (B,)
     """
 
     prompts: Prompts
@@ -177,6 +182,8 @@ class Experience:
     scores: Pair[Tensor]
     labels: Tensor
     reference_logps: Pair[Tensor]
+    silent: Tensor | None = None
+    answered: Tensor | None = None
 
     def __len__(self) -> int:
         """Return B."""
@@ -187,26 +194,40 @@ class Experience:
         """True where both completions are the same tokens, of shape (B,)."""
         return same_tokens(self.completions)
 
+    @property
+    def without_preference(self) -> Tensor:
+        """True where the pair has no preference term: it is silent, or both completions are the same; (B,)."""
+        return self.identical if self.silent is None else self.identical | self.silent
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Tokens of each prompt, and of the longer one of its completions. Length B."""
+        longer = map(max, self.completions.by_policy.counts, self.completions.by_sampler.counts)
+        return list(zip(self.prompts.counts, longer, strict=True))
+
     def to(self, device: torch.device | str) -> "Experience":
         """Return the same pairs on another device; Lightning calls it on predictions."""
         prompts = replace(self.prompts, ids=self.prompts.ids.to(device), mask=self.prompts.mask.to(device))
-        return Experience(
-            prompts=prompts,
-            completions=self.completions.map(lambda side: side.to(device)),
-            scores=self.scores.map(lambda side: side.to(device)),
-            labels=self.labels.to(device),
-            reference_logps=self.reference_logps.map(lambda side: side.to(device)),
-        )
+        completions = self.completions.map(lambda side: side.to(device))
+        return self._mapped(_counted(prompts, self.prompts.counts), completions, lambda values: values.to(device))
 
     def select(self, rows: Sequence[int]) -> "Experience":
         """Return these pairs."""
         index = torch.as_tensor(rows, device=self.labels.device)
+        completions = self.completions.map(lambda side: side.select(rows))
+        return self._mapped(self.prompts.select(rows), completions, lambda values: values[index])
+
+    def _mapped(
+        self, prompts: Prompts, completions: Pair[Completions], change: Callable[[Tensor], Tensor]
+    ) -> "Experience":
         return Experience(
-            prompts=self.prompts.select(rows),
-            completions=self.completions.map(lambda side: side.select(rows)),
-            scores=self.scores.map(lambda side: side[index]),
-            labels=self.labels[index],
-            reference_logps=self.reference_logps.map(lambda side: side[index]),
+            prompts=prompts,
+            completions=completions,
+            scores=self.scores.map(change),
+            labels=change(self.labels),
+            reference_logps=self.reference_logps.map(change),
+            silent=None if self.silent is None else change(self.silent),
+            answered=None if self.answered is None else change(self.answered),
         )
 
 
@@ -234,29 +255,28 @@ def left_pad(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") 
 
 def same_tokens(completions: Pair[Completions]) -> Tensor:
     """Tell which pairs hold the same tokens on both sides, of shape (B,)."""
-    a, b = completions.by_policy, completions.by_reference
+    a, b = completions.by_policy, completions.by_sampler
     width = min(a.ids.shape[1], b.ids.shape[1])
     both_real = a.mask[:, :width] & b.mask[:, :width]
     equal = (a.ids[:, :width] == b.ids[:, :width]) | ~both_real
     return (a.lengths == b.lengths) & equal.all(1)
 
 
-def stack(completions: Pair[Completions]) -> Completions:
-    """Put the reference's completions below the policy's, which makes 2B rows."""
-    first, second = completions.by_policy, completions.by_reference
-    width = max(first.ids.shape[1], second.ids.shape[1])
+def stack(parts: Sequence[Completions]) -> Completions:
+    """Put completions below each other, as many rows as all of them have together."""
+    width = max(part.ids.shape[1] for part in parts)
 
-    def stacked(a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat([torch.nn.functional.pad(side, (0, width - side.shape[1])) for side in (a, b)])
+    def stacked(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
 
-    both = Completions(
-        ids=stacked(first.ids, second.ids),
-        mask=stacked(first.mask, second.mask),
-        ended=torch.cat([first.ended, second.ended]),
-        texts=first.texts + second.texts,
-        token_logps=stacked(first.token_logps, second.token_logps),
+    together = Completions(
+        ids=stacked([part.ids for part in parts]),
+        mask=stacked([part.mask for part in parts]),
+        ended=torch.cat([part.ended for part in parts]),
+        texts=tuple(text for part in parts for text in part.texts),
+        token_logps=stacked([part.token_logps for part in parts]),
     )
-    return _counted(both, first.counts + second.counts)
+    return _counted(together, tuple(count for part in parts for count in part.counts))
 
 
 def _counted(rows: S, counts: tuple[int, ...]) -> S:

@@ -1,29 +1,28 @@
-"""From prompts to labelled pairs: sample both completions, score them, and keep what the frozen reference says."""
+"""From prompts to labelled pairs: both sides write, the reward or judge speaks, and two completions become the pair."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from xpo_lightning.adapters import adapters_cast
 from xpo_lightning.batch import Completions, Experience, Pair, Prompts
-from xpo_lightning.errors import NonFiniteError
-from xpo_lightning.forward import evaluating
-from xpo_lightning.guard import shown
+from xpo_lightning.candidates import Candidates, chosen_completions, chosen_values
+from xpo_lightning.desk import Desk
+from xpo_lightning.memory import Memory
 from xpo_lightning.phases import PhaseTimer
-from xpo_lightning.preference import argmax_labels, penalize_missing_eos
-from xpo_lightning.reference import Reference
-from xpo_lightning.reference_cache import Entry, ReferenceCache, missing_rows, with_kept
-from xpo_lightning.rewards.base import Reward
-from xpo_lightning.rewards.checks import as_scores
+from xpo_lightning.preference import LabelRule
+from xpo_lightning.reference_cache import ReferenceCache, missing_rows
 from xpo_lightning.rollout.local import LocalRollout, gather, order_of
 from xpo_lightning.rollout.noise import Noise
+from xpo_lightning.samplers import ReferenceSampler, Sampler
+from xpo_lightning.verdicts import Verdicts
 
-Sampled = tuple[Pair[Completions], Tensor]
-"""Completions of B prompts, and the reference's log-probabilities of the policy's (B,)."""
+Written = tuple[Pair[list[Completions]], Pair[Tensor]]
+"""K completions of B prompts a side, and the reference's log-probabilities of them (K, B) a side."""
 
 
 @dataclass
@@ -32,63 +31,72 @@ class Collector:
 
     Args:
         rollout: Samples completions.
-        reference: The frozen reference.
-        reward: Scores completions.
-        missing_eos_penalty: What a completion that was cut loses in score; None is off.
+        memory: The reference; the sampler, which writes the second completion while the policy trains; and what the
+            reference wrote in earlier epochs.
+        candidates: How many completions a side writes then, and which become the pair.
+        verdicts: Says which completion is better.
+        label_rule: Turns that into labels.
         timer: Times the phases.
-
-    Attributes:
-        cache: What the reference wrote in earlier epochs; None before `open_cache`, and where there is no cache.
     """
 
     rollout: LocalRollout
-    reference: Reference
-    reward: Reward
-    missing_eos_penalty: float | None
+    memory: Memory
+    candidates: Candidates
+    verdicts: Verdicts
+    label_rule: LabelRule
     timer: PhaseTimer
-    cache: ReferenceCache | None = field(default=None, init=False)
 
     @torch.no_grad()
-    def __call__(self, policy: nn.Module, prompts: Prompts, noise: Noise, use_cache: bool = False) -> Experience:
-        """Sample a completion from the policy and one from the reference for each prompt, and label the pairs.
+    def __call__(self, policy: nn.Module, prompts: Prompts, noise: Noise, training: bool = False) -> Experience:
+        """Sample completions of each prompt, and label a pair of them.
 
         Args:
             policy: The policy, on the device of the prompts.
             prompts: B prompts.
-            noise: Source of the samples' randomness.
-            use_cache: Whether to use the cache, if there is one, for what the reference wrote before.
+            noise: Source of the samples' randomness, and of the labels'.
+            training: Whether the policy trains on the pairs. Otherwise each is one completion by the policy and one by
+                the first reference, not one from the cache, and labels have no randomness.
 
         Returns:
             B labelled pairs.
         """
-        # The reference goes first, so that the same noise gives the same samples of it, whatever the policy writes.
-        of_reference, of_policy = (self.rollout.uniforms(prompts, noise) for _ in range(2))
-        cache = self.cache if use_cache else None
+        sampler = self.memory.sampler if training else ReferenceSampler()
+        candidates = self.candidates if training else Candidates()
+        cache = self.memory.cache if training else None
         kept = [None] * len(prompts) if cache is None else cache.get(prompts)
-        groups = self.rollout.groups(prompts, policy)
-        parts = []
-        for rows in groups:
+        lend = partial(self.memory.reference.lent, first=not training)
+        # The sampler goes first, so that the same noise gives the same samples of it, whatever the policy writes.
+        of_sampler, of_policy = (
+            [self.rollout.uniforms(prompts, noise) for _ in range(candidates.count)] for _ in range(2)
+        )
+
+        def write(rows: list[int]) -> Written:
             index = torch.as_tensor(rows, device=prompts.ids.device)
-            uniforms = Pair(of_policy[index], of_reference[index])
-            parts.append(self._sample(policy, prompts.select(rows), uniforms, [kept[row] for row in rows]))
-        completions = Pair(
-            gather([pair.by_policy for pair, _ in parts], groups),
-            gather([pair.by_reference for pair, _ in parts], groups),
-        )
-        of_policys = torch.cat([logps for _, logps in parts])[order_of(groups)]
-        self.timer.counts.update(
-            prompts=len(prompts),
-            prompt_tokens=sum(prompts.counts),
-            completion_tokens=sum(completions.by_policy.counts + completions.by_reference.counts),
-        )
-        scores = self._scores(prompts, completions, kept)
+            uniforms = Pair(of_policy, of_sampler).map(lambda side: [numbers[index] for numbers in side])
+            desk = Desk(self.rollout, policy, lend, prompts.select(rows), [kept[row] for row in rows], self.timer)
+            return _written(desk, sampler, uniforms)
+
+        groups = self.rollout.groups(prompts, policy)
+        completions, logps = _together([write(rows) for rows in groups], groups)
+        self._count(prompts, completions)
+        said = self.verdicts(prompts, completions, [None if entry is None else entry.score for entry in kept])
         missing = missing_rows(kept)
         if cache is not None and missing:
-            written = completions.by_reference.select(missing)
-            cache.put(prompts.select(missing), written, scores.by_reference[missing])
-        scores = self._penalized(scores, completions)
-        labels = argmax_labels(scores)
-        return Experience(prompts, completions, scores, labels, Pair(of_policys, completions.by_reference.logps))
+            written = completions.by_sampler[0].select(missing)
+            cache.put(prompts.select(missing), written, said.raw.by_sampler[0, missing])
+        places = candidates(said.scores, one_writer=sampler.is_policy)
+        scores = chosen_values(said.scores, places)
+        uniforms = noise.uniforms(len(prompts), 2).to(scores.by_policy) if training else None
+        labels = self.label_rule(said.preferences(scores), uniforms)
+        return Experience(
+            prompts=prompts,
+            completions=chosen_completions(completions, places),
+            scores=scores,
+            labels=labels.labels,
+            reference_logps=chosen_values(logps, places),
+            silent=labels.silent,
+            answered=said.answered,
+        )
 
     def open_cache(self, where: str | None, reference: dict[str, Any], trainer: Trainer) -> None:
         """Open the cache of what this reference writes with this sampling, scored by this reward.
@@ -102,56 +110,40 @@ class Collector:
             InputError: The folder cannot be used, or holds what was made otherwise.
         """
         if where is None:
-            self.cache = None
+            self.memory.cache = None
             return
         sampling = {**asdict(self.rollout.sampling), "eos_token_ids": sorted(self.rollout.eos_token_ids)}
-        model = {"policy": reference, "sampling": sampling, "reward": self.reward.identity()}
+        model = {"policy": reference, "sampling": sampling, "reward": self.verdicts.feedback.identity()}
         made_by = {"model": model, "trainer": {"precision": str(trainer.precision)}}
-        self.cache = ReferenceCache(where, made_by, trainer.global_rank)
+        self.memory.cache = ReferenceCache(where, made_by, trainer.global_rank)
 
-    def _sample(
-        self, policy: nn.Module, prompts: Prompts, uniforms: Pair[Tensor], kept: Sequence[Entry | None]
-    ) -> Sampled:
-        """Sample both sides; the prompts that the reference has read serve to score what the policy writes."""
-        rollout, device = self.rollout, prompts.ids.device
-        missing, read, written = missing_rows(kept), None, None
-        if missing:
-            with self.timer("reference_rollout", device), self.reference.lent() as reference:
-                read = rollout.open(reference, prompts.select(missing))
-                written = rollout.sample(read, uniforms.by_reference[missing])
-                read.rest()
-        by_reference = with_kept(written, kept, device)
-        with self.timer("policy_rollout", device), evaluating(policy), adapters_cast(policy):
-            by_policy = rollout.sample(rollout.open(policy, prompts), uniforms.by_policy)
-        with self.timer("reference_scoring", device), self.reference.lent() as reference:
-            if read is None or len(missing) < len(prompts):
-                read = rollout.open(reference, prompts)
-            logps = read.logps(by_policy)
-        return Pair(by_policy, by_reference), logps
+    def _count(self, prompts: Prompts, completions: Pair[list[Completions]]) -> None:
+        tokens = sum(sum(some.counts) for some in (*completions.by_policy, *completions.by_sampler))
+        self.timer.counts.update(prompts=len(prompts), prompt_tokens=sum(prompts.counts), completion_tokens=tokens)
 
-    def _scores(self, prompts: Prompts, completions: Pair[Completions], kept: Sequence[Entry | None]) -> Pair[Tensor]:
-        """Score both sides at once, except what was scored before, (B,) a side."""
-        device, missing = prompts.ids.device, missing_rows(kept)
-        by_policy, by_reference = completions.by_policy.texts, completions.by_reference.texts
-        rows = [*range(len(prompts)), *missing]
-        with self.timer("reward", device):
-            raw = tuple(prompts.raw[row] for row in rows)
-            columns = {name: tuple(values[row] for row in rows) for name, values in prompts.columns.items()}
-            try:
-                values = self.reward(raw, by_policy + tuple(by_reference[row] for row in missing), columns)
-                scores = as_scores(values, len(rows), type(self.reward).__name__).to(device)
-            except NonFiniteError as error:
-                raise NonFiniteError(f"{error}; {shown([raw[row] for row in error.rows])}", error.rows) from error
-        before = torch.tensor([0.0 if entry is None else entry.score for entry in kept], device=device)
-        before[missing] = scores[len(prompts) :]
-        return Pair(scores[: len(prompts)], before)
 
-    def _penalized(self, scores: Pair[Tensor], completions: Pair[Completions]) -> Pair[Tensor]:
-        """Take the missing-EOS penalty from completions that were cut, (B,) a side."""
-        if self.missing_eos_penalty is None:
-            return scores
-        penalty = self.missing_eos_penalty
-        return Pair(
-            penalize_missing_eos(scores.by_policy, completions.by_policy.ended, penalty),
-            penalize_missing_eos(scores.by_reference, completions.by_reference.ended, penalty),
-        )
+def _written(desk: Desk, sampler: Sampler, uniforms: Pair[list[Tensor]]) -> Written:
+    """Let both sides write, and the reference score what it has not written itself."""
+    by_sampler = sampler.write(desk, uniforms.by_sampler)
+    completions = Pair(desk.by_policy(uniforms.by_policy), by_sampler)
+    if sampler.is_reference:
+        own = torch.stack(desk.reference_logps(completions.by_policy))
+        return completions, Pair(own, torch.stack([some.logps for some in by_sampler]))
+    everything = torch.stack(desk.reference_logps([*completions.by_policy, *by_sampler]))
+    return completions, Pair(*everything.chunk(2))
+
+
+def _together(parts: Sequence[Written], groups: Sequence[Sequence[int]]) -> Written:
+    """Put what was written for groups of prompts into the order of the prompts."""
+    order = order_of(groups)
+
+    def completions(sides: list[list[Completions]]) -> list[Completions]:
+        return [gather(candidate, groups) for candidate in zip(*sides, strict=True)]
+
+    def logps(sides: list[Tensor]) -> Tensor:
+        return torch.cat(sides, 1)[:, order]
+
+    return (
+        Pair(completions([each.by_policy for each, _ in parts]), completions([each.by_sampler for each, _ in parts])),
+        Pair(logps([each.by_policy for _, each in parts]), logps([each.by_sampler for _, each in parts])),
+    )

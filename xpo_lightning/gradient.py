@@ -8,12 +8,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
-from xpo_lightning.batch import Experience
+from xpo_lightning.batch import RawPrompt
 from xpo_lightning.errors import NonFiniteError
 from xpo_lightning.guard import Stop, check_finite, shown
 from xpo_lightning.objective import Objective
 from xpo_lightning.optimization import Optimization
 from xpo_lightning.phases import PhaseTimer
+from xpo_lightning.updates import Pairs
 
 CONSEQUENCE = "no step was taken on them, and no weight was changed"
 
@@ -38,13 +39,14 @@ class Trained(Protocol):
 
 
 def add_gradients(
-    module: Trained, micro_batches: list[Experience], weights: dict[str, float], stop: Stop | None
+    module: Trained, pairs: Pairs, micro_batches: list[list[int]], weights: dict[str, float], stop: Stop | None
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Add up the gradient of the mean objective of some pairs.
 
     Args:
         module: What is trained.
-        micro_batches: The pairs, as many at once as fit.
+        pairs: Where the pairs are.
+        micro_batches: Their rows, as many at once as fit.
         weights: Alpha and beta.
         stop: Looked at between micro-batches, unless it is None.
 
@@ -56,19 +58,22 @@ def add_gradients(
         StopAsked: The run is asked to stop.
     """
     timer, trainer = module.timer, module.trainer
-    pairs, numbers = sum(map(len, micro_batches)), []
+    count = sum(map(len, micro_batches))
+    numbers: list[dict[str, Tensor]] = []
+    prompts: list[RawPrompt] = []
     # A process alone must not break off between gradients that all processes add up.
     alone = trainer.world_size == 1
-    for place, experience in enumerate(micro_batches, start=1):
+    for place, rows in enumerate(micro_batches, start=1):
         if stop is not None and alone:
             stop.check()
+        experience = pairs.select(rows)
         device = experience.labels.device
         with timer("policy_forward", device):
             losses, measured = module.objective(module.policy, experience, **weights)
         with timer("backward", device), _together(trainer, place == len(micro_batches)):
-            module.manual_backward(losses.sum() / pairs)
+            module.manual_backward(losses.sum() / count)
         numbers.append(measured)
-    prompts = [prompt for experience in micro_batches for prompt in experience.prompts.raw]
+        prompts += experience.prompts.raw
     losses = torch.cat([measured["loss/total"] for measured in numbers])
     check_finite([("the loss", losses)], prompts, CONSEQUENCE)
     with timer("optimizer", losses.device):

@@ -8,11 +8,47 @@ from xpo_lightning.batch import Experience, Pair
 from xpo_lightning.losses import XPOLoss
 
 
-def pair_metrics(experience: Experience, loss: XPOLoss, policy_logps: Pair[Tensor], beta: float) -> dict[str, Tensor]:
-    """Measure each pair; `docs/metrics.md` gives each formula.
+def rollout_metrics(experience: Experience, beta: float) -> dict[str, Tensor]:
+    """Measure what was sampled; `docs/metrics.md` gives each formula.
 
-    A tie (label 0.5) counts half for each side: half a win, and the mean of both completions as `chosen` and as
-    `rejected`.
+    A tie is half a win.
+
+    Args:
+        experience: B labelled pairs, just sampled.
+        beta: Strength of the KL constraint.
+
+    Returns:
+        One number a pair for each metric. (B,) each
+    """
+    scores, reference_logps = experience.scores, experience.reference_logps
+    policy, sampler = experience.completions.by_policy, experience.completions.by_sampler
+    kl, margins = policy.logps - reference_logps.by_policy, scores.by_policy - scores.by_sampler
+    values = {
+        "objective/kl": kl,
+        "objective/entropy": -policy.logps,
+        "objective/model_scores": scores.by_policy,
+        "objective/ref_scores": scores.by_sampler,
+        "objective/scores_margin": margins,
+        "objective/rlhf_reward": scores.by_policy - beta * kl,
+        "val/model_contain_eos_token": policy.ended,
+        "val/ref_contain_eos_token": sampler.ended,
+        "completions/model_length": policy.lengths,
+        "completions/ref_length": sampler.lengths,
+        "pairs/tied": margins == 0,
+        "pairs/identical": experience.identical,
+        "win_rate": (torch.sign(margins) + 1) / 2,
+    }
+    if experience.silent is not None:
+        values["pairs/silent"] = experience.silent
+    if experience.answered is not None:
+        values["pairs/unanswered"] = ~experience.answered
+    return {name: value.detach().float() for name, value in values.items()}
+
+
+def update_metrics(experience: Experience, loss: XPOLoss, policy_logps: Pair[Tensor], beta: float) -> dict[str, Tensor]:
+    """Measure the pairs of an update; `docs/metrics.md` gives each formula.
+
+    For a label between 0 and 1, `chosen` and `rejected` are means of both completions, weighted by it.
 
     Args:
         experience: B labelled pairs.
@@ -23,8 +59,7 @@ def pair_metrics(experience: Experience, loss: XPOLoss, policy_logps: Pair[Tenso
     Returns:
         One number a pair for each metric. (B,) each
     """
-    labels, scores = experience.labels, experience.scores
-    policy, reference = experience.completions.by_policy, experience.completions.by_reference
+    labels = experience.labels
     chosen_rewards = beta * _mix(loss.log_ratios, labels)
     rejected_rewards = beta * _mix(loss.log_ratios, 1 - labels)
     margins = chosen_rewards - rejected_rewards
@@ -32,31 +67,19 @@ def pair_metrics(experience: Experience, loss: XPOLoss, policy_logps: Pair[Tenso
         "loss/total": loss.total,
         "loss/dpo": loss.preference,
         "loss/xpo": loss.bonus,
-        "objective/kl": loss.log_ratios.by_policy,
-        "objective/entropy": -policy_logps.by_policy,
-        "objective/model_scores": scores.by_policy,
-        "objective/ref_scores": scores.by_reference,
-        "objective/scores_margin": scores.by_policy - scores.by_reference,
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": margins,
         "rewards/accuracies": (torch.sign(margins) + 1) / 2,
         "logps/chosen": _mix(policy_logps, labels),
         "logps/rejected": _mix(policy_logps, 1 - labels),
-        "logps/reference_completions": policy_logps.by_reference,
-        "val/model_contain_eos_token": policy.ended,
-        "val/ref_contain_eos_token": reference.ended,
-        "completions/model_length": policy.lengths,
-        "completions/ref_length": reference.lengths,
-        "pairs/tied": labels == 0.5,
-        "pairs/identical": experience.identical,
-        "win_rate": labels,
+        "logps/reference_completions": policy_logps.by_sampler,
     }
     return {name: value.detach().float() for name, value in values.items()}
 
 
 class PairAverages(Metric):
-    """Means over pairs of everything that `pair_metrics` returns, over batches and processes.
+    """Means over pairs of numbers that are measured of each, over batches and processes.
 
     Sums are kept in float64, so that the order of batches hardly matters.
     """
@@ -85,15 +108,16 @@ class PairAverages(Metric):
         self.count = self.count + stacked.shape[1]
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the mean of each metric, and the standard error of the win rate as `win_rate_stderr`."""
+        """Return the mean of each metric, and where there is a win rate its standard error as `win_rate_stderr`."""
         means = self.sums / self.count
         variances = (self.squares / self.count - means.square()).clamp(min=0)
         errors = (variances / (self.count - 1).clamp(min=1)).sqrt()
         averages = {name: mean.float() for name, mean in zip(self.names, means, strict=True)}
-        averages["win_rate_stderr"] = errors[self.names.index("win_rate")].float()
+        if "win_rate" in averages:
+            averages["win_rate_stderr"] = errors[self.names.index("win_rate")].float()
         return averages
 
 
 def _mix(pair: Pair[Tensor], labels: Tensor) -> Tensor:
     """Take the policy's side where the label is 1, the reference's where it is 0, and the mean of both for a tie."""
-    return labels * pair.by_policy + (1 - labels) * pair.by_reference
+    return labels * pair.by_policy + (1 - labels) * pair.by_sampler

@@ -1,13 +1,39 @@
 """The XPO objective of labelled pairs under a policy, with weights that may change as a run goes on."""
 
+import math
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 from xpo_lightning.batch import Experience
 from xpo_lightning.errors import InputError
-from xpo_lightning.logps import pair_logps
-from xpo_lightning.losses import PreferenceLoss, SigmoidLoss, xpo_loss
-from xpo_lightning.metrics import pair_metrics
+from xpo_lightning.logps import pair_logps, pair_logps_and_entropies
+from xpo_lightning.losses import BonusTarget, xpo_loss
+from xpo_lightning.metrics import update_metrics
+from xpo_lightning.preference_losses import PreferenceLoss
 from xpo_lightning.schedules import Progress, Schedule, as_positive_schedule, as_schedule
+
+
+@dataclass(frozen=True)
+class ObjectiveTerms:
+    """What the objective is made of besides alpha and beta; the fields are `XPOLightningModule`'s options.
+
+    Raises:
+        InputError: A value is out of range.
+    """
+
+    preference_loss: PreferenceLoss
+    bonus_on: BonusTarget
+    bonus_clip: float | None
+    entropy_bonus: float
+    alpha_in_beta: bool
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.bonus_clip is not None and not self.bonus_clip > 0:
+            raise InputError(f"model.bonus_clip must be above 0 or null, but is {self.bonus_clip}")
+        if not 0 <= self.entropy_bonus < math.inf:
+            raise InputError(f"model.entropy_bonus must be at least 0 and finite, but is {self.entropy_bonus}")
 
 
 class Objective:
@@ -18,16 +44,10 @@ class Objective:
     """
 
     def __init__(
-        self,
-        alpha: Schedule | float | list[float],
-        beta: Schedule | float | list[float],
-        preference_loss: PreferenceLoss | None,
-        bonus_clip: float | None,
+        self, alpha: Schedule | float | list[float], beta: Schedule | float | list[float], terms: ObjectiveTerms
     ) -> None:
         self.alpha, self.beta = as_schedule(alpha), as_positive_schedule(beta, "model.beta")
-        self.preference_loss, self.bonus_clip = preference_loss or SigmoidLoss(), bonus_clip
-        if bonus_clip is not None and not bonus_clip > 0:
-            raise InputError(f"model.bonus_clip must be above 0 or null, but is {bonus_clip}")
+        self.terms = terms
 
     def weights(self, progress: Progress) -> dict[str, float]:
         """Return alpha and beta at some point of a run.
@@ -35,12 +55,10 @@ class Objective:
         Raises:
             InputError: The schedule of beta gives what is not above 0.
         """
-        weights = {"alpha": self.alpha(progress), "beta": self.beta(progress)}
-        if weights["beta"] <= 0:
-            raise InputError(
-                f"model.beta must be above 0, but its schedule gives {weights['beta']} at step {progress.step}"
-            )
-        return weights
+        alpha, beta = self.alpha(progress), self.beta(progress)
+        if beta <= 0:
+            raise InputError(f"model.beta must be above 0, but its schedule gives {beta} at step {progress.step}")
+        return {"alpha": alpha * beta if self.terms.alpha_in_beta else alpha, "beta": beta}
 
     def __call__(
         self, policy: nn.Module, experience: Experience, *, alpha: float, beta: float
@@ -56,15 +74,26 @@ class Objective:
         Returns:
             The objective of each pair, with gradient where enabled (B,), and each metric, without (B,) each.
         """
-        policy_logps = pair_logps(policy, experience.prompts, experience.completions)
+        terms, entropies = self.terms, None
+        if terms.entropy_bonus:
+            policy_logps, entropies = pair_logps_and_entropies(policy, experience.prompts, experience.completions)
+        else:
+            policy_logps = pair_logps(policy, experience.prompts, experience.completions)
         loss = xpo_loss(
             policy_logps,
             experience.reference_logps,
             experience.labels,
-            experience.identical,
+            experience.without_preference,
             alpha=alpha,
             beta=beta,
-            preference_loss=self.preference_loss,
-            bonus_clip=self.bonus_clip,
+            preference_loss=terms.preference_loss,
+            bonus_clip=terms.bonus_clip,
+            bonus_on=terms.bonus_on,
+            lengths=experience.completions.map(lambda side: side.lengths),
+            entropies=entropies,
+            entropy_weight=terms.entropy_bonus,
         )
-        return loss.total, pair_metrics(experience, loss, policy_logps, beta)
+        measured = update_metrics(experience, loss, policy_logps, beta)
+        if entropies is not None:
+            measured["objective/token_entropy"] = entropies.detach()
+        return loss.total, measured

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from xpo_lightning.batch import Experience
 from xpo_lightning.errors import InputError
 from xpo_lightning.identity import as_json, import_path
-from xpo_lightning.rollout.noise import Noise
 from xpo_lightning.schedules import LearningRateShape, learning_rate_factor
 
 DEFAULT_LEARNING_RATE = 5e-7
@@ -133,74 +131,6 @@ def _naming(key: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise InputError(f"{key}: {error}") from error
-
-
-@dataclass(frozen=True)
-class UpdatePlan:
-    """Which pairs of a batch go into which optimizer step, and which of those into which micro-batch.
-
-    Args:
-        micro_batch_size: Most pairs in a forward and backward pass.
-        micro_batch_tokens: Most tokens in it, padding included; a pair of more is a micro-batch by itself. None is no
-            limit.
-        updates_per_rollout: Steps that share one pass over a batch's pairs.
-        epochs_per_rollout: Passes over a batch's pairs.
-    """
-
-    micro_batch_size: int
-    micro_batch_tokens: int | None
-    updates_per_rollout: int
-    epochs_per_rollout: int
-
-    def __post_init__(self) -> None:
-        """Refuse numbers below 1."""
-        for name, value in vars(self).items():
-            if value is not None and value < 1:
-                raise InputError(f"model.{name} must be at least 1, but is {value}")
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps a batch that has at least as many pairs."""
-        return self.updates_per_rollout * self.epochs_per_rollout
-
-    def __call__(self, experience: Experience, noise: Noise) -> Iterator[list[list[int]]]:
-        """Yield the micro-batches of each optimizer step; several steps a pass share the pairs out at random."""
-        pairs = len(experience)
-        for _ in range(self.epochs_per_rollout):
-            rows = list(range(pairs))
-            if self.updates_per_rollout > 1:
-                rows = noise.permutation(pairs)
-            steps = min(self.updates_per_rollout, pairs)
-            for step in range(steps):
-                yield self.micro_batches(experience, rows[step * pairs // steps : (step + 1) * pairs // steps])
-
-    def batches(self, experience: Experience, noise: Noise) -> Iterator[list[Experience]]:
-        """Yield the pairs themselves in place of their rows."""
-        for micro_batches in self(experience, noise):
-            yield [experience.select(rows) for rows in micro_batches]
-
-    def micro_batches(self, experience: Experience, rows: Sequence[int] | None = None) -> list[list[int]]:
-        """Put pairs of similar length together, the longest first: memory runs out at once or never.
-
-        Args:
-            experience: B pairs.
-            rows: Some of them; None takes all.
-        """
-        prompts, both = experience.prompts.counts, experience.completions
-        longer = tuple(map(max, both.by_policy.counts, both.by_reference.counts))
-        groups: list[list[int]] = []
-        for row in sorted(rows or range(len(experience)), key=lambda row: (-prompts[row], -longer[row])):
-            if groups and self._fits(prompts[groups[-1][0]], [longer[member] for member in [*groups[-1], row]]):
-                groups[-1].append(row)
-            else:
-                groups.append([row])
-        return groups
-
-    def _fits(self, prompt: int, completions: list[int]) -> bool:
-        """Tell whether pairs padded to the longest prompt and the longest completion are within the limits."""
-        tokens = len(completions) * (prompt + 2 * max(completions))
-        fits = self.micro_batch_tokens is None or tokens <= self.micro_batch_tokens
-        return fits and len(completions) <= self.micro_batch_size
 
 
 class WarmupThenDecay(LambdaLR):

@@ -9,7 +9,13 @@ from typing import Literal
 import torch
 
 Phase = Literal[
-    "reference_rollout", "policy_rollout", "reference_scoring", "reward", "policy_forward", "backward", "optimizer"
+    "reference_rollout",
+    "policy_rollout",
+    "reference_scoring",
+    "reward",
+    "policy_forward",
+    "backward",
+    "optimizer",
 ]
 
 

@@ -2,13 +2,42 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from xpo_lightning.errors import InputError
 from xpo_lightning.forward import evaluating
 from xpo_lightning.identity import fingerprint
+from xpo_lightning.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class ReferenceRefresh:
+    """Lets the reference follow the policy, as iterative DPO does; Algorithm 1 of XPO keeps it where it was.
+
+    Validation still compares with the first reference, so that its numbers can be compared over the run.
+
+    Args:
+        every: Batches (rollouts with the updates on them) from one refresh to the next.
+        mix: The reference's weights become (1 - mix) times themselves plus mix times the policy's: 1 copies the policy,
+            less is an exponential moving average.
+
+    Raises:
+        InputError: A value is out of range.
+    """
+
+    every: int
+    mix: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.every < 1:
+            raise InputError(f"model.reference_refresh.every must be at least 1, but is {self.every}")
+        if not 0 < self.mix <= 1:
+            raise InputError(f"model.reference_refresh.mix must be above 0 and at most 1, but is {self.mix}")
 
 
 class Reference(nn.Module):
@@ -16,30 +45,49 @@ class Reference(nn.Module):
 
     Args:
         policy: The policy before training, with adapters if it has them.
+        refresh: When training's reference takes over from the policy; None is never.
     """
 
-    def __init__(self, policy: nn.Module) -> None:
+    def __init__(self, policy: nn.Module, refresh: ReferenceRefresh | None = None) -> None:
         super().__init__()
         has_adapters = hasattr(policy, "disable_adapter")
         self.frozen = None if has_adapters else copy.deepcopy(policy).eval().requires_grad_(False)
+        self.refresh, self.refreshed = refresh, None if refresh is None else Snapshot(policy)
         self._policy = (policy,)  # In a tuple, or it would be registered a second time.
 
-    @contextmanager
-    def lent(self) -> Iterator[nn.Module]:
-        """Lend the reference model in eval mode. While it is lent, the policy's adapters are off."""
-        if self.frozen is not None:
-            yield self.frozen
-            return
-        policy = self._policy[0]
-        with evaluating(policy), policy.disable_adapter():  # type: ignore[operator]
-            yield policy
+    def lent(self, *, first: bool = False) -> AbstractContextManager[nn.Module]:
+        """Lend the reference model in eval mode. While it is lent, the policy must not be used.
+
+        Args:
+            first: Whether to lend the reference that the run began with, whatever was refreshed since.
+        """
+        refreshed = None if first else self.refreshed
+        return self._first() if refreshed is None else refreshed.lent(self._policy[0])
+
+    def after_batch(self, batches: int) -> None:
+        """Refresh, if it is time.
+
+        Args:
+            batches: Batches that the run has finished.
+        """
+        if self.refresh is not None and self.refreshed is not None and batches % self.refresh.every == 0:
+            self.refreshed.take(self._policy[0], self.refresh.mix)
 
     def identity(self, spec: Any) -> dict[str, Any]:
         """Say which reference this is: the path and revision of a `ModelSpec` or `LoadedModel`, and the weights."""
         return {"path": spec.path, "revision": spec.revision, "fingerprint": self.fingerprint()}
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of the reference's weights, which is the same however the policy is trained."""
+        """Return the fingerprint of the first reference's weights: the same however the policy is trained."""
         model = self.frozen if self.frozen is not None else self._policy[0].get_base_model()  # type: ignore[operator]
         weights = model.named_parameters()
         return fingerprint((name.replace(".base_layer", ""), value) for name, value in weights if "lora_" not in name)
+
+    @contextmanager
+    def _first(self) -> Iterator[nn.Module]:
+        if self.frozen is not None:
+            yield self.frozen
+            return
+        policy = self._policy[0]
+        with evaluating(policy), policy.disable_adapter():  # type: ignore[operator]
+            yield policy

@@ -11,9 +11,9 @@ from lightning.pytorch import Trainer
 from xpo_lightning.errors import InputError
 from xpo_lightning.guard import Guard
 from xpo_lightning.identity import differences
+from xpo_lightning.memory import Memory
 from xpo_lightning.processes import gathered
 from xpo_lightning.randomness import random_state, set_random_state
-from xpo_lightning.reference_cache import ReferenceCache
 from xpo_lightning.standing import batches_done, has_begun, validate_now, validation_is_due
 
 
@@ -64,18 +64,18 @@ class RunState:
         if has_begun(trainer):
             self.validated = batches_done(trainer)
 
-    def state(self, trainer: Trainer, cache: ReferenceCache | None, optimization: dict[str, Any]) -> dict[str, Any]:
+    def state(self, trainer: Trainer, memory: Memory, optimization: dict[str, Any]) -> dict[str, Any]:
         """Read the state; all processes must call it.
 
         Args:
             trainer: The trainer.
-            cache: What the reference wrote.
+            memory: What the run remembers of batches.
             optimization: What must be the same again, from `Optimization.identity`.
 
         Returns:
             Plain values and tensors.
         """
-        own = {"random": self.random or random_state(), "cache": None if cache is None else cache.state()}
+        own = {"random": self.random or random_state(), **memory.of_process()}
         metrics = trainer.callback_metrics
         return {
             "seed": self.seed,
@@ -84,6 +84,7 @@ class RunState:
             "validated": self.validated,
             "metrics": {name: float(value) for name, value in metrics.items()},
             "skipped": [self.guard.in_a_row, self.guard.skipped],
+            "weights": memory.weights(),
             "processes": gathered(own),
         }
 
@@ -107,7 +108,7 @@ class RunState:
             )
         self.loaded = state
 
-    def take_up(self, trainer: Trainer, cache: ReferenceCache | None) -> None:
+    def take_up(self, trainer: Trainer, memory: Memory) -> None:
         """Put everything back, and make up for a validation that was due; does nothing where nothing was loaded."""
         state, self.loaded = self.loaded, None
         if state is None:
@@ -115,8 +116,7 @@ class RunState:
         own = state["processes"][trainer.global_rank]
         self.guard.in_a_row, self.guard.skipped = state["skipped"]
         self.validated = state["validated"]
-        if cache is not None and own["cache"] is not None:
-            cache.load_state(own["cache"])
+        memory.load(own, state["weights"])
         metrics = {name: torch.tensor(value) for name, value in state["metrics"].items()}
         trainer._logger_connector._callback_metrics.update(metrics)
         if state["seed"] == self.seed:  # With another seed, other random numbers are wanted.

@@ -16,11 +16,13 @@ class Progress:
         step: Optimizer steps taken.
         epoch: Epochs finished.
         total_steps: Optimizer steps of the whole run, None where the run has no known end.
+        batches: Batches (rollouts with the updates on them) finished.
     """
 
     step: int
     epoch: int
     total_steps: int | None
+    batches: int = 0
 
 
 FIRST_STEP = Progress(step=0, epoch=0, total_steps=1)
@@ -68,6 +70,30 @@ class PerEpoch(Schedule):
     def __call__(self, progress: Progress) -> float:
         """See `Schedule`."""
         return self.values[min(progress.epoch, len(self.values) - 1)]
+
+
+class PerIteration(Schedule):
+    """One value for each iteration; the last one holds from its iteration on.
+
+    The paper's own runs have three iterations with alpha 1e-5, 5e-6 and 0 (arXiv 2405.21046, Appendix E).
+
+    Args:
+        values: The values, first iteration first.
+        batches: Batches (rollouts with the updates on them) that make an iteration.
+    """
+
+    def __init__(self, values: list[float], batches: int = 1) -> None:
+        if not values:
+            raise InputError("the values of a PerIteration schedule (model.alpha, model.beta) must not be empty")
+        for value in values:
+            _check_finite(values=value)
+        if batches < 1:
+            raise InputError(f"batches of a schedule (model.alpha, model.beta) must be at least 1, but is {batches}")
+        self.values, self.batches = [float(value) for value in values], batches
+
+    def __call__(self, progress: Progress) -> float:
+        """See `Schedule`."""
+        return self.values[min(progress.batches // self.batches, len(self.values) - 1)]
 
 
 class Linear(Schedule):

@@ -16,28 +16,36 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from xpo_lightning.callbacks.card import model_card
-from xpo_lightning.callbacks.run import FileWriter, is_fast_dev_run
+from xpo_lightning.callbacks.run import FileWriter, folder_id, goes_on_in, is_fast_dev_run
 from xpo_lightning.errors import InputError
 from xpo_lightning.module import XPOLightningModule
 
+J_BETA = "eval/objective/rlhf_reward"
 MODEL_FILES = ("config.json", "adapter_config.json")
 
 
 class PolicyExport(FileWriter):
     """Saves the policy in Hugging Face format: weights (safetensors), tokenizer, generation config and a model card.
 
-    What is saved is the policy as it is then, not the best checkpoint. The folder appears, or is replaced, once all of
-    it is written.
+    The folder appears, or is replaced, once all of it is written.
 
     Args:
         folder: Name of the folder inside the run's folder.
-        at: When: at the end of training, or after each validation, where a later one replaces an earlier one.
+        at: When: at the `end` of training; after each `validation`, where a later one replaces an earlier one; or after
+            validations that are the `best` so far, so that the best iterate stays, as Algorithm 1 of XPO returns it.
+        monitor: What `best` looks at. By default the validation's estimate of J_beta, the score less beta times KL.
+        mode: Whether the best is the `max` or the `min`.
         merge_adapters: With LoRA, save a full model with the adapters merged in; otherwise save the adapters alone, for
             `peft`. Training goes on with untouched weights either way.
     """
 
     def __init__(
-        self, folder: str = "policy", at: Literal["end", "validation"] = "end", merge_adapters: bool = True
+        self,
+        folder: str = "policy",
+        at: Literal["end", "validation", "best"] = "end",
+        monitor: str | None = None,
+        mode: Literal["max", "min"] | None = None,
+        merge_adapters: bool = True,
     ) -> None:
         super().__init__()
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", folder):
@@ -45,7 +53,15 @@ class PolicyExport(FileWriter):
                 f"trainer.callbacks: PolicyExport.folder must be a relative path of letters, digits, '_', '-', '.' and "
                 f"'/', but is {folder!r}"
             )
+        if at != "best" and (monitor is not None or mode is not None):
+            raise InputError(
+                f"trainer.callbacks: PolicyExport.monitor and PolicyExport.mode are for at: best, but at is {at}; "
+                f"remove them, or set at to best"
+            )
         self.export_folder, self.at, self.merge_adapters = folder, at, merge_adapters
+        self.monitor, self.sign = monitor or J_BETA, -1.0 if mode == "min" else 1.0
+        self.best: float | None = None
+        self._loaded: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse before training what could not be saved after it.
@@ -65,23 +81,47 @@ class PolicyExport(FileWriter):
                 "trainer.strategy: PolicyExport needs all weights in one process; use ddp, or remove PolicyExport"
             )
         validates = trainer.enable_validation and getattr(trainer.datamodule, "has_validation", True)  # type: ignore[attr-defined]
-        if self.at == "validation" and not validates and not is_fast_dev_run(trainer):
-            raise InputError("trainer.callbacks: PolicyExport.at is 'validation', but there are no validation prompts")
+        if self.at != "end" and not validates and not is_fast_dev_run(trainer):
+            raise InputError(f"trainer.callbacks: PolicyExport.at is '{self.at}', but there are no validation prompts")
         _check_replaceable(self.folder / self.export_folder)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse models that could not be saved faithfully, now that they are loaded."""
         check_exportable(pl_module.policy, self.merge_adapters)
+        if self._loaded and goes_on_in(self.folder, self._loaded["folder"], trainer):
+            self.best = self._loaded["best"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, if that is when."""
-        if self.at == "validation" and trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if self.at == "validation" or (self.at == "best" and self._is_best(trainer)):
             self._export(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, if that is when."""
         if self.at == "end":
             self._export(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best value so far, and where the policy of it was saved."""
+        return {"folder": folder_id(self.folder), "best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best value up in `on_fit_start`, once the checkpoint's place is known."""
+        self._loaded = state_dict
+
+    def _is_best(self, trainer: Trainer) -> bool:
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("eval/")))
+            raise InputError(
+                f"trainer.callbacks: PolicyExport.monitor is '{self.monitor}', which was not logged; there are {known}"
+            )
+        value = self.sign * float(trainer.callback_metrics[self.monitor])
+        if self.best is not None and not value > self.best:
+            return False
+        self.best = value
+        return True
 
     def _export(self, trainer: Trainer, module: Any) -> None:
         metrics = dict(trainer.callback_metrics)  # May be reduced over processes, so all of them ask.

@@ -81,7 +81,7 @@ def _prediction_rows(experience: Experience) -> list[Row]:
     rows = pair_rows(experience)
     own_logps = experience.completions.map(lambda side: side.logps.tolist())
     for number, row in enumerate(rows):
-        row["policy_logp"], row["reference_logp"] = own_logps.by_policy[number], own_logps.by_reference[number]
+        row["policy_logp"], row["reference_logp"] = own_logps.by_policy[number], own_logps.by_sampler[number]
         if experience.prompts.columns:
             row["columns"] = {name: values[number] for name, values in experience.prompts.columns.items()}
     return rows

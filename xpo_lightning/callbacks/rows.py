@@ -16,13 +16,13 @@ def pair_rows(experience: Experience) -> list[Row]:
         Rows with `prompt` (as the data has it), `policy` and `reference` (the completions), their scores, `label` (the
         probability that the policy's is better), and whether each ended by itself.
     """
-    policy, reference = experience.completions.by_policy, experience.completions.by_reference
+    policy, reference = experience.completions.by_policy, experience.completions.by_sampler
     columns = {
         "prompt": experience.prompts.raw,
         "policy": policy.texts,
         "reference": reference.texts,
         "policy_score": experience.scores.by_policy.tolist(),
-        "reference_score": experience.scores.by_reference.tolist(),
+        "reference_score": experience.scores.by_sampler.tolist(),
         "label": experience.labels.tolist(),
         "policy_ended": policy.ended.tolist(),
         "reference_ended": reference.ended.tolist(),

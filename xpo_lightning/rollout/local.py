@@ -8,12 +8,13 @@ from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from xpo_lightning.adapters import adapters_cast
 from xpo_lightning.anatomy import anatomy_of
-from xpo_lightning.batch import Completions, Prompts, cut
+from xpo_lightning.batch import Completions, Prompts, cut, stack
 from xpo_lightning.errors import InputError
 from xpo_lightning.forward import evaluating
 from xpo_lightning.head import apply_head
 from xpo_lightning.logps import shares_prompt
 from xpo_lightning.rollout.cache import most_rows
+from xpo_lightning.rollout.given import given_completions
 from xpo_lightning.rollout.noise import Noise
 from xpo_lightning.rollout.plain import PlainSession
 from xpo_lightning.rollout.sampling import Sampling, TokenSampler
@@ -54,6 +55,28 @@ class LocalRollout:
         self.check = check
         self.sampler = TokenSampler(sampling)
         self.stops = StopStringCriteria(tokenizer, sampling.stop_strings) if sampling.stop_strings else None
+
+    def several(
+        self, model: nn.Module, prompts: Prompts, uniforms: Sequence[Tensor], session: "Session | PlainSession | None"
+    ) -> tuple["Session | PlainSession", list[Completions]]:
+        """Sample several completions for each prompt, which the model reads once where it can.
+
+        Args:
+            model: As in `__call__`, in eval mode.
+            prompts: B prompts.
+            uniforms: See `uniforms`, for each completion of a prompt, at least one. (B, max_new_tokens) each
+            session: The prompts, read by this model before; None reads them.
+
+        Returns:
+            The prompts, read, and B completions for each entry of `uniforms`.
+        """
+        written = []
+        for numbers in uniforms:
+            session = self.open(model, prompts) if session is None else session.again()
+            written.append(self.sample(session, numbers))
+        if session is None:
+            raise ValueError("expected at least one set of uniforms")
+        return session, written
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, prompts: Prompts, noise: Noise) -> Completions:
@@ -131,6 +154,10 @@ class LocalRollout:
             features = session.advance(token, step)
         return self._completions(written)
 
+    def given(self, texts: Sequence[str], device: torch.device) -> Completions:
+        """Turn texts that something else wrote into completions, see `given_completions`."""
+        return given_completions(texts, self.tokenizer, self.eos_token_ids, self.sampling.max_new_tokens, device)
+
     def _context(self, session: Session | PlainSession) -> Tensor:
         """Return what repetition penalties look at; padding must not count as a token of its own."""
         prompts = session.given
@@ -171,19 +198,7 @@ class LocalRollout:
 
 def gather(parts: Sequence[Completions], groups: Sequence[Sequence[int]]) -> Completions:
     """Put the completions of groups of prompts back into the order of the prompts."""
-    width = max(part.ids.shape[1] for part in parts)
-
-    def joined(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
-
-    together = Completions(
-        ids=joined([part.ids for part in parts]),
-        mask=joined([part.mask for part in parts]),
-        ended=torch.cat([part.ended for part in parts]),
-        texts=tuple(text for part in parts for text in part.texts),
-        token_logps=joined([part.token_logps for part in parts]),
-    )
-    return together.select(order_of(groups))
+    return stack(parts).select(order_of(groups))
 
 
 def order_of(groups: Sequence[Sequence[int]]) -> list[int]:

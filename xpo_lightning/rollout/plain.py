@@ -36,6 +36,10 @@ class PlainSession:
         """See `Session.retire`; here every row stays, and what it writes after its end is dropped."""
         return torch.arange(len(ended), device=ended.device)
 
+    def again(self) -> "PlainSession":
+        """See `Session.again`; here the prompts are read anew, since the cache cannot go back."""
+        return PlainSession(self.model, self.given, self.tokens_at_once)
+
     def rest(self) -> None:
         """See `Session.rest`; here nothing is continued again."""
         del self.cache

@@ -76,8 +76,12 @@ class Session:
             order[here] = there
         return order
 
+    def again(self) -> "Session":
+        """Return the prompts, ready to be continued once more; not after `rest`."""
+        return self
+
     def rest(self) -> None:
-        """Give back the memory of what was sampled, and keep what the prompts need to be continued again."""
+        """Give back the memory of what was sampled, and keep what the prompts need for `logps`."""
         self.cache.crop(self.width)
 
     def logps(self, completions: Completions) -> Tensor:

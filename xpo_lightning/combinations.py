@@ -1,0 +1,78 @@
+"""Options that do not go together, refused before anything is loaded."""
+
+from typing import Protocol
+
+from xpo_lightning.buffer import BufferOptions
+from xpo_lightning.candidates import Candidates
+from xpo_lightning.errors import InputError
+from xpo_lightning.reference import ReferenceRefresh
+from xpo_lightning.rewards.base import Feedback, Judge
+from xpo_lightning.samplers import Sampler
+
+
+class Options(Protocol):
+    """What is looked at; `XPOLightningModule` has it."""
+
+    reward: Feedback
+    sampler: Sampler
+    candidates: Candidates
+    missing_eos_penalty: float | None
+    reference_cache: str | None
+    reference_refresh: ReferenceRefresh | None
+    buffer_options: BufferOptions | None
+
+
+def refuse_combinations(options: Options) -> None:
+    """Refuse options of which one would make the other wrong, or without effect.
+
+    Raises:
+        InputError: There are such; the message names both.
+    """
+    judged, several = isinstance(options.reward, Judge), options.candidates.count > 1
+    cached, refreshed = options.reference_cache is not None, options.reference_refresh is not None
+    judge = f"model.reward={type(options.reward).__name__}"
+    refused = [
+        (
+            judged and bool(options.missing_eos_penalty),
+            f"model.missing_eos_penalty is taken from scores, and {judge} is a judge, which gives none; set the "
+            f"penalty to null, or model.reward to a reward",
+        ),
+        (
+            judged and several,
+            f"model.candidates.count={options.candidates.count} needs scores to choose by, and {judge} is a judge, "
+            f"which gives none; set the count to 1, or model.reward to a reward",
+        ),
+        (
+            cached and judged,
+            f"model.reference_cache keeps scores of the reference's completions, and {judge} is a judge, which gives "
+            f"none; set the cache to null, or model.reward to a reward",
+        ),
+        (
+            cached and options.reward.depends_on_batch,
+            f"model.reference_cache keeps scores, and those of {judge} depend on the batch (normalize: batch); set one "
+            f"of the two to null or none",
+        ),
+        (
+            cached and not options.sampler.is_reference,
+            f"model.reference_cache keeps what the reference writes, and with model.sampler="
+            f"{type(options.sampler).__name__} it writes nothing; set one of the two to null",
+        ),
+        (
+            cached and several,
+            f"model.reference_cache keeps one completion a prompt, and model.candidates.count is "
+            f"{options.candidates.count}; set the cache to null, or the count to 1",
+        ),
+        (
+            cached and refreshed,
+            "model.reference_cache keeps what the reference writes, and model.reference_refresh changes the reference; "
+            "set one of the two to null",
+        ),
+        (
+            refreshed and options.buffer_options is not None,
+            "model.buffer keeps the reference's log-probabilities, and model.reference_refresh changes the reference; "
+            "set one of the two to null",
+        ),
+    ]
+    for is_refused, message in refused:
+        if is_refused:
+            raise InputError(message)

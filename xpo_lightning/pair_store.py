@@ -1,0 +1,141 @@
+"""Numbered lines, in memory or in a file, of which the last may be taken back."""
+
+import sqlite3
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from xpo_lightning.errors import InputError
+
+Sizes = list[tuple[int, int]]
+"""Tokens of each prompt, and of the longer one of its completions."""
+
+
+class PairStore(ABC):
+    """Keeps lines by number, 0 for the first that ever came.
+
+    Attributes:
+        begin: Number of the first line that is kept.
+        sizes: What each of the kept lines is the pair of.
+    """
+
+    def __init__(self) -> None:
+        self.begin = 0
+        self.sizes: Sizes = []
+
+    @property
+    def end(self) -> int:
+        """Number that the next line gets."""
+        return self.begin + len(self.sizes)
+
+    def append(self, lines: Sequence[str], sizes: Sizes) -> None:
+        """Add lines at the end."""
+        self._write(self.end, lines, sizes)
+        self.sizes = self.sizes + sizes
+
+    def keep(self, begin: int, end: int) -> None:
+        """Forget all but the lines of these numbers."""
+        self.sizes = self.sizes[begin - self.begin : end - self.begin]
+        self._forget(begin, end)
+        self.begin = begin
+
+    @abstractmethod
+    def get(self, numbers: Sequence[int]) -> list[str]:
+        """Return the lines of these numbers."""
+
+    @abstractmethod
+    def _write(self, number: int, lines: Sequence[str], sizes: Sizes) -> None: ...
+
+    @abstractmethod
+    def _forget(self, begin: int, end: int) -> None: ...
+
+
+class MemoryStore(PairStore):
+    """Lines in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def get(self, numbers: Sequence[int]) -> list[str]:
+        """See `PairStore.get`."""
+        return [self.lines[number - self.begin] for number in numbers]
+
+    def _write(self, number: int, lines: Sequence[str], sizes: Sizes) -> None:
+        self.lines = self.lines + list(lines)
+
+    def _forget(self, begin: int, end: int) -> None:
+        self.lines = self.lines[begin - self.begin : end - self.begin]
+
+
+class FileStore(PairStore):
+    """Lines in an SQLite file, which is opened for each batch anew, so that nothing is left open anywhere.
+
+    Lines from the beginning are never deleted from it, because an earlier checkpoint may be gone back to.
+
+    Args:
+        path: The file; it is made where there is none.
+        begin: Number of the first line that is wanted.
+        end: Number after the last; what the file has beyond is deleted. None begins with an empty file.
+
+    Raises:
+        InputError: It cannot be used, or does not have these lines.
+    """
+
+    def __init__(self, path: Path, begin: int = 0, end: int | None = None) -> None:
+        super().__init__()
+        self.path, self.begin = path, begin
+        if end is None:
+            self._clear()
+        with self._open() as connection:
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS pairs (number INTEGER PRIMARY KEY, prompt INT, completion INT, line TEXT)"
+            )
+            connection.execute("DELETE FROM pairs WHERE number >= ?", (begin if end is None else end,))
+            wanted = "SELECT prompt, completion FROM pairs WHERE number >= ? ORDER BY number"
+            self.sizes = connection.execute(wanted, (begin,)).fetchall()
+        if end is not None and self.end != end:
+            raise InputError(
+                f"ckpt_path: the checkpoint needs pairs {begin} to {end} of model.buffer, but '{path}' has only "
+                f"{len(self.sizes)} of them; put the run's own file there"
+            )
+
+    def get(self, numbers: Sequence[int]) -> list[str]:
+        """See `PairStore.get`."""
+        with self._open() as connection:
+            found = (
+                connection.execute("SELECT line FROM pairs WHERE number = ?", (one,)).fetchone() for one in numbers
+            )
+            return [line for (line,) in found]
+
+    def _write(self, number: int, lines: Sequence[str], sizes: Sizes) -> None:
+        rows = [(number + row, *sizes[row], line) for row, line in enumerate(lines)]
+        with self._open() as connection:
+            connection.executemany("INSERT OR REPLACE INTO pairs VALUES (?, ?, ?, ?)", rows)
+
+    def _forget(self, begin: int, end: int) -> None:
+        with self._open() as connection:
+            connection.execute("DELETE FROM pairs WHERE number >= ?", (end,))
+
+    def _clear(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> InputError:
+        return InputError(
+            f"model.buffer: '{self.path}' cannot be used ({error}); see that its folder can be written, or "
+            f"raise model.buffer.memory_pairs"
+        )
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """Lend a connection; what is written comes into the file as a whole, or not at all."""
+        try:
+            with closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:
+                yield connection
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error

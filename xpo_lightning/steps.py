@@ -1,0 +1,165 @@
+"""What `XPOLightningModule` does with a batch: rollouts, optimizer steps, validation, prediction."""
+
+from typing import Any, cast
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from xpo_lightning.batch import Experience
+from xpo_lightning.collector import Collector
+from xpo_lightning.gradient import add_gradients
+from xpo_lightning.guard import Guard, check_rollout
+from xpo_lightning.memory import Memory
+from xpo_lightning.metrics import PairAverages, rollout_metrics
+from xpo_lightning.objective import Objective
+from xpo_lightning.optimization import Optimization, WarmupThenDecay, total_steps
+from xpo_lightning.phases import PhaseTimer
+from xpo_lightning.prompts import PromptEncoder, as_prompts
+from xpo_lightning.resume import RunState
+from xpo_lightning.rollout.noise import Noise
+from xpo_lightning.schedules import FIRST_STEP, Progress
+from xpo_lightning.standing import batches_done, begin_batch, forget_logged, has_begun
+from xpo_lightning.updates import Pairs, UpdatePlan
+
+
+class PreferenceSteps(LightningModule):
+    """The steps; `XPOLightningModule` sets the attributes."""
+
+    policy: nn.Module
+    collect: Collector
+    memory: Memory
+    objective: Objective
+    optimization: Optimization
+    plan: UpdatePlan
+
+    def __init__(self, max_skipped_steps: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.timer, self.guard = PhaseTimer(), Guard(max_skipped_steps)
+        self.run_state = RunState(self.guard)
+        self.rollout_averages, self.update_averages = PairAverages(), PairAverages()
+        self.eval_rollout_averages, self.eval_averages = PairAverages(), PairAverages()
+
+    @property
+    def prompt_encoder(self) -> PromptEncoder:
+        """Tokenizes prompts."""
+        raise NotImplementedError
+
+    def on_train_start(self) -> None:
+        """Set the length of the run."""
+        self.optimization.take_settings(self._optimizer.optimizer, self._scheduler)
+        if isinstance(self._scheduler, WarmupThenDecay):
+            self._scheduler.begin(self._total_steps)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Sample and label pairs for the whole batch, then take the optimizer steps on all that are kept."""
+        begin_batch(self.trainer)
+        done = batches_done(self.trainer)
+        with self.run_state.step():
+            noise = self._noise(done, purpose=0)
+            experience = self.guard.attempt(lambda: self._collect(batch, noise, training=True))
+            settings = {} if experience is None else self._updates(experience, noise)
+            if experience is None or not settings:
+                averages = forget_logged(self.trainer)
+            else:
+                averages = self._averages(experience, settings["beta"])
+            self.log_dict({**averages, **settings, **self.guard.counts(), "step": float(self.global_step)})
+            self.memory.after_batch(done + 1, self.policy)
+
+    def _updates(self, experience: Experience, noise: Noise) -> dict[str, Any]:
+        """Take the optimizer steps of a batch; return what the last was taken with, nothing where none was."""
+        self.update_averages.reset()
+        pairs: Pairs = experience if self.memory.buffer is None else self.memory.buffer.add(experience)
+        settings: dict[str, Any] = {}
+        for number, micro_batches in enumerate(self.plan(pairs, noise)):
+            if 0 < self.trainer.max_steps <= self.global_step:
+                break
+            settings |= self._update(pairs, micro_batches, may_stop=number == 0)
+        return settings
+
+    def _update(self, pairs: Pairs, micro_batches: list[list[int]], may_stop: bool) -> dict[str, Any]:
+        """Take one optimizer step on these pairs; return what it was taken with, nothing where it was left out."""
+        weights = self._weights()
+        learning_rate = self._optimizer.param_groups[0]["lr"]
+        self._optimizer.zero_grad()
+        stop = self.guard.stop if may_stop else None
+        result = self.guard.attempt(lambda: add_gradients(self, pairs, micro_batches, weights, stop), may_stop=may_stop)
+        if result is None:
+            self._optimizer.zero_grad()
+            return {}
+        grad_norm, numbers = result
+        for measured in numbers:
+            self.update_averages.update(measured)
+        with self.timer("optimizer", self.device):
+            self._optimizer.step()
+            self._scheduler.step()
+        self.guard.taken()
+        return {**weights, "lr": learning_rate, "grad_norm": grad_norm}
+
+    def _averages(self, experience: Experience, beta: float) -> dict[str, Any]:
+        self.rollout_averages.reset()
+        self.rollout_averages.update(rollout_metrics(experience, beta))
+        return {**self.rollout_averages.compute(), **self.update_averages.compute()}
+
+    def on_validation_start(self) -> None:
+        """Let validation not touch the randomness of training, and forget the pairs of the last one."""
+        self.run_state.begin_validation()
+        self.eval_averages.reset()
+        self.eval_rollout_averages.reset()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Experience:  # type: ignore[override]
+        """Sample pairs for held-out prompts, one completion a side and the reference's second, and measure them.
+
+        The randomness is the same each time: two validations differ by the policy alone.
+        """
+        weights = self._weights()
+        noise = self._noise(batch_idx, purpose=1)
+        experience = self.guard.run(lambda: self._collect(batch, noise))
+        self.eval_rollout_averages.update(rollout_metrics(experience, weights["beta"]))
+        for rows in self.plan.micro_batches(experience.sizes, range(len(experience))):
+            _, numbers = self.objective(self.policy, experience.select(rows), **weights)
+            self.eval_averages.update(numbers)
+        return experience
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the averages over all held-out prompts and processes."""
+        self.run_state.end_validation(self.trainer)
+        numbers = {**self.eval_rollout_averages.compute(), **self.eval_averages.compute()}
+        named = {f"eval/{name}": value for name, value in numbers.items()}
+        self.log_dict({**named, "step": float(self.global_step)})
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Experience:
+        """Sample and score pairs for a batch of prompts."""
+        return self._collect(batch, self._noise(batch_idx, purpose=2))
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the policy's weights that are trained."""
+        return [weight for weight in self.policy.parameters() if weight.requires_grad]
+
+    def _collect(self, batch: Any, noise: Noise, training: bool = False) -> Experience:
+        prompts = as_prompts(batch, self.prompt_encoder, self.device)
+        return check_rollout(self.collect(self.policy, prompts, noise, training))
+
+    def _weights(self) -> dict[str, float]:
+        """Return alpha and beta now; outside of training, and before it, those of the first step."""
+        if not has_begun(self.trainer):
+            return self.objective.weights(FIRST_STEP)
+        batches = batches_done(self.trainer)
+        return self.objective.weights(Progress(self.global_step, self.current_epoch, self._total_steps, batches))
+
+    def _noise(self, number: int, *, purpose: int) -> Noise:
+        return Noise(self.run_state.seed, purpose, number, self.global_rank, self.trainer.world_size)
+
+    @property
+    def _optimizer(self) -> LightningOptimizer:
+        return cast("LightningOptimizer", self.optimizers())
+
+    @property
+    def _scheduler(self) -> LRScheduler:
+        return cast("LRScheduler", self.lr_schedulers())
+
+    @property
+    def _total_steps(self) -> int | None:
+        return total_steps(self.trainer, self.plan.steps)
