@@ -463,9 +463,7 @@ def test_export_of_the_best_is_that_of_the_estimate_of_j_beta(make_trainer: Call
     recorder, best = Recorder(), PolicyExport(at="best")
     make_trainer(recorder, best, max_epochs=6).fit(build_module(), loader(), loader())
     assert best.best == max(metrics["eval/objective/rlhf_reward"] for metrics in recorder.metrics)
-    with pytest.raises(
-        InputError, match=r"PolicyExport\.monitor is .eval/quality., which was not logged"
-    ):
+    with pytest.raises(InputError, match=r"PolicyExport\.monitor is .eval/quality., which was not logged"):
         make_trainer(PolicyExport(at="best", monitor="eval/quality")).fit(build_module(), loader(), loader())
     with pytest.raises(InputError, match=r"PolicyExport\.monitor and PolicyExport\.mode are for at: best"):
         PolicyExport(monitor="eval/win_rate")

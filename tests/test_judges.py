@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from xpo_lightning.batch import RawPrompt
-from xpo_lightning.errors import InputError
+from xpo_lightning.errors import InputError, NonFiniteError
 from xpo_lightning.guard import Guard, StopAsked
 from xpo_lightning.rewards.asking import ModelJudge, is_exchanged
 from xpo_lightning.rewards.base import Judge, Reward
@@ -435,6 +435,7 @@ def test_impossible_options_of_a_local_judge_are_refused(options: dict[str, Any]
     [
         ({"path": "./no/such/folder"}, r"path: there is nothing at"),
         ({"tokenizer": "./no/such/folder"}, r"tokenizer: there is nothing at"),
+        ({"chat_template": "no.jinja"}, r"chat_template: there is no file 'no\.jinja'"),
         ({"revision": "main"}, r"revision is for hub ids, but model\.reward\.init_args\.path is local; remove one"),
         ({"path": "package:no_such_package/x.gguf"}, r"path: .* needs the Python package 'no_such_package'"),
     ],
@@ -862,3 +863,56 @@ def standardised_on(rank: int) -> list[float]:
 def test_scores_are_standardised_over_all_processes(tmp_path: Path):
     first, second = on_two(standardised_on, tmp_path)
     assert [*first, *second] == pytest.approx([-1.224745, 0.0, 1.224745], abs=1e-6)
+
+
+def guarded(rank: int, work: Callable[[], Any]) -> Any:
+    """Do work as the module does, then once more without trouble: processes that fell out of step would fail then."""
+    guard = Guard(max_skipped=1)
+    try:
+        outcome = guard.attempt(work)
+    except (Exception, StopAsked) as error:
+        outcome = f"{type(error).__name__}: {error}"
+    return outcome, guard.attempt(lambda: standardised_on(rank))
+
+
+def trouble_before_scoring(rank: int) -> Any:
+    return guarded(rank, lambda: standardised_on(rank) if rank == 0 else 1 / 0)
+
+
+def trouble_in_a_nested_sum(rank: int) -> Any:
+    inner = WeightedSum([Listed()], [1.0], normalize="batch")
+    outer = WeightedSum([Listed(), inner], [1.0, 1.0], normalize="batch")
+    return guarded(rank, lambda: scores_of(outer, ["1", "two" if rank else "2"]))
+
+
+def stopped_before_scoring(rank: int) -> Any:
+    def stop() -> None:
+        raise StopAsked(143)
+
+    return guarded(rank, lambda: standardised_on(rank) if rank == 0 else stop())
+
+
+def not_finite_before_scoring(rank: int) -> Any:
+    def fail() -> None:
+        raise NonFiniteError("a log-probability is nan", [0])
+
+    return guarded(rank, lambda: standardised_on(rank) if rank == 0 else fail())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("work", "messages"),
+    [
+        (trouble_before_scoring, ["RuntimeError: process 1: division by zero", "ZeroDivisionError: division by zero"]),
+        (trouble_in_a_nested_sum, ["InputError: process 1: reward ", "InputError: reward "]),
+        (stopped_before_scoring, ["StopAsked: 143", "StopAsked: 143"]),
+        (not_finite_before_scoring, [None, None]),  # left out on both, as `max_skipped` allows
+    ],
+)
+def test_trouble_on_one_process_keeps_both_in_step(
+    work: Callable[[int], Any], messages: list[str | None], tmp_path: Path
+):
+    results = on_two(work, tmp_path)
+    for (outcome, _), message in zip(results, messages, strict=True):
+        assert outcome is None if message is None else outcome.startswith(message)
+    assert [*results[0][1], *results[1][1]] == pytest.approx([-1.224745, 0.0, 1.224745], abs=1e-6)

@@ -58,11 +58,11 @@ class CausalLMSource:
                 **arguments,
             )
         if "gguf_file" in arguments and is_local(source):
-            pre_tokenizer = gguf_pre_tokenizer(Path(source) / arguments["gguf_file"])
+            pre_tokenizer = gguf_pre_tokenizer(Path(source) / arguments["gguf_file"], key)
             if pre_tokenizer is not None:
                 tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
         if self.chat_template is not None:
-            tokenizer.chat_template = read_chat_template(self.chat_template)
+            tokenizer.chat_template = read_chat_template(self.chat_template, f"{self.key}.chat_template")
         return cast("PreTrainedTokenizerBase", tokenizer)
 
     def load_config(self) -> Any:

@@ -3,14 +3,13 @@
 from xpo_lightning.errors import InputError
 from xpo_lightning.sources import existing_path
 
-_KEY = "model.policy.chat_template"
 
-
-def read_chat_template(given: str) -> str:
+def read_chat_template(given: str, key: str) -> str:
     """Return a Jinja chat template.
 
     Args:
-        given: `model.policy.chat_template`: the template itself, or the name of a file that holds it.
+        given: The template itself, or the name of a file that holds it.
+        key: The configuration key that holds it, for errors.
 
     Raises:
         InputError: There is no such file, or it holds no text.
@@ -19,8 +18,8 @@ def read_chat_template(given: str) -> str:
         return given
     file = existing_path(given)
     if file is None or not given.strip():
-        raise InputError(f"{_KEY}: there is no file '{given}', and a template as text would hold a '{{'")
+        raise InputError(f"{key}: there is no file '{given}', and a template as text would hold a '{{'")
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{_KEY}: the file '{given}' cannot be read ({error})") from error
+        raise InputError(f"{key}: the file '{given}' cannot be read ({error})") from error

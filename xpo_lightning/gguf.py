@@ -13,11 +13,12 @@ _PRE_TOKENIZERS: dict[str, PreTokenizer] = {
 }
 
 
-def gguf_pre_tokenizer(file: Path) -> PreTokenizer | None:
+def gguf_pre_tokenizer(file: Path, key: str) -> PreTokenizer | None:
     """Return the pre-tokenizer that a GGUF file names, where transformers would give it a wrong one.
 
     Args:
         file: The GGUF file.
+        key: The configuration key that names it, for errors.
 
     Raises:
         InputError: The package `gguf` is not installed.
@@ -25,7 +26,7 @@ def gguf_pre_tokenizer(file: Path) -> PreTokenizer | None:
     try:
         from gguf import GGUFReader  # noqa: PLC0415  (an optional dependency)
     except ImportError as error:
-        raise InputError(f"model.policy.path: '{file.name}' needs the package 'gguf' (pip install gguf)") from error
+        raise InputError(f"{key}: '{file.name}' needs the package 'gguf' (pip install gguf)") from error
     name = GGUFReader(file).fields.get("tokenizer.ggml.pre")
     return None if name is None else _PRE_TOKENIZERS.get(name.contents())
 

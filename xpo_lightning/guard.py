@@ -8,6 +8,7 @@ from torch import Tensor
 
 from xpo_lightning.batch import Experience, RawPrompt
 from xpo_lightning.errors import InputError, NonFiniteError
+from xpo_lightning.midway import Midway
 from xpo_lightning.processes import gathered
 
 T = TypeVar("T")
@@ -122,7 +123,7 @@ class Guard:
             problem = RuntimeError(f"StopIteration was raised: {error}")
         except (Exception, StopAsked) as error:
             problem = error
-        return result, problem, gathered(None if problem is None else (_severity(problem), str(problem)))
+        return result, problem, _reports(None if problem is None else (_severity(problem), str(problem)))
 
     def _raise_worst(self, problem: Problem | None, reports: list[Report | None]) -> None:
         worst = _worst(reports)
@@ -183,6 +184,14 @@ def shown(prompts: Sequence[RawPrompt]) -> str:
     texts = [prompt if isinstance(prompt, str) else f"{prompt[-1]['content']}" for prompt in prompts[:SHOWN]]
     ends = [text if len(text) <= 80 else "..." + text[-77:] for text in texts]
     return ", ".join(map(repr, ends)) + ", ..." * (len(prompts) > SHOWN)
+
+
+def _reports(own: Report | None) -> list[Report | None]:
+    """Collect the report of every process, by rank."""
+    reports = gathered(own)
+    while any(isinstance(report, Midway) for report in reports):  # Others are still in the work that this one left.
+        reports = gathered(own)
+    return reports
 
 
 def _severity(problem: Problem) -> int:

@@ -96,8 +96,10 @@ class ModelJudge(Judge):
 
 
 def is_exchanged(prompt: RawPrompt, first: str, second: str) -> bool:
-    """Draw the order in which two completions are shown, always the same for the same texts."""
-    return bool(hashlib.sha256(json.dumps([prompt, first, second]).encode()).digest()[0] & 1)
+    """Draw the order in which two completions are shown: always the same for the same two, whichever is the first."""
+    one, other = sorted((first, second))
+    shown = (one, other)[hashlib.sha256(json.dumps([prompt, one, other]).encode()).digest()[0] & 1]
+    return shown != first
 
 
 def as_text(prompt: RawPrompt) -> str:
