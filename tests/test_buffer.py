@@ -39,16 +39,17 @@ def numbers_in(kept: Any) -> list[int]:
 @pytest.mark.parametrize(
     ("keep", "expected"),
     [
-        ("all", [[1, 2], [1, 2, 3], [1, 2, 3, 4, 5]]),
-        (1, [[1, 2], [3], [4, 5]]),
-        (2, [[1, 2], [1, 2, 3], [3, 4, 5]]),
+        ("all", [[1, 2], [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7]]),
+        (1, [[1, 2], [3], [4, 5], [6], [7]]),
+        (2, [[1, 2], [1, 2, 3], [3, 4, 5], [4, 5, 6], [6, 7]]),
+        (4, [[1, 2], [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6], [3, 4, 5, 6, 7]]),
     ],
 )
 def test_updates_see_the_pairs_that_are_to_be_kept(
     tmp_path: Path, memory_pairs: int, keep: Any, expected: list[list[int]]
 ):
     buffer = Buffer(BufferOptions(keep, memory_pairs), tmp_path)
-    for batch, wanted in zip(((1, 2), (3,), (4, 5)), expected, strict=True):
+    for batch, wanted in zip(((1, 2), (3,), (4, 5), (6,), (7,)), expected, strict=True):
         kept = buffer.add(pairs_of(*batch))
         assert numbers_in(kept) == wanted
         assert kept.sizes == kept.select(range(len(kept))).sizes

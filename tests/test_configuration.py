@@ -45,6 +45,7 @@ from xpo_lightning import (
 )
 from xpo_lightning.callbacks import PolicyExport, RunCheckpoint
 from xpo_lightning.cli import main
+from xpo_lightning.rewards.asking import is_exchanged
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "configuration.md").read_text()
@@ -289,6 +290,14 @@ def shorter_wins(run: Run) -> bool:
     return pairs.labels.tolist() == wanted and {*wanted} > {0.5}
 
 
+def first_shown_wins(run: Run) -> bool:
+    pairs = run.pairs[0]
+    texts = (pairs.completions.by_policy.texts, pairs.completions.by_sampler.texts)
+    triples = zip(pairs.prompts.raw, *texts, strict=True)
+    wanted = [0.5 if own == other else float(not is_exchanged(raw, own, other)) for raw, own, other in triples]
+    return pairs.labels.tolist() == wanted
+
+
 def first_loss(expected: float) -> Callable[[Run], bool]:
     """Policy and reference are equal at first, so each margin is 0; identical completions have no loss."""
     return lambda run: run.of("loss/dpo")[0] == pytest.approx(expected * (1 - run.of("pairs/identical")[0]), rel=1e-4)
@@ -359,7 +368,7 @@ CHECKS: dict[str, Callable[[Run], Any]] = {
     "Local judge": lambda run: run.module.reward.both_orders and "pairs/unanswered" in run.steps[0],
     "HTTP judge": lambda run: {round(one, 3) for one in run.pairs[0].scores.by_policy.tolist()} <= {0.1, 0.9, 0.5},
     "Python judge": every(shorter_wins, lambda run: bool(run.pairs[0].silent.any())),
-    "Human judge": every(is_a("reward", "HumanJudge"), lambda run: run.of("win_rate")[0] >= 0),
+    "Human judge": every(is_a("reward", "HumanJudge"), first_shown_wins),
     "Pairs without an answer": every(
         shorter_wins, lambda run: run.of("pairs/unanswered")[0] > 0 and not run.pairs[0].silent.any()
     ),

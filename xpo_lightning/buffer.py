@@ -100,7 +100,7 @@ class Buffer:
         """Note that the batch is finished, and forget what the next one will not need."""
         self.settled = self.store.end
         if self.options.keep != "all":
-            self.starts = self.starts[len(self.starts) - self.options.keep + 1 :] if self.options.keep > 1 else []
+            self.starts = self.starts[max(len(self.starts) - self.options.keep + 1, 0) :]
             self.store.keep(self.starts[0] if self.starts else self.settled, self.settled)
 
     @property

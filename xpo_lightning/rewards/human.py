@@ -32,7 +32,8 @@ class HumanJudge(Judge):
     to is taken anew, and its pairs are asked again, when the run is resumed.
 
     It needs a terminal, and one process (`trainer.devices: 1`). Questions are shown on standard error; a progress bar
-    beside them is hard to read, so set `trainer.enable_progress_bar` to false.
+    beside them is hard to read, so leave `XPOProgressBar` out of `trainer.callbacks`, and set
+    `trainer.enable_progress_bar` to false.
 
     Args:
         invalid: What becomes of a pair that is skipped: `skip` leaves it out of the preference loss, `tie` takes it for
