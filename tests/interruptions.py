@@ -137,7 +137,8 @@ def kill_group(leader: int) -> None:
 
 def digest(folder: Path) -> dict[str, str]:
     """Hash what a run has left: the last state of weights, optimizer and schedule, its metrics and its completions."""
-    (version,) = sorted((folder / "runs").glob("version_*"))
+    # A run that was killed before its first checkpoint has left a folder that nothing goes on from.
+    version = max((folder / "runs").glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
     last = torch.load(version / "checkpoints" / "last.ckpt", weights_only=True)
     total = hashlib.sha256()
     for name, value in last["state_dict"].items():

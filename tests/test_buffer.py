@@ -1,5 +1,8 @@
 """Pairs of earlier batches in later updates: what is kept, where, and that it comes back as it was."""
 
+import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,7 @@ import pytest
 import torch
 from conftest import PROMPTS, Recorder, completions_of, fit_quietly, loader, noise, prompts_of, quiet_trainer
 
-from xpo_lightning import BufferOptions, Experience, InputError, Pair, XPOLightningModule
+from xpo_lightning import BufferOptions, Experience, InputError, Pair, SigmoidLoss, XPOLightningModule
 from xpo_lightning.buffer import Buffer
 from xpo_lightning.pair_rows import decoded, encoded
 from xpo_lightning.prompts import as_prompts
@@ -54,7 +57,7 @@ def test_updates_see_the_pairs_that_are_to_be_kept(
         assert numbers_in(kept) == wanted
         assert kept.sizes == kept.select(range(len(kept))).sizes
         buffer.settle()
-    assert (tmp_path / "pairs-0.sqlite").exists() == (memory_pairs == 1)
+    assert len(list(tmp_path.glob("pairs-0-*.sqlite"))) == (memory_pairs == 1)
 
 
 def test_pairs_come_back_bit_for_bit(make_module: MakeModule):
@@ -151,7 +154,84 @@ def test_inner_epochs_are_optimizer_steps_on_the_kept_pairs(make_module: MakeMod
 
 
 def test_a_buffer_file_that_cannot_be_used_is_named(make_module: MakeModule, tmp_path: Path):
-    (tmp_path / "pairs-0.sqlite").mkdir()
+    (tmp_path / "file").touch()
     module = make_module(buffer=BufferOptions(memory_pairs=1))
-    with pytest.raises(InputError, match=r"model\.buffer: '.*pairs-0\.sqlite' cannot be used"):
-        quiet_trainer(default_root_dir=tmp_path).fit(module, loader(PROMPTS))
+    with pytest.raises(InputError, match=r"model\.buffer: '.*/file/pairs-0-\w+\.sqlite' cannot be used"):
+        quiet_trainer(default_root_dir=tmp_path / "file").fit(module, loader(PROMPTS))
+
+
+def test_runs_that_share_a_folder_do_not_share_their_pairs(tmp_path: Path):
+    options = BufferOptions("all", 1)
+    one, other = Buffer(options, tmp_path), Buffer(options, tmp_path)
+    for buffer, batch in ((one, (1, 2)), (other, (11, 12)), (one, (3,))):
+        kept = buffer.add(pairs_of(*batch))
+        buffer.settle()
+    assert numbers_in(kept) == [1, 2, 3]
+    resumed = Buffer(options, tmp_path)
+    resumed.load_state(one.state())
+    assert numbers_in(resumed.add(pairs_of(4))) == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_whose_pairs_were_replaced_is_refused(tmp_path: Path):
+    """A run is resumed from its first batch and goes on with other pairs: there is no way back to its second."""
+    options = BufferOptions("all", 1)
+    run, states = Buffer(options, tmp_path), []
+    for batch in ((1, 2), (3,)):
+        run.add(pairs_of(*batch))
+        run.settle()
+        states.append(run.state())
+    branch = Buffer(options, tmp_path)
+    branch.load_state(states[0])
+    branch.add(pairs_of(7, 8))
+    branch.settle()
+    with pytest.raises(InputError, match="those of a run that went on differently"):
+        Buffer(options, tmp_path).load_state(states[1])
+
+
+def test_a_run_folder_may_be_moved(tmp_path: Path):
+    options = BufferOptions("all", 1)
+    buffer = Buffer(options, tmp_path / "here")
+    buffer.add(pairs_of(1, 2))
+    buffer.settle()
+    state = buffer.state()
+    (tmp_path / "here").rename(tmp_path / "there")
+    resumed = Buffer(options, tmp_path / "there")
+    resumed.load_state(state)
+    assert numbers_in(resumed.add(pairs_of(3))) == [1, 2, 3]
+
+
+def test_a_file_is_copied_whole_though_its_writer_was_killed(tmp_path: Path):
+    """What an unfinished transaction has written must not come along."""
+    buffer = Buffer(BufferOptions("all", 1), tmp_path / "one")
+    buffer.add(pairs_of(*range(1, 40)))
+    buffer.settle()
+    state = buffer.state()
+    writer = (
+        "import os, sqlite3, sys\n"
+        "c = sqlite3.connect(sys.argv[1]); c.execute('PRAGMA cache_size=2')\n"
+        "c.execute('BEGIN')\n"
+        "c.execute(\"UPDATE pairs SET line = 'broken' || hex(zeroblob(4000))\")\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", writer, state["file"]], check=False)
+    assert Path(state["file"] + "-journal").exists()
+    resumed = Buffer(BufferOptions("all", 1), tmp_path / "two")
+    resumed.load_state(state)
+    assert numbers_in(resumed.add(pairs_of(50))) == [*range(1, 40), 50]
+
+
+def test_a_batch_whose_step_was_left_out_is_not_kept(make_module: MakeModule, tmp_path: Path):
+    """Its pairs would make every later step fail as well."""
+    losses = iter([1.0, math.nan, 1.0, 1.0, 1.0])
+
+    class Spoiled(SigmoidLoss):
+        def __call__(self, *args: Any, **options: Any) -> torch.Tensor:
+            return super().__call__(*args, **options) * next(losses)
+
+    module = make_module(
+        preference_loss=Spoiled(), buffer=BufferOptions(), max_skipped_steps=1, micro_batch_size=99, alpha=0.0
+    )
+    trainer = fit_quietly(module, PROMPTS, batch_size=1, default_root_dir=tmp_path)
+    assert trainer.global_step == 4
+    assert module.guard.skipped == 1
+    assert len(module.memory.buffer.store.sizes) == 4

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import math
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -441,8 +442,8 @@ def test_export_after_each_validation_but_not_the_sanity_check(
 def test_export_of_the_best_keeps_the_iterate_that_did_best(
     make_trainer: Callable[..., pl.Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values 1, 3, 3, 2, 4 in five validations: the first, the second and the fifth are the best so far."""
-    values, steps = iter([1.0, 3.0, 3.0, 2.0, 4.0]), []
+    """Values nan, 1, 3, 3, 2, 4 in six validations: the second, the third and the sixth are the best so far."""
+    values, steps = iter([math.nan, 1.0, 3.0, 3.0, 2.0, 4.0]), []
 
     class Values(Callback):
         def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -450,13 +451,13 @@ def test_export_of_the_best_keeps_the_iterate_that_did_best(
 
     monkeypatch.setattr(PolicyExport, "_export", lambda self, trainer, module: steps.append(trainer.global_step))
     best = PolicyExport(at="best", monitor="quality")
-    make_trainer(Values(), best, max_epochs=5).fit(build_module(), loader(), loader())
-    assert steps == [2, 4, 10]
+    make_trainer(Values(), best, max_epochs=6).fit(build_module(), loader(), loader())
+    assert steps == [4, 6, 12]
     state = best.state_dict()
     values, again = iter([4.0, 3.0]), PolicyExport(at="best", monitor="quality", mode="min")
     again.load_state_dict({**state, "best": -3.5})
     make_trainer(Values(), again).fit(build_module(), loader(), loader())
-    assert steps == [2, 4, 10, 4], "a resumed run knows the best so far"
+    assert steps == [4, 6, 12, 4], "a resumed run knows the best so far"
 
 
 def test_export_of_the_best_is_that_of_the_estimate_of_j_beta(make_trainer: Callable[..., pl.Trainer]) -> None:

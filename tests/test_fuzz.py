@@ -219,7 +219,9 @@ def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     config = deepcopy(config)
     name = key.removeprefix("classifier.")
     if name != key:
-        options = {"path": config["model"]["policy"]["path"], "allow_untrained_head": True}
+        policy = config["model"]["policy"]
+        path = policy.get("path", "x") if isinstance(policy, dict) else policy
+        options = {"path": path, "allow_untrained_head": True}
         config["model"]["reward"] = {"class_path": "SequenceClassifierReward", "init_args": options}
         key = f"model.reward.init_args.{name}"
     branch, *path, leaf = (config, *key.split("."))

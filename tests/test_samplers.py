@@ -199,6 +199,24 @@ def test_a_function_writes_what_it_returns(make_module: MakeModule, load_model: 
     )
 
 
+def test_a_text_ends_with_its_first_stop_string_and_holds_no_special_token(make_module: MakeModule):
+    sampling = Sampling(max_new_tokens=40, stop_strings=["stop", "halt"])
+    module = make_module(sampler=PythonSampler(from_columns), sampling=sampling)
+    module.configure_model()
+    batch = {"prompt": PROMPTS[:2], "answer": ["red halt stop here", "red<eos>cat"]}
+    prompts = as_prompts(batch, module.prompt_encoder, module.device)
+    written = module.collect(module.policy, prompts, noise(), training=True).completions.by_sampler
+    tokenizer, (stopped, other) = (
+        module.tokenizer,
+        ([*row[real]] for row, real in zip(written.ids, written.mask, strict=True)),
+    )
+    assert written.texts == ("red ", "red<eos>cat")
+    assert tokenizer.decode(stopped) == "red halt"
+    assert [int(token) for token in other].count(tokenizer.eos_token_id) == 1
+    assert other[-1] == tokenizer.eos_token_id
+    assert written.ended.tolist() == [True, True]
+
+
 @pytest.mark.parametrize("written", [None, ["one"], [1, 2], "ab"])
 def test_a_function_that_writes_no_texts_is_named(make_module: MakeModule, written: Any):
     def unhelpful(prompts: list[Any], columns: dict[str, list[Any]]) -> Any:
@@ -224,6 +242,34 @@ def test_every_sampler_trains(make_module: MakeModule, sampler: Sampler):
     trainer = quiet_trainer(callbacks=[recorder])
     trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     assert recorder.of("grad_norm")[0] > 0
+
+
+def test_a_slow_average_of_bfloat16_weights_moves(make_module: MakeModule):
+    """A thousandth of a change is below bfloat16's rounding of the weights; the average is kept in float32."""
+    spec = {"dtype": "bfloat16"}
+    module = make_module(spec=spec, reference_refresh=ReferenceRefresh(1, 1e-3), learning_rate=1e-2)
+    fit_quietly(module, PROMPTS, batch_size=1)
+    kept = module.reference.refreshed.weights
+    untrained = dict(make_module(spec=spec).new_policy().named_parameters())
+    moved_weights = sum(int((kept[name] != untrained[name].float()).sum()) for name in kept)
+    assert moved_weights > 0.9 * sum(
+        int((weight != untrained[name]).sum()) for name, weight in module.policy.named_parameters()
+    )
+    with module.reference.lent() as lent:
+        assert next(lent.parameters()).dtype == torch.bfloat16
+
+
+def test_a_second_fit_begins_with_the_policy_as_it_is_then(make_module: MakeModule):
+    module = make_module(sampler=PreviousPolicySampler(), learning_rate=0.03)
+    fit_quietly(module, PROMPTS, batch_size=2)
+    now = {name: weight.clone() for name, weight in module.policy.named_parameters()}
+    watch = Watch()
+    fit_quietly(module, PROMPTS[:2], callbacks=[watch])
+    module.policy.load_state_dict(now, strict=False)
+    module.policy.eval()
+    assert watch.sampled[0].completions.by_sampler.logps.tolist() == pytest.approx(
+        sums(module.policy, watch.sampled[0], "by_sampler"), abs=1e-3
+    )
 
 
 def test_a_snapshot_leaves_the_policy_as_it_was(make_module: MakeModule):

@@ -6,6 +6,9 @@ from contextlib import contextmanager
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+from xpo_lightning.forward import is_checkpointing
 
 
 @contextmanager
@@ -16,15 +19,20 @@ def adapters_cast(model: nn.Module) -> Iterator[None]:
     them, which costs more than the adapters. Gradients flow to the float32 weights.
 
     Args:
-        model: Any model; without adapters, or with ones of its own type, nothing is done.
+        model: Any model; without adapters, with ones of its own type, or with ones that are spread over processes,
+            nothing is done.
     """
     swapped: list[tuple[nn.Module, nn.Parameter]] = []
-    for layer in model.modules():
+    # What is computed again in the backward pass must find the same adapters there.
+    again = torch.is_grad_enabled() and is_checkpointing(model)
+    for layer in [] if again else model.modules():
         if isinstance(layer, LoraLayer):
             dtype = layer.get_base_layer().get_parameter("weight").dtype
             for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
                 weight = matrix._parameters["weight"]
-                if isinstance(weight, nn.Parameter) and weight.dtype != dtype and dtype.is_floating_point:
+                if not isinstance(weight, nn.Parameter) or isinstance(weight, DTensor):
+                    continue
+                if weight.dtype != dtype and dtype.is_floating_point:
                     swapped.append((matrix, weight))
                     matrix._parameters["weight"] = _converted(weight, dtype)
     try:

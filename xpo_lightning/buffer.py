@@ -3,7 +3,7 @@
 The reference is frozen, so its log-probabilities are kept with the pairs.
 """
 
-import shutil
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,8 @@ class BufferOptions:
     Args:
         keep: How many batches' pairs are kept: `all`, as in Algorithm 1, or the last n, the newest included.
         memory_pairs: Most pairs that a process keeps in memory; where there are more, all of them are in a file in the
-            run's folder, `pairs-<rank>.sqlite`, and read when they are needed.
+            run's folder, `pairs-<rank>-<run>.sqlite`, and read when they are needed. The file has those of older
+            batches too, for older checkpoints.
 
     Raises:
         InputError: A number is below 1.
@@ -82,7 +83,8 @@ class Buffer:
     """
 
     def __init__(self, options: BufferOptions, folder: Path, rank: int = 0) -> None:
-        self.options, self.path = options, folder / f"pairs-{rank}.sqlite"
+        # Two runs may share a folder, one after the other or at once.
+        self.options, self.path = options, folder / f"pairs-{rank}-{secrets.token_hex(4)}.sqlite"
         self.store: PairStore = MemoryStore()
         self.starts: list[int] = []  # where the pairs of each kept batch begin
         self.settled = 0  # number after the last pair of the batches that are finished
@@ -109,7 +111,8 @@ class Buffer:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs, as of the last batch that was finished: plain values."""
-        kept = {"begin": self.store.begin, "end": self.settled, "keep": self.options.keep}
+        kept: dict[str, Any] = {"begin": self.store.begin, "end": self.settled, "keep": self.options.keep}
+        kept["digest"] = self.store.digest(self.settled)
         starts = [start for start in self.starts if start < self.settled]
         if not isinstance(self.store, MemoryStore):
             return {**kept, "starts": starts, "file": str(self.path.resolve())}
@@ -130,11 +133,17 @@ class Buffer:
                 f"pairs before are gone; resume with that, or with fewer"
             )
         if "file" in state:
-            self.store = FileStore(self._fetched(Path(state["file"])), begin, end)
+            self.store = self._fetched(Path(state["file"]), begin)
         else:
             self.store = MemoryStore()
             self.store.begin = begin
             self.store.append(state["lines"], [(prompt, completion) for prompt, completion in state["sizes"]])
+        if self.store.end < end or self.store.digest(end) != state["digest"]:
+            raise InputError(
+                f"ckpt_path: the checkpoint needs pairs {begin} to {end} of model.buffer, and '{self.path}' does not "
+                f"have them, or those of a run that went on differently; put the file of that time there"
+            )
+        self.store.keep(begin, end)
         self.starts, self.settled = list(state["starts"]), end
 
     def _on_disk(self, memory: MemoryStore) -> FileStore:
@@ -142,14 +151,14 @@ class Buffer:
         file.append(memory.lines, memory.sizes)
         return file
 
-    def _fetched(self, saved: Path) -> Path:
-        """Bring the file of a checkpoint into the present run's folder, if it is not there."""
+    def _fetched(self, saved: Path, begin: int) -> FileStore:
+        """Find the file of a checkpoint, and bring it into the present run's folder, if it is not there."""
+        self.path = self.path.with_name(saved.name)
+        if self.path.is_file():  # The run's own; its folder may have been moved.
+            return FileStore(self.path, begin)
         if not saved.is_file():
             raise InputError(
                 f"ckpt_path: the checkpoint needs the pairs that model.buffer kept in '{saved}', and there is no such "
-                f"file; put it back"
+                f"file, nor '{self.path}'; put it back"
             )
-        if saved != self.path.resolve():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(saved, self.path)
-        return self.path
+        return FileStore(saved, begin).copied(self.path)

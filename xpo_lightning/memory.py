@@ -28,14 +28,15 @@ class Memory:
     cache: ReferenceCache | None = None
     buffer: Buffer | None = None
 
-    def after_batch(self, batches: int, policy: nn.Module) -> None:
+    def after_batch(self, batches: int, policy: nn.Module, *, taken: bool) -> None:
         """Take note that a batch is finished.
 
         Args:
             batches: Batches that the run has finished.
             policy: The policy, as it is now.
+            taken: Whether an optimizer step was taken on it; the pairs of one that was left out are not kept.
         """
-        if self.buffer is not None:
+        if self.buffer is not None and taken:
             self.buffer.settle()
         self.sampler.after_batch(batches, policy)
         self.reference.after_batch(batches)

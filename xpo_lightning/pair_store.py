@@ -1,5 +1,7 @@
 """Numbered lines, in memory or in a file, of which the last may be taken back."""
 
+import hashlib
+import os
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -44,6 +46,10 @@ class PairStore(ABC):
     def get(self, numbers: Sequence[int]) -> list[str]:
         """Return the lines of these numbers."""
 
+    def digest(self, end: int) -> str:
+        """Hash the line before number `end`, by which those who wrote it can be told from others."""
+        return hashlib.sha256(self.get([end - 1])[0].encode()).hexdigest() if end > self.begin else ""
+
     @abstractmethod
     def _write(self, number: int, lines: Sequence[str], sizes: Sizes) -> None: ...
 
@@ -77,29 +83,34 @@ class FileStore(PairStore):
     Args:
         path: The file; it is made where there is none.
         begin: Number of the first line that is wanted.
-        end: Number after the last; what the file has beyond is deleted. None begins with an empty file.
 
     Raises:
-        InputError: It cannot be used, or does not have these lines.
+        InputError: It cannot be used.
     """
 
-    def __init__(self, path: Path, begin: int = 0, end: int | None = None) -> None:
+    def __init__(self, path: Path, begin: int = 0) -> None:
         super().__init__()
         self.path, self.begin = path, begin
-        if end is None:
-            self._clear()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from error
         with self._open() as connection:
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS pairs (number INTEGER PRIMARY KEY, prompt INT, completion INT, line TEXT)"
             )
-            connection.execute("DELETE FROM pairs WHERE number >= ?", (begin if end is None else end,))
             wanted = "SELECT prompt, completion FROM pairs WHERE number >= ? ORDER BY number"
             self.sizes = connection.execute(wanted, (begin,)).fetchall()
-        if end is not None and self.end != end:
-            raise InputError(
-                f"ckpt_path: the checkpoint needs pairs {begin} to {end} of model.buffer, but '{path}' has only "
-                f"{len(self.sizes)} of them; put the run's own file there"
-            )
+
+    def copied(self, path: Path) -> "FileStore":
+        """Copy all lines into another file, which appears once it is whole, and return that."""
+        part = path.with_name(f"{path.name}.part")
+        part.unlink(missing_ok=True)
+        FileStore(part)  # Makes its folder.
+        with self._open() as connection, closing(sqlite3.connect(part)) as copy:
+            connection.backup(copy)
+        os.replace(part, path)
+        return FileStore(path, self.begin)
 
     def get(self, numbers: Sequence[int]) -> list[str]:
         """See `PairStore.get`."""
@@ -117,13 +128,6 @@ class FileStore(PairStore):
     def _forget(self, begin: int, end: int) -> None:
         with self._open() as connection:
             connection.execute("DELETE FROM pairs WHERE number >= ?", (end,))
-
-    def _clear(self) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.unlink(missing_ok=True)
-        except OSError as error:
-            raise self._unusable(error) from error
 
     def _unusable(self, error: Exception) -> InputError:
         return InputError(

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from xpo_lightning.errors import InputError
@@ -52,8 +53,14 @@ class Reference(nn.Module):
         super().__init__()
         has_adapters = hasattr(policy, "disable_adapter")
         self.frozen = None if has_adapters else copy.deepcopy(policy).eval().requires_grad_(False)
-        self.refresh, self.refreshed = refresh, None if refresh is None else Snapshot(policy)
+        self.refresh = refresh
+        self.refreshed: Snapshot | None = None
         self._policy = (policy,)  # In a tuple, or it would be registered a second time.
+
+    def begin(self) -> None:
+        """Take the untrained policy for the reference, where it is to be refreshed; training is about to begin."""
+        if self.refresh is not None:
+            self.refreshed = Snapshot(self._policy[0], torch.float32 if self.refresh.mix < 1 else None)
 
     def lent(self, *, first: bool = False) -> AbstractContextManager[nn.Module]:
         """Lend the reference model in eval mode. While it is lent, the policy must not be used.

@@ -116,7 +116,7 @@ class RunState:
         own = state["processes"][trainer.global_rank]
         self.guard.in_a_row, self.guard.skipped = state["skipped"]
         self.validated = state["validated"]
-        memory.load(own, state["weights"])
+        self.guard.run(lambda: memory.load(own, state["weights"]))
         metrics = {name: torch.tensor(value) for name, value in state["metrics"].items()}
         trainer._logger_connector._callback_metrics.update(metrics)
         if state["seed"] == self.seed:  # With another seed, other random numbers are wanted.

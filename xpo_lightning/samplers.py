@@ -49,16 +49,14 @@ class Sampler(ABC):
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs: plain values and tensors, the same in every process."""
-        return {}
+        return {"class": type(self).__name__}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go back to a state.
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027  (a hook)
+        """Go back to a state, which may be another sampler's.
 
         Raises:
-            InputError: It is not one of this sampler's.
+            InputError: It lacks what this sampler needs.
         """
-        if state.keys() != self.state().keys():
-            raise InputError("ckpt_path: the checkpoint was made with another model.sampler; resume with that one")
 
 
 class ReferenceSampler(Sampler):
@@ -113,11 +111,15 @@ class PreviousPolicySampler(Sampler):
 
     def state(self) -> dict[str, Any]:
         """Return both states of the policy."""
-        return {"previous": self.previous.state(), "current": self.current.state()}
+        return {**super().state(), "previous": self.previous.state(), "current": self.current.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go back to both states of the policy."""
-        super().load_state(state)
+        if "previous" not in state:
+            raise InputError(
+                f"model.sampler is PreviousPolicySampler, but the checkpoint was made with {state['class']}, so no "
+                f"earlier policy is known; resume with that, or begin a new run from the exported policy"
+            )
         self.previous.load_state(state["previous"], "model.sampler")
         self.current.load_state(state["current"], "model.sampler")
 
@@ -150,7 +152,8 @@ class PythonSampler(Sampler):
         written = []
         for _ in uniforms:
             columns = {name: list(values) for name, values in prompts.columns.items()}
-            texts = self.function(rollout.check, prompts=list(prompts.raw), columns=columns)
+            with desk.timer("reference_rollout", desk.device):
+                texts = self.function(rollout.check, prompts=list(prompts.raw), columns=columns)
             check_texts(texts, len(prompts), self.function.who)
             written.append(rollout.given(texts, desk.device))
         return written

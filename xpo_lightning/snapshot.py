@@ -17,15 +17,19 @@ class Snapshot:
 
     Args:
         policy: The policy, its weights as they are to be kept; with adapters, they alone are copied.
+        dtype: Type of the copies; None is that of the weights. An average needs float32: in bfloat16 small changes
+            would be rounded away.
     """
 
-    def __init__(self, policy: nn.Module) -> None:
-        self.weights = {name: weight.detach().clone() for name, weight in _trained(policy).items()}
+    def __init__(self, policy: nn.Module, dtype: torch.dtype | None = None) -> None:
+        trained = _trained(policy).items()
+        self.weights = {name: weight.detach().to(dtype or weight.dtype, copy=True) for name, weight in trained}
 
     def take(self, policy: nn.Module, mix: float = 1.0) -> None:
         """Move the copies to (1 - mix) times themselves plus mix times the weights of the policy now."""
         for name, weight in _trained(policy).items():
-            self.weights[name] = self.weights[name].to(weight.device).lerp_(weight.detach(), mix)
+            kept = self.weights[name].to(weight.device)
+            self.weights[name] = kept.lerp_(weight.detach().to(kept.dtype), mix)
 
     @contextmanager
     def lent(self, policy: nn.Module) -> Iterator[nn.Module]:
@@ -33,7 +37,7 @@ class Snapshot:
         trained = _trained(policy)
         own = {name: weight.data for name, weight in trained.items()}
         for name, weight in trained.items():
-            weight.data = self.weights[name].to(weight.device)
+            weight.data = self.weights[name].to(weight.device, weight.dtype)
         try:
             with torch.no_grad(), evaluating(policy), adapters_cast(policy):
                 yield policy

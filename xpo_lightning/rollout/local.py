@@ -156,7 +156,10 @@ class LocalRollout:
 
     def given(self, texts: Sequence[str], device: torch.device) -> Completions:
         """Turn texts that something else wrote into completions, see `given_completions`."""
-        return given_completions(texts, self.tokenizer, self.eos_token_ids, self.sampling.max_new_tokens, device)
+        sampling = self.sampling
+        return given_completions(
+            texts, self.tokenizer, self.eos_token_ids, sampling.stop_strings, sampling.max_new_tokens, device
+        )
 
     def _context(self, session: Session | PlainSession) -> Tensor:
         """Return what repetition penalties look at; padding must not count as a token of its own."""
