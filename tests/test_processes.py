@@ -45,14 +45,23 @@ def begin(model_folder: Callable[..., str]) -> Begin:
     """Give a function that starts a run on so many processes; its files are in a folder of that number."""
 
     def start(
-        where: Path, processes: int, function: str = "noted", resume: bool = False, **changes: Any
+        where: Path,
+        processes: int,
+        function: str = "noted",
+        resume: bool = False,
+        strategy: Any = "ddp",
+        name: str | None = None,
+        **changes: Any,
     ) -> subprocess.Popen[str]:
-        folder = where / str(processes)
+        folder = where / (name or str(processes))
         folder.mkdir(exist_ok=True)
         prompts = where / "prompts.jsonl"
         prompts.write_text('{"prompt": "the cat sat on the mat"}\n' * 16)
         arguments = {"folder": str(folder), **changes.pop("arguments", {})}
         reward = {"function": f"{__name__}.{function}", "arguments": arguments}
+        callbacks = changes.pop("callbacks", [])
+        if "reward" in changes:
+            changes["reward"]["init_args"]["path"] = model_folder("llama")
         config = {
             "seed_everything": 1,
             "model": {
@@ -68,7 +77,7 @@ def begin(model_folder: Callable[..., str]) -> Begin:
             "trainer": {
                 "accelerator": "cpu",
                 "devices": processes,
-                "strategy": "ddp" if processes > 1 else "auto",
+                "strategy": strategy if processes > 1 else "auto",
                 "max_epochs": 1,
                 "log_every_n_steps": 1,
                 "num_sanity_val_steps": 0,
@@ -76,7 +85,10 @@ def begin(model_folder: Callable[..., str]) -> Begin:
                 "enable_model_summary": False,
                 "default_root_dir": str(folder),
                 "logger": {"class_path": "ResumableCSVLogger", "init_args": {"save_dir": str(folder), "name": ""}},
-                "callbacks": [{"class_path": "RunCheckpoint", "init_args": {"every_n_train_steps": 1}}],
+                "callbacks": [
+                    {"class_path": "RunCheckpoint", "init_args": {"every_n_train_steps": 1, "save_top_k": -1}},
+                    *callbacks,
+                ],
             },
         }
         (folder / "run.yaml").write_text(yaml.safe_dump(config))

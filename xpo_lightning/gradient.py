@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from xpo_lightning.batch import RawPrompt
 from xpo_lightning.errors import NonFiniteError
 from xpo_lightning.guard import Stop, check_finite, shown
+from xpo_lightning.midway import gathered_midway
 from xpo_lightning.objective import Objective
 from xpo_lightning.optimization import Optimization
 from xpo_lightning.phases import PhaseTimer
+from xpo_lightning.sharding import gradients_together, is_sharded
 from xpo_lightning.updates import Pairs
 
 CONSEQUENCE = "no step was taken on them, and no weight was changed"
@@ -58,22 +60,27 @@ def add_gradients(
         StopAsked: The run is asked to stop.
     """
     timer, trainer = module.timer, module.trainer
-    count = sum(map(len, micro_batches))
+    count, most = sum(map(len, micro_batches)), len(micro_batches)
+    sharded = is_sharded(module.policy)
+    if sharded:  # Each pass gathers weights, so all processes must take as many.
+        most = max(gathered_midway(most))
     numbers: list[dict[str, Tensor]] = []
     prompts: list[RawPrompt] = []
     # A process alone must not break off between gradients that all processes add up.
     alone = trainer.world_size == 1
-    for place, rows in enumerate(micro_batches, start=1):
+    for place in range(most):
         if stop is not None and alone:
             stop.check()
-        experience = pairs.select(rows)
+        counts = place < len(micro_batches)
+        experience = pairs.select(micro_batches[min(place, len(micro_batches) - 1)])
         device = experience.labels.device
         with timer("policy_forward", device):
             losses, measured = module.objective(module.policy, experience, **weights)
-        with timer("backward", device), _together(trainer, place == len(micro_batches)):
-            module.manual_backward(losses.sum() / count)
-        numbers.append(measured)
-        prompts += experience.prompts.raw
+        with timer("backward", device), _together(module.policy, trainer, place == most - 1):
+            module.manual_backward(losses.sum() / count * counts)
+        if counts:
+            numbers.append(measured)
+            prompts += experience.prompts.raw
     losses = torch.cat([measured["loss/total"] for measured in numbers])
     check_finite([("the loss", losses)], prompts, CONSEQUENCE)
     with timer("optimizer", losses.device):
@@ -83,7 +90,9 @@ def add_gradients(
     return norm, numbers
 
 
-def _together(trainer: Trainer, is_last: bool) -> AbstractContextManager[Any]:
+def _together(policy: nn.Module, trainer: Trainer, is_last: bool) -> AbstractContextManager[Any]:
     """Let processes add up their gradients with the last micro-batch only: they may differ in how many they have."""
+    if is_sharded(policy):
+        return gradients_together(policy, is_last=is_last)
     strategy = trainer.strategy
     return nullcontext() if is_last or not isinstance(strategy, ParallelStrategy) else strategy.block_backward_sync()

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from xpo_lightning.checkpoint_io import ADVICE, check_safe, is_remote, read_checkpoint, remove_parts
 from xpo_lightning.continued_run import VersionedLogger, continue_run, version_folder
 from xpo_lightning.errors import InputError
+from xpo_lightning.sharded_files import read_folder
 
 WORDS = ("best", "last", "hpc")
 
@@ -133,7 +134,7 @@ def newest_checkpoint(verb: str, places: list[Place]) -> ResumePoint | None:
         InputError: There are some, and none can be used.
     """
     folders = {folder for place in places for folder in place.folders()}
-    files = {file for folder in folders for file in folder.glob("*.ckpt") if file.is_file()}
+    files = {file for folder in folders for file in folder.glob("*.ckpt")}
     faults: list[str] = []
     for file in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name, str(file)), reverse=True):
         try:
@@ -157,6 +158,8 @@ def _say_passed_over(faults: list[str]) -> None:
 
 
 def _read_usable(verb: str, path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        return read_folder(path)
     content = read_checkpoint(path, mmap=True)
     for part in ("state_dict", "global_step"):
         if part not in content:

@@ -1,5 +1,6 @@
 """What `XPOLightningModule` does with a batch: rollouts, optimizer steps, validation, prediction."""
 
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule
@@ -18,8 +19,10 @@ from xpo_lightning.optimization import Optimization, WarmupThenDecay, total_step
 from xpo_lightning.phases import PhaseTimer
 from xpo_lightning.prompts import PromptEncoder, as_prompts
 from xpo_lightning.resume import RunState
+from xpo_lightning.rewards.base import Feedback
 from xpo_lightning.rollout.noise import Noise
 from xpo_lightning.schedules import FIRST_STEP, Progress
+from xpo_lightning.sharding import whole
 from xpo_lightning.standing import batches_done, begin_batch, forget_logged, has_begun
 from xpo_lightning.updates import Pairs, UpdatePlan
 
@@ -32,6 +35,7 @@ class PreferenceSteps(LightningModule):
     memory: Memory
     objective: Objective
     optimization: Optimization
+    reward: Feedback
     plan: UpdatePlan
 
     def __init__(self, max_skipped_steps: int) -> None:
@@ -59,19 +63,21 @@ class PreferenceSteps(LightningModule):
         done = batches_done(self.trainer)
         with self.run_state.step():
             noise = self._noise(done, purpose=0)
-            experience = self.guard.attempt(lambda: self._collect(batch, noise, training=True))
+            with self._models_whole():
+                experience = self.guard.attempt(lambda: self._collect(batch, noise, training=True))
             settings = {} if experience is None else self._updates(experience, noise)
             if experience is None or not settings:
                 averages = forget_logged(self.trainer)
             else:
                 averages = self._averages(experience, settings["beta"])
             self.log_dict({**averages, **settings, **self.guard.counts(), "step": float(self.global_step)})
-            self.memory.after_batch(done + 1, self.policy)
+            self.memory.after_batch(done + 1, self.policy, taken=bool(settings))
 
     def _updates(self, experience: Experience, noise: Noise) -> dict[str, Any]:
         """Take the optimizer steps of a batch; return what the last was taken with, nothing where none was."""
         self.update_averages.reset()
-        pairs: Pairs = experience if self.memory.buffer is None else self.memory.buffer.add(experience)
+        buffer = self.memory.buffer
+        pairs: Pairs = experience if buffer is None else self.guard.run(lambda: buffer.add(experience))
         settings: dict[str, Any] = {}
         for number, micro_batches in enumerate(self.plan(pairs, noise)):
             if 0 < self.trainer.max_steps <= self.global_step:
@@ -116,11 +122,12 @@ class PreferenceSteps(LightningModule):
         """
         weights = self._weights()
         noise = self._noise(batch_idx, purpose=1)
-        experience = self.guard.run(lambda: self._collect(batch, noise))
-        self.eval_rollout_averages.update(rollout_metrics(experience, weights["beta"]))
-        for rows in self.plan.micro_batches(experience.sizes, range(len(experience))):
-            _, numbers = self.objective(self.policy, experience.select(rows), **weights)
-            self.eval_averages.update(numbers)
+        with self._models_whole():
+            experience = self.guard.run(lambda: self._collect(batch, noise))
+            self.eval_rollout_averages.update(rollout_metrics(experience, weights["beta"]))
+            for rows in self.plan.micro_batches(experience.sizes, range(len(experience))):
+                _, numbers = self.objective(self.policy, experience.select(rows), **weights)
+                self.eval_averages.update(numbers)
         return experience
 
     def on_validation_epoch_end(self) -> None:
@@ -132,7 +139,8 @@ class PreferenceSteps(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Experience:
         """Sample and score pairs for a batch of prompts."""
-        return self._collect(batch, self._noise(batch_idx, purpose=2))
+        with self._models_whole():
+            return self._collect(batch, self._noise(batch_idx, purpose=2))
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the policy's weights that are trained."""
@@ -141,6 +149,10 @@ class PreferenceSteps(LightningModule):
     def _collect(self, batch: Any, noise: Noise, training: bool = False) -> Experience:
         prompts = as_prompts(batch, self.prompt_encoder, self.device)
         return check_rollout(self.collect(self.policy, prompts, noise, training))
+
+    def _models_whole(self) -> AbstractContextManager[None]:
+        """Put the weights together that are spread over processes, for rollouts and scores."""
+        return whole(self.policy, self.memory.reference, self.reward)
 
     def _weights(self) -> dict[str, float]:
         """Return alpha and beta now; outside of training, and before it, those of the first step."""

@@ -1,6 +1,7 @@
 """`PolicyExport`: the policy as a folder that transformers loads."""
 
 import copy
+import math
 import re
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -19,6 +20,7 @@ from xpo_lightning.callbacks.card import model_card
 from xpo_lightning.callbacks.run import FileWriter, folder_id, goes_on_in, is_fast_dev_run
 from xpo_lightning.errors import InputError
 from xpo_lightning.module import XPOLightningModule
+from xpo_lightning.sharding import assembled
 
 J_BETA = "eval/objective/rlhf_reward"
 MODEL_FILES = ("config.json", "adapter_config.json")
@@ -76,9 +78,10 @@ class PolicyExport(FileWriter):
             raise InputError(
                 f"trainer.callbacks: PolicyExport saves an XPOLightningModule, not {type(pl_module).__name__}"
             )
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
             raise InputError(
-                "trainer.strategy: PolicyExport needs all weights in one process; use ddp, or remove PolicyExport"
+                "trainer.strategy: PolicyExport cannot put the weights of this strategy together; use ddp or "
+                "FSDP2Strategy, or remove PolicyExport"
             )
         validates = trainer.enable_validation and getattr(trainer.datamodule, "has_validation", True)  # type: ignore[attr-defined]
         if self.at != "end" and not validates and not is_fast_dev_run(trainer):
@@ -118,19 +121,20 @@ class PolicyExport(FileWriter):
                 f"trainer.callbacks: PolicyExport.monitor is '{self.monitor}', which was not logged; there are {known}"
             )
         value = self.sign * float(trainer.callback_metrics[self.monitor])
-        if self.best is not None and not value > self.best:
+        if math.isnan(value) or (self.best is not None and value <= self.best):
             return False
         self.best = value
         return True
 
     def _export(self, trainer: Trainer, module: Any) -> None:
         metrics = dict(trainer.callback_metrics)  # May be reduced over processes, so all of them ask.
-        if not trainer.is_global_zero or is_fast_dev_run(trainer):
+        policy = assembled(module.policy, module.new_policy, here=trainer.is_global_zero)
+        if policy is None or not trainer.is_global_zero or is_fast_dev_run(trainer):
             return
         target = self.folder / self.export_folder
-        is_adapter = isinstance(module.policy, PeftModel) and not self.merge_adapters
+        is_adapter = isinstance(policy, PeftModel) and not self.merge_adapters
         card = model_card(trainer, module, metrics, is_adapter)
-        save_policy(module.policy, module.tokenizer, target, self.merge_adapters, card)
+        save_policy(policy, module.tokenizer, target, self.merge_adapters, card)
         self.written["policy"] = target
 
 
@@ -178,6 +182,11 @@ def check_exportable(policy: Any, merge_adapters: bool) -> None:
             f"trainer.callbacks: PolicyExport saves transformers models, and {type(policy).__name__} is none"
         )
     if isinstance(policy, PeftModel) and merge_adapters:
+        if getattr(policy.get_base_model(), "quantization_method", None) is not None:
+            raise InputError(
+                "trainer.callbacks: PolicyExport cannot merge adapters into quantized weights (model.policy.quantize) "
+                "without a loss; set merge_adapters to false"
+            )
         ends = (policy.get_input_embeddings(), policy.get_output_embeddings())
         if policy.config.tie_word_embeddings and any(isinstance(layer, BaseTunerLayer) for layer in ends):
             raise InputError(
