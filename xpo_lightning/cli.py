@@ -13,6 +13,7 @@ import xpo_lightning.callbacks
 import xpo_lightning.rewards
 from xpo_lightning import resume_point
 from xpo_lightning.callbacks import GracefulStop, PredictionsWriter, RunCheckpoint, RunContinuation
+from xpo_lightning.check import CheckingTrainer
 from xpo_lightning.checkpoint_io import CrashSafeCheckpointIO
 from xpo_lightning.complaints import explaining_trainer_errors, explanation, input_error_in, refuse_nulls, stop
 from xpo_lightning.continued_run import make_resumable
@@ -46,6 +47,7 @@ class XPOCLI(LightningCLI):
         super().__init__(
             XPOLightningModule,
             PromptDataModule,
+            trainer_class=CheckingTrainer,
             args=args,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
@@ -60,9 +62,9 @@ class XPOCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Offer fit, validate and predict; a test would be a second validation."""
+        """Offer fit, validate, predict and check; a test would be a second validation."""
         offered = LightningCLI.subcommands()
-        return {name: offered[name] for name in ("fit", "validate", "predict")}
+        return {**{name: offered[name] for name in ("fit", "validate", "predict")}, "check": {"model", "datamodule"}}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the command line and the configs that it names."""
@@ -78,6 +80,10 @@ class XPOCLI(LightningCLI):
             if not hasattr(config[group], "get"):
                 raise InputError(f"{group} must be a group of options, but is {config[group]!r:.60}")
         refuse_nulls(self._parser(self.subcommand), config)
+        if self.subcommand == "check":
+            self.save_config_callback = None  # It writes a file.
+            if config.ckpt_path is not None:
+                raise InputError("ckpt_path: `xpo check` looks at a run as it starts from its beginning; leave it out")
         resume_point.check_request(str(self.subcommand), config.ckpt_path, config.weights_only)
         trainer = config.trainer
         if str(trainer.get("precision")) in ("16", "16-mixed"):  # On a CPU, Lightning would take bf16-mixed instead.

@@ -1,0 +1,69 @@
+"""A few prompts through all of a step but its end: completions, scores, the gradient, and no step of the optimizer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import Trainer
+
+from xpo_lightning.batch import Experience
+from xpo_lightning.data.encoding import Sample
+from xpo_lightning.data.loading import collate
+from xpo_lightning.gradient import add_gradients
+from xpo_lightning.guard import check_rollout
+from xpo_lightning.module import XPOLightningModule
+from xpo_lightning.prompts import as_prompts
+from xpo_lightning.rewards import HumanJudge
+from xpo_lightning.rollout.noise import Noise
+from xpo_lightning.schedules import FIRST_STEP
+
+PURPOSE = 3
+"""Tells this randomness from that of training, validation and prediction."""
+
+
+@dataclass(frozen=True)
+class DryStep:
+    """What came of it.
+
+    Args:
+        experience: The pairs.
+        micro_batch: Pairs of the largest micro-batch.
+        seconds: Of each phase.
+    """
+
+    experience: Experience
+    micro_batch: int
+    seconds: dict[str, float]
+
+
+def prompts_wanted(module: XPOLightningModule) -> int:
+    """Return how many prompts a dry step takes; a human is asked once."""
+    return 1 if any(isinstance(part, HumanJudge) for part in module.reward.modules()) else 4
+
+
+def dry_step(module: XPOLightningModule, trainer: Trainer, samples: Sequence[Sample]) -> DryStep:
+    """Sample and label a pair of completions for each prompt, and take the gradient of the objective.
+
+    Args:
+        module: Its models are on the trainer's device.
+        trainer: The trainer.
+        samples: B prompts, as the data module gives them.
+
+    Raises:
+        InputError: What a training step would raise, for the same reasons.
+    """
+    noise = Noise(module.run_state.seed, PURPOSE)
+    prompts = as_prompts(collate(samples), module.prompt_encoder, module.device)
+    module.timer.reset()
+    with trainer.precision_plugin.train_step_context():
+        experience = module.guard.run(
+            lambda: check_rollout(module.collect(module.policy, prompts, noise, training=True))
+        )
+        micro_batches = module.plan.micro_batches(experience.sizes, range(len(experience)))
+        weights = module.objective.weights(FIRST_STEP)
+        module.guard.run(lambda: add_gradients(module, experience, micro_batches, weights, None))
+    for weight in module.trained_parameters():
+        weight.grad = None
+    if module.device.type == "cuda":
+        torch.cuda.synchronize(module.device)
+    return DryStep(experience, max(map(len, micro_batches)), module.timer.seconds())

@@ -1,0 +1,40 @@
+"""Gets a trainer as far as `Trainer.fit` gets it before the models are loaded, and starts no logger."""
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loops.utilities import _parse_loop_limits
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.configuration_validator import _verify_loop_configurations
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+
+
+def attach(trainer: Trainer, module: LightningModule, data: LightningDataModule) -> None:
+    """Tell the trainer, the module and the data of each other, and check that they suit.
+
+    One process looks at the run, however many there will be, so none is launched.
+    """
+    trainer.state.fn, trainer.state.status, trainer.training = TrainerFn.FITTING, TrainerStatus.RUNNING, True
+    trainer.strategy.connect(module)
+    trainer._data_connector.attach_data(module, datamodule=data)
+    limits = (trainer.min_steps, trainer.max_steps, trainer.min_epochs, trainer.max_epochs)
+    loop = trainer.fit_loop
+    loop.min_epochs, loop.max_epochs = _parse_loop_limits(*limits, trainer)
+    trainer._callback_connector._attach_model_callbacks()
+    _verify_loop_configurations(trainer)
+
+
+def set_up_data(trainer: Trainer) -> None:
+    """Read and check all prompts."""
+    call._call_lightning_datamodule_hook(trainer, "setup", stage=TrainerFn.FITTING)
+
+
+def set_up_callbacks(trainer: Trainer) -> None:
+    """Let the callbacks and the module refuse what does not suit them."""
+    call._call_callback_hooks(trainer, "setup", stage=TrainerFn.FITTING)
+    call._call_lightning_module_hook(trainer, "setup", stage=TrainerFn.FITTING)
+
+
+def set_up_loaders(trainer: Trainer) -> None:
+    """Count the batches of an epoch, and check when validation is due."""
+    trainer.fit_loop.setup_data()
+    if trainer.enable_validation:
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
