@@ -8,13 +8,26 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, PROMPTS, ChainModel, chain_module, fit_quietly, make_tokenizer, noise, randomize_adapters
+from bitsandbytes.functional import dequantize_4bit
+from conftest import (
+    CONFIGS,
+    PROMPTS,
+    ROPE,
+    ChainModel,
+    Recorder,
+    chain_module,
+    fit_quietly,
+    make_tokenizer,
+    noise,
+    randomize_adapters,
+)
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import SGD
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from xpo_lightning import InputError, LoadedModel, LoRASpec, ModelSpec, Pair, Sampling, XPOLightningModule
+from xpo_lightning.callbacks.export import check_exportable
 from xpo_lightning.logps import token_logps
 from xpo_lightning.models import context_length, end_token_ids
 from xpo_lightning.prompts import as_prompts
@@ -152,6 +165,65 @@ def test_optimizer_holds_every_weight_of_the_policy_and_no_other(make_module: Ma
     trainer = fit_quietly(module, PROMPTS)
     held = [id(weight) for group in trainer.optimizers[0].param_groups for weight in group["params"]]
     assert sorted(held) == sorted(id(weight) for weight in module.policy.parameters())
+
+
+@pytest.fixture
+def wide_folder(tmp_path: Path) -> str:
+    """Give the folder of a model whose matrices are wide enough for blocks of 64."""
+    config = {**ROPE, "hidden_size": 128, "intermediate_size": 192}
+    AutoModelForCausalLM.from_config(LlamaConfig(**config)).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_adapters_train_on_quantized_weights(make_module: Any, wide_folder: str):
+    """The reference is the quantized model without adapters: its matrices stay, and it is nearly the model."""
+    spec, recorder = ModelSpec(wide_folder, quantize="4bit"), Recorder()
+    module = make_module(policy=spec, lora=LoRASpec(r=4), learning_rate=1e-2)
+    module.configure_model()
+    assert "Linear4bit" in {type(layer).__name__ for layer in module.policy.modules()}
+    plain = AutoModelForCausalLM.from_pretrained(wide_folder).model.layers[0].mlp.up_proj.weight
+    kept = module.policy.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
+    rounded = dequantize_4bit(kept.data, kept.quant_state)
+    assert 0.05 < (rounded - plain).norm() / plain.norm() < 0.12, "NF4 rounds by about a tenth"
+    ids = torch.tensor([[1, 2, 3]])
+    with module.reference.lent() as reference, torch.no_grad():
+        before = reference(input_ids=ids).logits
+    fit_quietly(module, PROMPTS, batch_size=2, callbacks=[recorder])
+    assert recorder.of("objective/kl")[0] == pytest.approx(0.0, abs=1e-3)
+    assert abs(recorder.of("objective/kl")[-1]) > 1e-2
+    assert all("lora_" in name for name in module.state_dict())
+    with module.reference.lent() as reference, torch.no_grad():
+        after = reference(input_ids=ids).logits
+    # On a CPU, bitsandbytes goes back and forth between layouts that round differently.
+    assert (after - before).abs().max() < 0.02 * before.abs().max()
+
+
+def test_quantized_weights_are_for_adapters_and_stay_apart_from_them(
+    make_module: Any, monkeypatch: pytest.MonkeyPatch, wide_folder: str
+):
+    spec = ModelSpec(wide_folder, quantize="4bit")
+    with pytest.raises(InputError, match=r"model\.policy\.quantize=4bit .* without model\.lora"):
+        make_module(policy=spec)
+    module = make_module(policy=spec, lora=LoRASpec(r=4))
+    module.configure_model()
+    with pytest.raises(InputError, match="set merge_adapters to false"):
+        check_exportable(module.policy, merge_adapters=True)
+    check_exportable(module.policy, merge_adapters=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"model\.policy\.quantize=4bit needs the package bitsandbytes"):
+        ModelSpec(wide_folder, quantize="4bit")
+
+
+def test_adapters_of_a_bfloat16_model_train_with_gradient_checkpointing(make_module: Any):
+    """What is computed again in the backward pass finds the adapters as they were in the forward pass."""
+    spec = {"dtype": "bfloat16", "gradient_checkpointing": True}
+    norms = []
+    for options in (spec, {**spec, "gradient_checkpointing": False}):
+        module, recorder = make_module(spec=options, lora=LoRASpec(r=4), alpha=0.1), Recorder()
+        fit_quietly(module, PROMPTS, callbacks=[recorder])
+        norms += recorder.of("grad_norm")
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
 
 
 @pytest.mark.parametrize("lora", [None, LoRASpec(r=4)], ids=["full", "lora"])

@@ -88,6 +88,7 @@ class CausalLMSource:
             arguments["quantization_config"] = unpacked(arguments["gguf_file"])
         if self.attn_implementation is not None:
             arguments["attn_implementation"] = self.attn_implementation
+        arguments |= self._more_arguments()
         with explaining_hub_errors(source, f"{self.key}.path"):
             model: Any = loader.from_pretrained(
                 source,
@@ -104,6 +105,10 @@ class CausalLMSource:
                 f"to start from the base model with the adapter merged"
             )
         return cast("nn.Module", model)
+
+    def _more_arguments(self) -> dict[str, Any]:
+        """Return what else transformers is told when it loads the weights."""
+        return {}
 
     def _location(self) -> tuple[str, dict[str, Any]]:
         """Return the folder or hub id, and the arguments that name a GGUF file in it."""

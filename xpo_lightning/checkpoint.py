@@ -21,7 +21,10 @@ def trained_state(state: dict[str, Tensor], policy: nn.Module, prefix: str) -> d
     # Tied weights have several names, and each is in the state.
     weights = policy.named_parameters(remove_duplicate=False)
     frozen = {prefix + name for name, weight in weights if not weight.requires_grad}
-    return {name: value for name, value in state.items() if name.startswith(prefix) and name not in frozen}
+    # Quantized weights have what belongs to them under their own names.
+    belonging = tuple(f"{name}." for name in frozen)
+    own = {name: value for name, value in state.items() if name.startswith(prefix) and name not in frozen}
+    return {name: value for name, value in own.items() if not name.startswith(belonging)}
 
 
 def check_trained_state(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -1,13 +1,15 @@
 """The policy: which causal language model it is, with which adapters, and what its tokenizer and config say."""
 
+import importlib.util
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
+import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from xpo_lightning.causal_lm import CausalLMSource, Dtype
 from xpo_lightning.errors import InputError
@@ -31,6 +33,8 @@ class ModelSpec(CausalLMSource):
         dropout: Probability of every dropout in the policy while it trains, adapters' own excepted; null keeps what the
             checkpoint says. Sampling and the reference never use dropout.
         gradient_checkpointing: Recompute activations in the backward pass, for less memory and more time.
+        quantize: Keep the matrices of layers in `4bit` (NF4, as QLoRA does; Dettmers et al. 2023, arXiv 2305.14314), for
+            `model.lora`; null keeps them in `dtype`. Needs the package bitsandbytes.
     """
 
     key: ClassVar[str] = "model.policy"
@@ -38,9 +42,17 @@ class ModelSpec(CausalLMSource):
     dtype: Dtype = "float32"
     dropout: float | None = 0.0
     gradient_checkpointing: bool = False
+    quantize: Literal["4bit"] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Refuse values out of range, and what is not installed."""
+        if self.quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
+            raise InputError(
+                f"model.policy.quantize={self.quantize} needs the package bitsandbytes; install it (pip install "
+                f"bitsandbytes), or set quantize to null"
+            )
+        if self.quantize is not None and (self.gguf_file or self.path.endswith(".gguf")):
+            raise InputError("model.policy.quantize is for weights that are not quantized yet, not for GGUF files")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise InputError(f"model.policy.dropout must be at least 0 and below 1, or null, but is {self.dropout}")
 
@@ -52,6 +64,14 @@ class ModelSpec(CausalLMSource):
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return cast("nn.Module", model.train())
+
+    def _more_arguments(self) -> dict[str, Any]:
+        if self.quantize is None:
+            return {}
+        compute = torch.bfloat16 if self.dtype == "auto" else getattr(torch, self.dtype)
+        nested = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute, **nested)
+        return {"quantization_config": settings}
 
 
 @dataclass
