@@ -31,8 +31,10 @@ from xpo_lightning.rewards import (
     WeightedSum,
 )
 from xpo_lightning.rollout.sampling import Sampling
+from xpo_lightning.rollout.vllm import VLLMRollout
 from xpo_lightning.samplers import PolicySampler, PreviousPolicySampler, PythonSampler, ReferenceSampler, Sampler
 from xpo_lightning.schedules import Constant, Cosine, Linear, PerEpoch, PerIteration, Schedule
+from xpo_lightning.strategies import FSDP2Strategy
 
 __version__ = "0.1.0"
 
@@ -44,6 +46,7 @@ __all__ = [
     "Cosine",
     "DPOPositiveLoss",
     "Experience",
+    "FSDP2Strategy",
     "HTTPJudge",
     "HingeLoss",
     "HumanJudge",
@@ -77,6 +80,7 @@ __all__ = [
     "Schedule",
     "SequenceClassifierReward",
     "SigmoidLoss",
+    "VLLMRollout",
     "WeightedSum",
     "XPOLightningModule",
     "XPOLoss",

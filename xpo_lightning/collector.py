@@ -1,6 +1,6 @@
 """From prompts to labelled pairs: both sides write, the reward or judge speaks, and two completions become the pair."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from xpo_lightning.memory import Memory
 from xpo_lightning.phases import PhaseTimer
 from xpo_lightning.preference import LabelRule
 from xpo_lightning.reference_cache import ReferenceCache, missing_rows
+from xpo_lightning.rollout.engine import Asked, RolloutEngine
 from xpo_lightning.rollout.local import LocalRollout, gather, order_of
 from xpo_lightning.rollout.noise import Noise
 from xpo_lightning.samplers import ReferenceSampler, Sampler
@@ -23,6 +24,9 @@ from xpo_lightning.verdicts import Verdicts
 
 Written = tuple[Pair[list[Completions]], Pair[Tensor]]
 """K completions of B prompts a side, and the reference's log-probabilities of them (K, B) a side."""
+
+COMPARED = 8
+"""Completions of the policy in a batch that an engine's log-probabilities are compared for."""
 
 
 @dataclass
@@ -37,6 +41,7 @@ class Collector:
         verdicts: Says which completion is better.
         label_rule: Turns that into labels.
         timer: Times the phases.
+        engine: Writes the policy's and the reference's completions in place of `rollout`, where there is one.
     """
 
     rollout: LocalRollout
@@ -45,6 +50,7 @@ class Collector:
     verdicts: Verdicts
     label_rule: LabelRule
     timer: PhaseTimer
+    engine: RolloutEngine | None = None
 
     @torch.no_grad()
     def __call__(self, policy: nn.Module, prompts: Prompts, noise: Noise, training: bool = False) -> Experience:
@@ -70,14 +76,21 @@ class Collector:
             [self.rollout.uniforms(prompts, noise) for _ in range(candidates.count)] for _ in range(2)
         )
 
+        def desk(rows: list[int]) -> Desk:
+            return Desk(self.rollout, policy, lend, prompts.select(rows), [kept[row] for row in rows], self.timer)
+
         def write(rows: list[int]) -> Written:
             index = torch.as_tensor(rows, device=prompts.ids.device)
             uniforms = Pair(of_policy, of_sampler).map(lambda side: [numbers[index] for numbers in side])
-            desk = Desk(self.rollout, policy, lend, prompts.select(rows), [kept[row] for row in rows], self.timer)
-            return _written(desk, sampler, uniforms)
+            return _written(desk(rows), sampler, uniforms)
 
         groups = self.rollout.groups(prompts, policy)
-        completions, logps = _together([write(rows) for rows in groups], groups)
+        if self.engine is None:
+            completions, logps = _together([write(rows) for rows in groups], groups)
+        else:
+            self.engine.sync(policy)
+            completions = _by_engine(self.engine, desk(list(range(len(prompts)))), sampler, Pair(of_policy, of_sampler))
+            logps = _scored(self.engine, desk, sampler, completions, groups)
         self._count(prompts, completions)
         said = self.verdicts(prompts, completions, [None if entry is None else entry.score for entry in kept])
         missing = missing_rows(kept)
@@ -131,6 +144,38 @@ def _written(desk: Desk, sampler: Sampler, uniforms: Pair[list[Tensor]]) -> Writ
         return completions, Pair(own, torch.stack([some.logps for some in by_sampler]))
     everything = torch.stack(desk.reference_logps([*completions.by_policy, *by_sampler]))
     return completions, Pair(*everything.chunk(2))
+
+
+def _by_engine(
+    engine: RolloutEngine, desk: Desk, sampler: Sampler, uniforms: Pair[list[Tensor]]
+) -> Pair[list[Completions]]:
+    """Let an engine write for all prompts on a desk, what it can write of the sampler's side in the same breath."""
+    asked = [Asked("policy", uniforms.by_policy)]
+    if sampler.is_policy or sampler.is_reference:
+        asked.append(Asked("policy" if sampler.is_policy else "reference", uniforms.by_sampler))
+    with desk.timer("policy_rollout", desk.device):
+        by_policy, *others = engine.write(desk.prompts, asked)
+    return Pair(by_policy, others[0] if others else sampler.write(desk, uniforms.by_sampler))
+
+
+def _scored(
+    engine: RolloutEngine,
+    desk: Callable[[list[int]], Desk],
+    sampler: Sampler,
+    completions: Pair[list[Completions]],
+    groups: Sequence[list[int]],
+) -> Pair[Tensor]:
+    """Let the reference score what an engine wrote, (K, B) a side, and see that it was the right models that wrote."""
+    both = [*completions.by_policy, *completions.by_sampler]
+    parts = [torch.stack(desk(rows).reference_logps([some.select(rows) for some in both])) for rows in groups]
+    logps = Pair(*torch.cat(parts, 1)[:, order_of(groups)].chunk(2))
+    if sampler.is_reference:
+        engine.compare("reference", completions.by_sampler, logps.by_sampler)
+    # Scoring all of them would cost a pass that nothing else needs.
+    rows = groups[0][:COMPARED]
+    some = [candidate.select(rows) for candidate in completions.by_policy[:1]]
+    engine.compare("policy", some, torch.stack(desk(rows).policy_logps(some)))
+    return logps
 
 
 def _together(parts: Sequence[Written], groups: Sequence[Sequence[int]]) -> Written:

@@ -5,9 +5,11 @@ from typing import Protocol
 from xpo_lightning.buffer import BufferOptions
 from xpo_lightning.candidates import Candidates
 from xpo_lightning.errors import InputError
+from xpo_lightning.models import LoadedModel, LoRASpec, ModelSpec
 from xpo_lightning.reference import ReferenceRefresh
 from xpo_lightning.rewards.base import Feedback, Judge
-from xpo_lightning.samplers import Sampler
+from xpo_lightning.rollout.engine import RolloutEngine
+from xpo_lightning.samplers import PreviousPolicySampler, Sampler
 
 
 class Options(Protocol):
@@ -20,6 +22,9 @@ class Options(Protocol):
     reference_cache: str | None
     reference_refresh: ReferenceRefresh | None
     buffer_options: BufferOptions | None
+    rollout: RolloutEngine | None
+    lora: LoRASpec | None
+    policy_spec: ModelSpec | LoadedModel
 
 
 def refuse_combinations(options: Options) -> None:
@@ -30,8 +35,15 @@ def refuse_combinations(options: Options) -> None:
     """
     judged, several = isinstance(options.reward, Judge), options.candidates.count > 1
     cached, refreshed = options.reference_cache is not None, options.reference_refresh is not None
+    engine = None if options.rollout is None else f"model.rollout={type(options.rollout).__name__}"
     judge = f"model.reward={type(options.reward).__name__}"
+    quantized = getattr(options.policy_spec, "quantize", None)
     refused = [
+        (
+            quantized is not None and options.lora is None,
+            f"model.policy.quantize={quantized} keeps the policy's weights as they are, so that there is nothing to "
+            f"train without model.lora; set model.lora, or quantize to null",
+        ),
         (
             judged and bool(options.missing_eos_penalty),
             f"model.missing_eos_penalty is taken from scores, and {judge} is a judge, which gives none; set the "
@@ -71,6 +83,26 @@ def refuse_combinations(options: Options) -> None:
             refreshed and options.buffer_options is not None,
             "model.buffer keeps the reference's log-probabilities, and model.reference_refresh changes the reference; "
             "set one of the two to null",
+        ),
+        (
+            engine is not None and options.lora is None,
+            f"{engine} has one server hold the reference, and load the policy as an adapter of it, and model.lora is "
+            f"null; set model.lora, or model.rollout to null",
+        ),
+        (
+            engine is not None and cached,
+            f"{engine} has the reference's completions written with the policy's, and model.reference_cache keeps "
+            f"those of the model at hand; set one of the two to null",
+        ),
+        (
+            engine is not None and refreshed,
+            f"{engine} has the reference be the server's base model, and model.reference_refresh changes the "
+            f"reference; set one of the two to null",
+        ),
+        (
+            engine is not None and isinstance(options.sampler, PreviousPolicySampler),
+            f"{engine} knows the reference and the policy as it is, and model.sampler="
+            f"{type(options.sampler).__name__} has an earlier one write; set one of the two to null",
         ),
     ]
     for is_refused, message in refused:

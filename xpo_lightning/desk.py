@@ -77,6 +77,19 @@ class Desk:
         with self.timer("reference_rollout", self.device), lent as model:
             return self.rollout.several(model, self.prompts, uniforms, None)[1]
 
+    def policy_logps(self, completions: Sequence[Completions]) -> list[Tensor]:
+        """Score completions under the policy as it samples, without dropout and without gradient.
+
+        Args:
+            completions: B completions each.
+
+        Returns:
+            The policy's log-probability of each, summed over its tokens, in nats. (B,) each
+        """
+        with self.timer("policy_rollout", self.device), evaluating(self.policy), adapters_cast(self.policy):
+            read = self.rollout.open(self.policy, self.prompts)
+            return [read.logps(some) for some in completions]
+
     def reference_logps(self, completions: Sequence[Completions]) -> list[Tensor]:
         """Score completions under the reference; nothing more can be written by the policy afterwards.
 

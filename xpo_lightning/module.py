@@ -1,12 +1,13 @@
 """`XPOLightningModule`: holds the policy, the reference and the reward; `steps.py` takes them through a batch."""
 
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from xpo_lightning.buffer import Buffer, BufferOptions
@@ -27,10 +28,12 @@ from xpo_lightning.preference_losses import PreferenceLoss, SigmoidLoss
 from xpo_lightning.prompts import PromptEncoder
 from xpo_lightning.reference import Reference, ReferenceRefresh
 from xpo_lightning.rewards.base import Feedback
+from xpo_lightning.rollout.engine import RolloutEngine
 from xpo_lightning.rollout.local import LocalRollout
 from xpo_lightning.rollout.sampling import Sampling
-from xpo_lightning.samplers import ReferenceSampler, Sampler
+from xpo_lightning.samplers import PreviousPolicySampler, ReferenceSampler, Sampler
 from xpo_lightning.schedules import LearningRateShape, Schedule
+from xpo_lightning.sharding import shard_all
 from xpo_lightning.standing import before_training, settle
 from xpo_lightning.steps import PreferenceSteps
 from xpo_lightning.updates import UpdatePlan
@@ -81,6 +84,7 @@ class XPOLightningModule(PreferenceSteps):
             optimizer step sees.
         micro_batch_tokens: Most tokens per forward and backward pass, padding included; null sets no limit.
         rollout_batch_size: Most prompts sampled together; null is the whole batch, fewer on a CPU.
+        rollout: Has a server write the completions, see `docs/vllm.md`; null samples in this process.
         reference_cache: Keeps the reference's completion of each training prompt, its log-probabilities and its score,
             and uses them again in later epochs, so that every epoch compares with the same completion of a prompt:
             `memory`, empty again after a resume; or a folder, which later runs of the same reference, sampling and
@@ -125,6 +129,7 @@ class XPOLightningModule(PreferenceSteps):
         micro_batch_size: int = 8,
         micro_batch_tokens: int | None = None,
         rollout_batch_size: int | None = None,
+        rollout: RolloutEngine | None = None,
         reference_cache: str | None = None,
         reference_refresh: ReferenceRefresh | None = None,
         buffer: BufferOptions | None = None,
@@ -142,6 +147,7 @@ class XPOLightningModule(PreferenceSteps):
             learning_rate, optimizer, lr_schedule, warmup_ratio, warmup_steps, lr_scheduler, max_grad_norm
         )
         self.rollout_batch_size, self.reference_cache = rollout_batch_size, reference_cache
+        self.rollout = rollout
         self.reference_refresh, self.buffer_options = reference_refresh, buffer
         self.missing_eos_penalty = check_penalty(missing_eos_penalty)
         self.plan = UpdatePlan(micro_batch_size, micro_batch_tokens, updates_per_rollout, epochs_per_rollout)
@@ -157,6 +163,8 @@ class XPOLightningModule(PreferenceSteps):
     def prompt_encoder(self) -> PromptEncoder:
         """Tokenizes prompts, and knows how long they may be; data modules use it to check prompts before training."""
         limit = prompt_limit(self.policy_spec.load_config(), self.sampling.max_new_tokens)
+        if self.rollout is not None:
+            limit = self.rollout.prompt_limit(limit, self.sampling.max_new_tokens)
         return PromptEncoder(self.tokenizer, limit)
 
     def configure_model(self) -> None:
@@ -170,16 +178,50 @@ class XPOLightningModule(PreferenceSteps):
         ends = end_token_ids(model, self.tokenizer, self.sampling.eos_token_ids)
         if self.missing_eos_penalty and not (ends or self.sampling.stop_strings):
             raise InputError("model.missing_eos_penalty is set, but model.sampling.eos_token_ids names no EOS token")
-        self.policy = model if self.lora is None else self.lora.wrap(model)
+        self.policy = self._with_adapters(model)
         self.reference = Reference(self.policy, self.reference_refresh)
-        self.sampler.begin(self.policy)
         self.memory = Memory(self.reference, self.sampler)
         self.reward.load()
         self.reward.set_check(self.guard.stop.check)
         rollout = LocalRollout(self.tokenizer, self.sampling, ends, self.rollout_batch_size, self.guard.stop.check)
+        self.reference_identity = self.reference.identity(self.policy_spec)
+        if self.device_mesh is not None:
+            self._refuse_sharded()
+            shard_all([self.policy, self.reference, self.reward], self.device_mesh)
+        if self.rollout is not None:
+            if self.device_mesh is not None:
+                raise InputError(
+                    "model.rollout saves the policy's adapter from one process, and trainer.strategy spreads the "
+                    "weights over several; use ddp, or set model.rollout to null"
+                )
+            self.rollout.set_check(self.guard.stop.check)
+            self.rollout.begin(rollout)
         verdicts = Verdicts(self.reward, self.missing_eos_penalty, self.timer)
-        self.collect = Collector(rollout, self.memory, self.candidates, verdicts, self.label_rule, self.timer)
+        self.collect = Collector(
+            rollout, self.memory, self.candidates, verdicts, self.label_rule, self.timer, self.rollout
+        )
         speed_up_linears(self.policy, self.reference, self.reward)
+
+    def _refuse_sharded(self) -> None:
+        """Refuse options that need all of a policy's weights while they are spread over processes."""
+        options = {
+            "model.sampler=PreviousPolicySampler": isinstance(self.sampler, PreviousPolicySampler),
+            "model.reference_refresh": self.reference_refresh is not None,
+            "model.policy.quantize": getattr(self.policy_spec, "quantize", None) is not None,
+        }
+        for option, is_set in options.items():
+            if is_set:
+                raise InputError(
+                    f"{option} needs the policy's weights whole, and trainer.strategy spreads them over processes; use "
+                    f"ddp, or leave the option out"
+                )
+
+    def new_policy(self) -> nn.Module:
+        """Build another model of the policy's kind, as it was before training."""
+        return self._with_adapters(self.policy_spec.load_model())
+
+    def _with_adapters(self, model: nn.Module) -> nn.Module:
+        return model if self.lora is None else self.lora.wrap(model)
 
     def setup(self, stage: str) -> None:
         """Refuse trainer options that do not suit the module."""
@@ -187,12 +229,31 @@ class XPOLightningModule(PreferenceSteps):
         self.run_state.seed = torch.initial_seed()
 
     def on_fit_start(self) -> None:
-        """Open the cache of what the reference writes, and the buffer."""
-        self.collect.open_cache(self.reference_cache, self.reference.identity(self.policy_spec), self.trainer)
+        """Open the cache of what the reference writes, and the buffer, and take note of the untrained policy."""
+        self.sampler.begin(self.policy)
+        self.reference.begin()
+        with self._models_whole():
+            self.collect.open_cache(self.reference_cache, self.reference_identity, self.trainer)
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         if self.buffer_options is not None:
             self.memory.buffer = Buffer(self.buffer_options, folder, self.global_rank)
         before_training(self.trainer, lambda: self.run_state.take_up(self.trainer, self.memory))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Take a batch through the steps, and log how far an engine's log-probabilities were from those here."""
+        super().training_step(batch, batch_idx)
+        if self.rollout is not None:
+            self.log_dict(self.rollout.measured, sync_dist=True)
+
+    def on_predict_start(self) -> None:
+        """Bring an engine the policy while all processes are here; each takes as many batches as it has."""
+        if self.rollout is not None:
+            self.guard.run(partial(self.rollout.sync, self.policy))
+
+    def teardown(self, stage: str) -> None:
+        """Let an engine forget the policy."""
+        if self.rollout is not None:
+            self.rollout.close()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer of the trained weights and its learning-rate schedule."""
@@ -207,15 +268,16 @@ class XPOLightningModule(PreferenceSteps):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record which reference the weights were trained against, and all that a resumed run needs."""
         settle(checkpoint["loops"]["fit_loop"])
-        checkpoint["xpo_reference"] = self.reference.identity(self.policy_spec)
+        checkpoint["xpo_reference"] = self.reference_identity
         optimization = self.optimization.identity(self.trained_parameters())
         checkpoint["xpo_run"] = self.run_state.state(self.trainer, self.memory, optimization)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or another reference."""
         self.configure_model()
-        check_trained_state(checkpoint["state_dict"], self.state_dict())
-        check_reference(checkpoint.get("xpo_reference"), self.reference.identity(self.policy_spec))
+        if "state_dict" in checkpoint:  # A strategy that spreads weights has loaded them itself.
+            check_trained_state(checkpoint["state_dict"], self.state_dict())
+        check_reference(checkpoint.get("xpo_reference"), self.reference_identity)
         if self._trainer is not None and self.trainer.state.fn == "fit" and "xpo_run" in checkpoint:
             optimization = self.optimization.identity(self.trained_parameters())
             self.run_state.load(checkpoint["xpo_run"], self.trainer, optimization)
