@@ -405,7 +405,9 @@ CHECKS: dict[str, Callable[[Run], Any]] = {
     "Alpha on a cosine": alphas(1e-4, 1e-4 * (1 + math.cos(math.pi / 40)) / 2),
     "All pairs": every(kept(BufferOptions("all"), 8), lambda run: run.trainer.global_step == 16),
     "Last batches": kept(BufferOptions(4), 12),
-    "Pairs on disk": every(kept(BufferOptions("all", 100), 128), lambda run: bool([*run.folder.glob("pairs-0-*.sqlite")])),
+    "Pairs on disk": every(
+        kept(BufferOptions("all", 100), 128), lambda run: bool([*run.folder.glob("pairs-0-*.sqlite")])
+    ),
     "Alpha by iteration": every(alphas(1e-5, 5e-6), is_a("objective.alpha", "PerIteration")),
     "New reference": follows(1.0),
     "Reference that follows": follows(0.1),

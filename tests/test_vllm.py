@@ -1,7 +1,7 @@
 """Completions by a vLLM server: against a stand-in that speaks its protocol, and against a real one where there is one.
 
-The test against a real one is marked `vllm` and runs only if asked for (`-m vllm`); XPO_VLLM_PYTHON names the interpreter
-that has vLLM.
+The test against a real one is marked `vllm` and runs only if asked for (`-m vllm`); XPO_VLLM_PYTHON names the
+interpreter that has vLLM.
 """
 
 import os

@@ -33,8 +33,8 @@ class ModelSpec(CausalLMSource):
         dropout: Probability of every dropout in the policy while it trains, adapters' own excepted; null keeps what the
             checkpoint says. Sampling and the reference never use dropout.
         gradient_checkpointing: Recompute activations in the backward pass, for less memory and more time.
-        quantize: Keep the matrices of layers in `4bit` (NF4, as QLoRA does; Dettmers et al. 2023, arXiv 2305.14314), for
-            `model.lora`; null keeps them in `dtype`. Needs the package bitsandbytes.
+        quantize: Keep the matrices of layers in `4bit` (NF4, as QLoRA does; Dettmers et al. 2023, arXiv 2305.14314),
+            for `model.lora`; null keeps them in `dtype`. Needs the package bitsandbytes.
     """
 
     key: ClassVar[str] = "model.policy"
