@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "midway": {"errors", "processes"},
     "checkpoint_io": {"errors"},
     "complaints": {"errors"},
+    "parsing": {"complaints"},
     "continued_run": {"csv_logger"},
     "csv_logger": {"errors"},
     "sharded_files": {"checkpoint_io", "errors"},
@@ -79,7 +80,7 @@ MAY_IMPORT = {
         "rewards",
     },
 }
-TOP = {"module", "steps", "callbacks", "checking", "check", "cli"}
+TOP = {"module", "steps", "callbacks", "checking", "check", "verbs", "cli"}
 MAY_NOT_IMPORT = {
     "rewards": TOP | {"models"},
     "data": TOP | {"models"},
@@ -93,9 +94,10 @@ MAY_NOT_IMPORT = {
     "embedded": TOP,
     "steps": TOP - {"steps"},
     "module": {"callbacks", "check", "checking", "checkpoint_io", "cli", "continued_run", "csv_logger", "resume_point"},
-    "callbacks": {"checking", "check", "cli"},
-    "checking": {"check", "cli"},
-    "check": {"cli"},
+    "callbacks": {"checking", "check", "verbs", "cli"},
+    "checking": {"check", "verbs", "cli"},
+    "check": {"verbs", "cli"},
+    "verbs": {"cli"},
 }
 
 

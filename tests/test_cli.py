@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from xpo_lightning import ModelSpec, sources
 from xpo_lightning.cli import main
+from xpo_lightning.verbs.dispatch import VERBS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DECISION_8 = [
@@ -381,3 +382,25 @@ def test_a_mistyped_key_is_named_in_one_line(write_config: Write, capsys: pytest
     assert "model.alhpa" in refused(capsys, "fit", "--config", write_config(), "--model.alhpa", "1")
     assert "nofile.yaml" in refused(capsys, "fit", "--config", "nofile.yaml")
     assert "model.policy" in refused(capsys, "fit", "--data.source", "x.jsonl")
+
+
+# ---- verbs ----
+
+
+def test_env_prints_the_versions_that_are_installed(capsys: pytest.CaptureFixture[str]):
+    main(["env"])
+    shown = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert shown["torch"] == torch.__version__
+    assert shown["python"].startswith(".".join(map(str, sys.version_info[:3])))
+
+
+def test_an_option_that_a_verb_does_not_have_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert "--model" in refused(capsys, "env", "--model", "x")
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(f"{verb} {purpose}" in shown for verb, purpose in VERBS.items())

@@ -1,8 +1,9 @@
 """The command line `xpo`: runs assembled from YAML by LightningCLI."""
 
 import os
+import sys
 import warnings
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -21,6 +22,8 @@ from xpo_lightning.cpu import limit_threads
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.errors import InputError
 from xpo_lightning.module import XPOLightningModule
+from xpo_lightning.parsing import OneLineErrors
+from xpo_lightning.verbs import dispatch
 
 _TRAINER_KEYS_OF_THE_MODULE = {
     "gradient_clip_val": (None, "model.max_grad_norm"),
@@ -29,15 +32,8 @@ _TRAINER_KEYS_OF_THE_MODULE = {
 }
 
 
-class XPOParser(LightningArgumentParser):
-    """Says what is wrong with arguments in one line, without a page of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End the program; of an error that began with bad input, only that is shown."""
-        cause = input_error_in(ex)
-        if cause is None and os.environ.get("JSONARGPARSE_DEBUG"):
-            super().error(message, ex)
-        stop(str(cause or message))
+class XPOParser(OneLineErrors, LightningArgumentParser):
+    """The parser of a run."""
 
 
 class XPOCLI(LightningCLI):
@@ -57,6 +53,7 @@ class XPOCLI(LightningCLI):
                 "prog": "xpo",
                 "description": "Exploratory Preference Optimization of language models",
                 "version": f"xpo-lightning {xpo_lightning.__version__}",
+                "epilog": dispatch.overview(),
             },
         )
 
@@ -162,7 +159,11 @@ def main(args: ArgsType = None) -> None:
     limit_threads()
     try:
         with explaining_trainer_errors():
-            XPOCLI(args)
+            words = sys.argv[1:] if args is None else args
+            if isinstance(words, list) and words and words[0] in dispatch.VERBS:
+                dispatch.run(words[0], words[1:])
+            else:
+                XPOCLI(args)
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning would end with 1.
             raise SystemExit(130) from end

@@ -1,0 +1,36 @@
+"""From `xpo VERB ...` to the function of that name."""
+
+from importlib import import_module
+
+from jsonargparse import ArgumentParser
+
+from xpo_lightning.parsing import OneLineErrors
+
+VERBS = {
+    "env": "print the versions and the hardware that a report of a defect needs",
+}
+"""Each verb, and what it does, as `xpo --help` says it."""
+
+
+class VerbParser(OneLineErrors, ArgumentParser):
+    """The parser of a verb."""
+
+
+def overview() -> str:
+    """Write the part of `xpo --help` that lists the verbs."""
+    width = max(map(len, VERBS))
+    lines = (f"  {name:{width}}  {purpose}" for name, purpose in VERBS.items())
+    return "beside training (see `xpo VERB --help`):\n" + "\n".join(lines)
+
+
+def run(verb: str, args: list[str]) -> None:
+    """Run a verb.
+
+    Args:
+        verb: One of `VERBS`.
+        args: What was given after it.
+    """
+    function = getattr(import_module(f"xpo_lightning.verbs.{verb}"), verb)
+    parser = VerbParser(prog=f"xpo {verb}", description=(function.__doc__ or "").partition("\n\n")[0])
+    parser.add_function_arguments(function, as_positional=True, fail_untyped=True)
+    function(**vars(parser.instantiate(parser.parse_args(args))))
