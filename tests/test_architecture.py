@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "checkpoint_io": {"errors"},
     "complaints": {"errors"},
     "parsing": {"complaints"},
+    "versions": set(),
     "continued_run": {"csv_logger"},
     "csv_logger": {"errors"},
     "sharded_files": {"checkpoint_io", "errors"},

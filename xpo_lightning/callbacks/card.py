@@ -2,7 +2,6 @@
 
 import json
 import re
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.schedules import Constant, Schedule
+from xpo_lightning.versions import installed_version
 
 PACKAGES = ("torch", "transformers", "lightning", "peft", "xpo-lightning")
 EVALUATED = {
@@ -42,7 +42,7 @@ def model_card(trainer: Trainer, module: XPOLightningModule, metrics: dict[str, 
         f"([XPO](https://arxiv.org/abs/2405.21046)) by xpo-lightning.\n",
         _table("training", _training_facts(trainer, module)),
         _table("last validation", _evaluation_facts(metrics)),
-        _table("package", {name: version(name) for name in PACKAGES}),
+        _table("package", {name: installed_version(name) for name in PACKAGES}),
         _usage(is_adapter),
     ]
     return "\n".join(part for part in parts if part)

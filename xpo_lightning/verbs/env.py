@@ -3,9 +3,10 @@
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+from xpo_lightning.versions import installed_version
 
 PACKAGES = (
     *("xpo-lightning", "torch", "lightning", "transformers", "datasets", "jsonargparse", "torchmetrics", "peft"),
@@ -20,7 +21,7 @@ def env() -> None:
         "platform": platform.platform(),
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         **_accelerators(),
-        **{package: _version(package) for package in PACKAGES},
+        **{package: installed_version(package) for package in PACKAGES},
     }
     width = max(map(len, lines))
     for name, text in lines.items():
@@ -33,10 +34,3 @@ def _accelerators() -> dict[str, str]:
     devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     sizes = [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices]
     return {"gpu": "; ".join(sizes), "cuda": str(torch.version.cuda)}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
