@@ -40,6 +40,14 @@ def memory_gib(field: str = "VmHWM") -> float:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
+def finish_device_work() -> None:
+    """Wait until a GPU, where there is one, has done what it was asked to."""
+    import torch  # noqa: PLC0415  (as below)
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def result(
     spec: dict[str, Any], seconds: float, phases: dict[str, float], loaded_gib: float, new_tokens: int | None
 ) -> dict[str, Any]:
@@ -69,9 +77,16 @@ def result(
         "phases_per_prompt": shares,
         "peak_gib": memory_gib(),
         "loaded_gib": loaded_gib,
+        "gpu_peak_gib": _gpu_peak_gib(),
         "new_tokens": new_tokens,
         "hardware": hardware(),
     }
+
+
+def _gpu_peak_gib() -> float:
+    import torch  # noqa: PLC0415  (as below)
+
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
 
 
 def hardware() -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from measuring import finish_device_work
 from transformers import GenerationMixin, TrainerCallback
 from trl.experimental.xpo import XPOTrainer, xpo_trainer
 
@@ -39,6 +40,7 @@ class StepTimer(TrainerCallback):
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Stop the clock."""
+        finish_device_work()
         now = time.perf_counter()
         self.seconds["optimizer"] += now - self._update_begun
         self.wall_seconds = now - self._step_begun

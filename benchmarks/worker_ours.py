@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from measuring import Prompt, memory_gib, read_prompts, read_spec, result
+from measuring import Prompt, finish_device_work, memory_gib, read_prompts, read_spec, result
 from torch.utils.data import DataLoader
 
 from xpo_lightning import LoRASpec, ModelSpec, Sampling, SequenceClassifierReward, XPOLightningModule
@@ -22,7 +22,7 @@ def main() -> None:
     spec = read_spec()
     warmup, timed = read_prompts(spec)
     torch.manual_seed(0)
-    measured = measure(make_module(spec), warmup[:WARM_UP_PROMPTS], timed)
+    measured = measure(make_module(spec), warmup[:WARM_UP_PROMPTS], timed, spec.get("accelerator", "cpu"))
     if measured.lengths and measured.lengths != {spec["new_tokens"]}:
         raise RuntimeError(f"expected completions of {spec['new_tokens']} tokens, but got {sorted(measured.lengths)}")
     counted = measured.lengths.pop() if measured.lengths else None
@@ -68,6 +68,7 @@ class StepClock(Callback):
         timer = getattr(pl_module, "timer", None)
         if timer is not None:
             timer.reset()
+        finish_device_work()
         self._begun = time.perf_counter()
 
     def on_train_batch_end(
@@ -75,18 +76,22 @@ class StepClock(Callback):
     ) -> None:
         """Stop the clock."""
         if batch_idx == self.timed_step:
+            finish_device_work()
             self.seconds = time.perf_counter() - self._begun
             timer = getattr(pl_module, "timer", None)
             self.phases = {} if timer is None else dict(timer.seconds())
 
 
-def measure(module: XPOLightningModule, warmup: list[Prompt], timed: list[Prompt]) -> StepClock:
+def measure(
+    module: XPOLightningModule, warmup: list[Prompt], timed: list[Prompt], accelerator: str = "cpu"
+) -> StepClock:
     """Fit two batches, and time the second."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     clock = StepClock(timed_step=1)
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
+        devices=1,
         max_steps=2,
         callbacks=[clock],
         logger=False,

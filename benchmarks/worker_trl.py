@@ -40,7 +40,7 @@ def _trainer(spec: dict[str, Any], rows: list[Prompt], folder: str) -> XPOTraine
     _check_same_tokens(tokenizer, rows)
     args = XPOConfig(
         output_dir=folder,
-        use_cpu=True,
+        use_cpu=spec.get("accelerator") != "gpu",
         report_to="none",
         save_strategy="no",
         max_steps=1,

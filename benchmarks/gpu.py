@@ -1,0 +1,124 @@
+"""Measures optimizer steps on a CUDA device: their memory beside the arithmetic, and their time beside TRL's.
+
+    python benchmarks/gpu.py --json gpu.json
+
+Run it with an interpreter that has this package, TRL and bitsandbytes. Models have the shapes of public ones and random
+weights; nothing is downloaded.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from environments import HERE, run
+from gpu_assets import make_assets
+from gpu_memory import MEMORY_CASES, measure_memory
+from suites import LORA, SHARED
+
+Run = dict[str, Any]
+GIB = 2**30
+TRL_FAST = {"gradient_checkpointing": False, "bf16": False, "logging_strategy": "no", "disable_tqdm": True}
+PROMPTS, NEW_TOKENS = 128, 64
+SHIPPED_PROMPTS, SHIPPED_BATCH = 16, 4
+"""TRL as shipped is timed on so many prompts of the step, at the batch of its own example."""
+
+
+def main() -> None:
+    """Measure what is asked for, and print the tables."""
+    args = _arguments()
+    properties = torch.cuda.get_device_properties(0)
+    record: Run = {"device": properties.name, "torch": torch.__version__, "memory": [], "time": []}
+    print(f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, torch {torch.__version__}", flush=True)
+    for case in MEMORY_CASES if args.only in (None, "memory") else ():
+        record["memory"].append(measure_memory(case))
+        print(memory_row(record["memory"][-1]), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("smollm2", "1b") if args.only in (None, "time") else ():
+            assets = make_assets(Path(folder) / name, name, PROMPTS)
+            for label, worker, spec in time_specs(name, assets, args.trl_batches):
+                record["time"].append({"run": label, **_measure(worker, spec)})
+                print(time_row(record["time"][-1]), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["memory", "time"], help="one of the two")
+    parser.add_argument("--trl-batches", type=int, nargs="*", default=[16, 64], help="batch sizes to try of TRL")
+    parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
+    return parser.parse_args()
+
+
+def time_specs(name: str, assets: Path, trl_batches: list[int]) -> list[tuple[str, str, Run]]:
+    """Describe the timed runs of a model to their workers: ours, TRL at its best, TRL as shipped.
+
+    Args:
+        name: The model.
+        assets: Its folder.
+        trl_batches: Batch sizes to try of TRL at its best.
+    """
+    shared = {
+        **SHARED,
+        "suite": name,
+        "assets": str(assets),
+        "prompts": str(assets / "prompts.jsonl"),
+        "dtype": "bfloat16",
+        "accelerator": "gpu",
+        "step_prompts": PROMPTS,
+        "timed_prompts": PROMPTS,
+        "new_tokens": NEW_TOKENS,
+        "lora": None,
+    }
+    ours = {**shared, "system": "ours", "options": {"micro_batch_size": 16}}
+    best = {**shared, "system": "trl-best", "options": TRL_FAST}
+    shipped = {**shared, "system": "trl-shipped", "options": {}, "timed_prompts": SHIPPED_PROMPTS}
+    specs = [(f"{name}, ours", "worker_ours.py", ours)]
+    specs += [(f"{name}, ours, LoRA", "worker_ours.py", {**ours, "lora": LORA})]
+    for batch in trl_batches:
+        spec = {**best, "batch": batch, "warm_up_prompts": batch}
+        specs.append((f"{name}, TRL, best settings, batch {batch}", "worker_trl.py", spec))
+    if trl_batches:
+        spec = {**shipped, "batch": SHIPPED_BATCH, "warm_up_prompts": SHIPPED_BATCH}
+        specs.append((f"{name}, TRL as shipped, batch {SHIPPED_BATCH}", "worker_trl.py", spec))
+    return specs
+
+
+def _measure(worker: str, spec: Run) -> Run:
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
+    try:
+        output = run([sys.executable, str(HERE / worker), json.dumps(spec)], env={**os.environ, **quiet})
+    except SystemExit as error:  # Out of memory, for example: the other runs are worth having.
+        return {"failed": str(error)}
+    measured: Run = json.loads(output.splitlines()[-1])
+    return measured
+
+
+def memory_row(result: Run) -> str:
+    """Write a line of the memory table, in GiB."""
+    gib = [result[name] / GIB for name in ("standing", "peak", "measured_standing", "measured_peak", "reserved")]
+    ratio = result["peak"] / result["measured_peak"]
+    return "| " + " | ".join([result["name"], *(f"{each:.2f}" for each in gib), f"{ratio:.2f}"]) + " |"
+
+
+def time_row(result: Run) -> str:
+    """Write a line of the time table: milliseconds a prompt, seconds a step, new tokens a second, GiB."""
+    if "failed" in result:
+        return f"| {result['run']} | {result['failed']} |"
+    phases = ", ".join(f"{name} {1000 * value:.1f}" for name, value in result["phases_per_prompt"].items())
+    numbers = (
+        f"{1000 * result['seconds_per_prompt']:.1f}",
+        f"{result['step_seconds']:.2f}",
+        f"{result['tokens_per_second']:.0f}",
+        f"{result['gpu_peak_gib']:.2f}",
+    )
+    return "| " + " | ".join([result["run"], *numbers, phases]) + " |"
+
+
+if __name__ == "__main__":
+    main()
