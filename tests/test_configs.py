@@ -9,7 +9,12 @@ from jsonargparse import Namespace
 from xpo_lightning.cli import XPOCLI
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-OVERLAYS = {"tldr_lora.yaml": "tldr.yaml", "iterated.yaml": "quickstart.yaml"}
+OVERLAYS = {
+    "tldr_lora.yaml": "tldr.yaml",
+    "iterated.yaml": "quickstart.yaml",
+    "8b_full_nodes.yaml": "scale/8b_full_8_gpus.yaml",
+    "8b_lora_vllm.yaml": "scale/8b_lora_one_gpu.yaml",
+}
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
 

@@ -56,7 +56,7 @@ def begin(model_folder: Callable[..., str]) -> Begin:
         folder = where / (name or str(processes))
         folder.mkdir(exist_ok=True)
         prompts = where / "prompts.jsonl"
-        prompts.write_text('{"prompt": "the cat sat on the mat"}\n' * 16)
+        prompts.write_text('{"prompt": "the cat sat on the mat"}\n' * changes.pop("rows", 16))
         arguments = {"folder": str(folder), **changes.pop("arguments", {})}
         reward = {"function": f"{__name__}.{function}", "arguments": arguments}
         callbacks = changes.pop("callbacks", [])

@@ -1,0 +1,266 @@
+"""Arithmetic for sizes that do not fit here: recipes and pages say what it gives, and small runs agree with it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_tokenizer
+from test_configs import CONFIGS as RUNS
+from test_configs import parse_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from xpo_lightning.shape import Shape, weight_count
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+SCALE = RUNS / "scale"
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def _scripts_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+# ---- recipes ----
+
+
+def test_every_recipe_is_one_that_is_counted():
+    import recipes
+
+    assert {file.stem for file in SCALE.glob("*.yaml")} == set(recipes.NAMES)
+
+
+@pytest.mark.parametrize("file", sorted(SCALE.glob("*.yaml")), ids=lambda file: file.stem)
+def test_header_of_a_recipe_states_the_memory_that_is_worked_out(file: Path):
+    import recipes
+
+    memory = recipes.memory_of(recipes.read_recipe(file.stem))
+    header = file.read_text().split("\n\n")[0]
+    stated = re.search(r"# Memory +([\d.]+) GiB .*, ([\d.]+) of them all the time", header)
+    assert stated
+    assert stated.groups() == (f"{memory.peak / GIB:.1f}", f"{memory.standing / GIB:.1f}")
+    assert "How long       not run" in header
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "taken_by_others"),
+    [
+        *(("1b_one_gpu", 48, 1), ("8b_lora_one_gpu", 80, 1), ("8b_lora_vllm", 80, 1)),
+        *(("8b_qlora_small_gpu", 24, 1), ("8b_full_8_gpus", 141, 2), ("8b_full_nodes", 80, 2)),
+    ],
+)
+def test_a_recipe_fits_the_gpu_that_it_asks_for(name: str, gigabytes: int, taken_by_others: int):
+    import recipes
+
+    assert f"{gigabytes} GB" in (SCALE / f"{name}.yaml").read_text().split("\n\n")[0]
+    room = gigabytes * 1e9 - taken_by_others * GIB
+    assert recipes.memory_of(recipes.read_recipe(name)).peak < room
+
+
+def test_recipes_are_read_as_the_command_line_reads_them():
+    """Overlays too: what the arithmetic takes from the files is what a run would."""
+    import recipes
+
+    for name in recipes.NAMES:
+        ours, theirs = recipes.read_recipe(name), parse_file(SCALE / f"{name}.yaml")
+        model, data = theirs.model, theirs.data
+        assert ours["model"]["policy"]["path"] == model.policy.path
+        assert ours["model"]["policy"].get("quantize") == model.policy.quantize
+        assert ours["model"]["reward"]["init_args"]["path"] == model.reward.init_args.path
+        assert ours["model"]["micro_batch_size"] == model.micro_batch_size
+        assert ours["model"]["rollout_batch_size"] == model.rollout_batch_size
+        assert (ours["data"]["batch_size"], ours["data"]["max_prompt_tokens"]) == (
+            data.batch_size,
+            data.max_prompt_tokens,
+        )
+        assert ours["trainer"].get("num_nodes", 1) == theirs.trainer.num_nodes
+
+
+def test_the_job_script_starts_a_process_for_each_gpu_of_its_recipe():
+    import recipes
+
+    script, trainer = (SCALE / "8b_full_nodes.sbatch").read_text(), recipes.read_recipe("8b_full_nodes")["trainer"]
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", script, re.MULTILINE))
+    assert int(options["nodes"]) == trainer["num_nodes"]
+    assert int(options["ntasks-per-node"]) == int(options["gpus-per-node"]) == trainer["devices"]
+    for file in re.findall(r"--config (\S+)", script):
+        assert (ROOT / file).is_file()
+
+
+def test_four_bit_weights_are_counted_by_hand():
+    """Blocks of 64 have a byte of scale, and 256 blocks a float32: 0.5 + 1/64 + 4/16384 = 0.515869140625 bytes.
+
+    Llama 3.1 8B: layers' matrices are 32 x 218,103,808 = 6,979,321,856 weights; embedding, head and norms the other
+    1,050,939,392, of 2 bytes.
+    """
+    import recipes
+    from public_models import LLAMA_8B
+
+    assert recipes.NF4 == 0.515869140625
+    assert recipes.quantized_bytes(LLAMA_8B) == int(6_979_321_856 * 0.515869140625) + 2 * 1_050_939_392
+    assert recipes.largest_matrix(LLAMA_8B) == 4096 * 14336
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("LLAMA_1B", 1_235_814_400), ("LLAMA_8B", 8_030_261_248), ("LLAMA_70B", 70_553_706_496)],
+)
+def test_public_models_have_the_weights_that_their_pages_state(name: str, weights: int):
+    import public_models
+
+    assert weight_count(getattr(public_models, name)) == weights
+
+
+# ---- the page ----
+
+
+def test_every_table_of_the_page_is_what_the_arithmetic_gives():
+    import scale_tables
+
+    page = scale_tables.PAGE.read_text()
+    assert scale_tables.filled(page) == page, "run: python benchmarks/scale_tables.py --write"
+    assert page.count("<!-- table: ") == len(scale_tables.TABLES)
+
+
+def test_measured_runs_are_those_of_the_command_and_within_the_error_that_the_page_states():
+    import memory_cases
+    import scale_tables
+
+    results = json.loads(scale_tables.MEASURED.read_text())
+    assert [each["name"] for each in results] == list(memory_cases.CASES)
+    errors = [memory_cases.predicted(memory_cases.CASES[each["name"]])["peak"] / each["tensors"] for each in results]
+    stated = re.search(r"between ([\d.]+) and ([\d.]+) times", scale_tables.PAGE.read_text())
+    assert stated
+    assert stated.groups() == (f"{min(errors):.2f}", f"{max(errors):.2f}")
+
+
+# ---- time ----
+
+
+def test_products_of_gradient_checkpointing_worked_by_hand():
+    """A layer of 8 x 8 x 4 of attention and 3 x 8 x 16: 640 weights, 1280 FLOP a position; attention 4 x 8 = 32 a pair.
+
+    P = 4, T = 2. Shared: 4 positions, 10 pairs; twice 1 position with 5 pairs: 6 x 1280 + 20 x 32 = 8320.
+    Apart: twice 5 positions, 15 pairs: 10 x 1280 + 30 x 32 = 13,760. Four times this less three times that.
+    """
+    import scale_time
+
+    shape = Shape(layers=1, hidden=8, heads=4, kv_heads=4, head_dim=2, intermediate=16, vocabulary=100)
+    assert scale_time.flop_shape(shape).body == 640
+    assert scale_time.checkpointed_extra(shape, 4, 2) == 4 * 13_760 - 3 * 8320
+
+
+def test_decoding_one_row_takes_as_long_as_reading_the_weights():
+    """Llama 3.1 8B: 2 x 8,030,261,248 bytes, and 131,072 for each of 1280 tokens, at 3.35e12 bytes a second."""
+    import scale_time
+    from public_models import LLAMA_8B
+
+    floor = scale_time.decoding(LLAMA_8B, 1, 1024, 512, 1)
+    assert floor.step_bytes == 2 * 8_030_261_248 + 131_072 * 1280
+    assert floor.token_seconds == pytest.approx(floor.step_bytes / 3.35e12)
+    assert floor.bound_by == "bytes"
+    assert scale_time.decoding(LLAMA_8B, 1, 1024, 512, 2).token_seconds == pytest.approx(floor.token_seconds / 2)
+
+
+# ---- small runs ----
+
+SMALL = {
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a policy of 14 million weights."""
+    folder = tmp_path_factory.mktemp("assets")
+    AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)).save_pretrained(folder / "policy")
+    make_tokenizer().save_pretrained(folder / "policy")
+    return folder
+
+
+def take_steps(spec: dict[str, Any], results: Path) -> list[dict[str, float]]:
+    results.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(BENCHMARKS / "worker_memory.py"), json.dumps({**spec, "results": str(results)})]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
+
+
+@pytest.mark.parametrize(
+    ("options", "processes"),
+    [
+        ({}, 1),
+        ({"checkpointing": True}, 1),
+        pytest.param({"processes": 2}, 2, marks=pytest.mark.slow),
+    ],
+    ids=["plain", "gradient checkpointing", "FSDP2"],
+)
+def test_a_real_run_takes_the_memory_that_is_worked_out(
+    assets: Path, tmp_path: Path, options: dict[str, Any], processes: int
+):
+    """To a tenth of the peak of tensors; the process takes that and up to 0.8 GiB, the page's limit, more."""
+    import memory_cases
+
+    case = replace(memory_cases.CASES["smollm2"], reward_model=False, prompts=8, micro_batch_size=4, **options)
+    shape = Shape.of(LlamaConfig(**SMALL))
+    expected = memory_cases.predicted(case, shape)["peak"]
+    spec = case.spec(assets)
+    watched = take_steps({**spec, "tensors": True}, tmp_path / "tensors")
+    assert len(watched) == processes
+    for each in watched:
+        assert each["tensors"] == pytest.approx(expected, rel=0.1)
+    for each in take_steps({**spec, "tensors": False}, tmp_path / "process"):
+        assert 0.9 * expected < each["process"] < expected + 0.8 * GIB
+
+
+def test_torch_counts_the_products_that_are_worked_out(assets: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of the second step, attention left out: torch has no count for it on a CPU."""
+    import flops
+    import worker_memory
+    from lightning.pytorch import Callback
+    from memory_cases import CASES
+    from scale_time import flop_shape
+    from torch.utils.flop_counter import FlopCounterMode
+
+    monkeypatch.setattr("xpo_lightning.cpu.prefers_onednn", lambda: False)  # torch knows nothing of its products
+    counter = FlopCounterMode(display=False)
+
+    class Count(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                counter.__enter__()
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            if args[-1] == 1:
+                counter.__exit__(None, None, None)
+
+    case = replace(CASES["smollm2"], reward_model=False, prompts=4, prompt_tokens=32, new_tokens=8)
+    worker_memory.fit(worker_memory.make_module(case.spec(assets)), case.spec(assets), Count())
+    shape = replace(flop_shape(Shape.of(LlamaConfig(**SMALL))), attention=0)
+    parts = flops.step_flop(shape, 32, 8)
+    del parts["reward"]
+    assert counter.get_total_flops() == pytest.approx(case.prompts * sum(parts.values()), rel=0.02)
+
+
+def test_the_shapes_of_measured_models_are_those_of_their_configs():
+    import memory_assets
+    from assets import PYTHIA_14M
+    from memory_cases import SHAPES
+    from transformers import GPTNeoXConfig
+
+    assert Shape.of(GPTNeoXConfig(**PYTHIA_14M)) == SHAPES["pythia"]
+    assert Shape.of(LlamaConfig(**memory_assets.LLAMA_300M)) == SHAPES["llama-300m"]
