@@ -36,7 +36,8 @@ class Value:
 
     def __str__(self) -> str:
         """Write it with three digits after the point."""
-        return f"{self.number:z.3f}" + ("" if self.error is None else f" ± {self.error:.3f}")
+        number = f"{self.number:z.3f}".replace("-", "−")
+        return number if self.error is None else f"{number} ± {self.error:.3f}"
 
 
 @dataclass(frozen=True)
