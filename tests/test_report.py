@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,12 @@ def opened(page: Page, written: Path) -> Callable[..., Page]:
 
 def test_browser_sees_requests_and_complaints(page: Page, tmp_path: Path):
     """Else the other tests could not fail."""
-    (tmp_path / "bad.html").write_text(
-        "<img src='https://example.invalid/a.png'><script>console.error(1); x.y</script>"
-    )
+    bad = "<img src='https://example.invalid/a.png'><script>console.error('mine'); x.y</script>"
+    (tmp_path / "bad.html").write_text(bad)
     page.open(tmp_path / "bad.html")
     page.run("1")
     assert "https://example.invalid/a.png" in page.requests
+    assert any("mine" in one for one in page.complaints)
     assert any("x is not defined" in one for one in page.complaints)
 
 
@@ -164,10 +165,9 @@ def test_headline_numbers_come_with_their_errors(opened: Callable[..., Page]):
 def test_nothing_overflows_and_all_can_be_read(opened: Callable[..., Page], width: int, scheme: str):
     shown = opened(width=width, scheme=scheme)
     shown.run("document.querySelectorAll('details').forEach(one => { one.open = true })")
-    assert shown.run("document.documentElement.scrollWidth") == width
+    assert shown.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     ends = shown.run(PLACES.format("main > section, .card, figure svg, .text, td, h1"))
-    beyond = "[...document.querySelectorAll('.table td')].length"
-    assert shown.run(beyond) > 0
+    assert len(ends) > 30
     assert max(place["right"] for place in ends) <= width
     colors = shown.run(CONTRASTS)
     assert len(colors) > 20
@@ -204,11 +204,9 @@ def test_structure_serves_those_who_do_not_see_it(opened: Callable[..., Page]):
     levels = shown.run("[...document.querySelectorAll('h1, h2, h3, h4')].map(one => +one.tagName[1])")
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after - before <= 1 for before, after in pairwise(levels))
     assert shown.run("[...document.querySelectorAll('th')].every(one => one.scope)")
-    labels = shown.run(
-        "[...document.querySelectorAll('figure.chart > svg')].map(one => one.getAttribute('aria-label'))"
-    )
+    labels = shown.run("[...document.querySelectorAll('.chart > svg')].map(one => one.getAttribute('aria-label'))")
     assert labels[0].startswith("Win rate against the reference: training 0.51 at step 1 and 0.79 at step 30; held out")
     assert shown.run("document.documentElement.lang") == "en"
 
@@ -223,7 +221,8 @@ def test_page_has_what_the_run_left_and_says_what_it_did_not(tmp_path: Path):
     text = report(run).read_text()
     for hint in ("CompletionsTable", "RunSummary", "Throughput", "No validation was logged", "no config.yaml"):
         assert hint in text
-    assert "nan" not in re.sub(r"<script>.*</script>", "", text, flags=re.DOTALL).lower().replace("finance", "")
+    assert "NaN" not in text.partition('id="data">')[2].partition("</script>")[0]
+    assert not re.search(r"[ML][\d.]* ?nan", text)
 
 
 def test_report_of_a_parent_is_that_of_its_newest_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
