@@ -52,9 +52,18 @@ def draw_curves(csv_path: Path | Mapping[str, Path], png_path: Path) -> None:
         InputError: A metrics file does not exist, is no such file, or has none of the metrics that are drawn.
     """
     files = csv_path if isinstance(csv_path, Mapping) else {"": csv_path}
-    runs = {name: _drawable(path) for name, path in files.items()}
-    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    figure = figure_of({name: _drawable(path) for name, path in files.items()})
     canvas = FigureCanvasAgg(figure)
+    png_path.parent.mkdir(parents=True, exist_ok=True)
+    partial = png_path.with_name(png_path.name + ".partial")
+    with partial.open("wb") as file:
+        canvas.print_png(file)  # type: ignore[no-untyped-call]
+    partial.replace(png_path)
+
+
+def figure_of(runs: Mapping[str, Metrics]) -> Figure:
+    """Draw a run, or several over each other, each under its name."""
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
     for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         if len(runs) == 1:
             draw_panel(axes, panel, *runs.values())
@@ -65,11 +74,7 @@ def draw_curves(csv_path: Path | Mapping[str, Path], png_path: Path) -> None:
         figure.legend(
             handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=9, frameon=False
         )
-    png_path.parent.mkdir(parents=True, exist_ok=True)
-    partial = png_path.with_name(png_path.name + ".partial")
-    with partial.open("wb") as file:
-        canvas.print_png(file)  # type: ignore[no-untyped-call]
-    partial.replace(png_path)
+    return figure
 
 
 def draw_panel(axes: Axes, panel: Panel, metrics: Metrics) -> None:

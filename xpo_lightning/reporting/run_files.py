@@ -82,11 +82,12 @@ def find_runs(runs: list[str]) -> dict[str, RunFiles]:
 
 
 def _short_names(places: list[Path]) -> list[str]:
-    """Leave out what the paths have in common at the beginning and at the end."""
+    """Leave out what the paths have in common at the beginning and at the end, but of none the whole."""
     if len(places) == 1:
         return [RunFiles(places[0]).name]
-    parts = [place.parts for place in places]
+    same_file = len({place.name for place in places}) == 1
+    parts = [(place.parent if same_file else place).parts for place in places]
     shortest = min(map(len, parts))
-    start = next(place for place in range(shortest + 1) if len({part[: place + 1] for part in parts}) > 1)
-    end = next(place for place in range(shortest + 1) if len({part[len(part) - place - 1 :] for part in parts}) > 1)
+    start = next((n for n in range(shortest) if len({part[: n + 1] for part in parts}) > 1), shortest - 1)
+    end = next((n for n in range(shortest) if len({part[len(part) - n - 1 :] for part in parts}) > 1), shortest)
     return ["/".join(part[start : max(start + 1, len(part) - end)]) for part in parts]

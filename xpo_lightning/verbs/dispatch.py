@@ -1,6 +1,8 @@
 """From `xpo VERB ...` to the function of that name."""
 
+from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -33,10 +35,17 @@ def run(verb: str, args: list[str]) -> None:
         args: What was given after it.
     """
     function = getattr(import_module(f"xpo_lightning.verbs.{verb}"), verb)
-    parser = VerbParser(prog=f"xpo {verb}", description=(function.__doc__ or "").partition("\n\n")[0])
+    parser = parser_of(function)
+    function(**vars(parser.instantiate(parser.parse_args(args))))
+
+
+def parser_of(function: Callable[..., Any]) -> VerbParser:
+    """Build the parser of a verb from its signature and docstring."""
+    description = (function.__doc__ or "").partition("\n\n")[0]
+    parser = VerbParser(prog=f"xpo {function.__name__}", description=description)
     parser.add_function_arguments(function, as_positional=True, fail_untyped=True)
     _take_several(parser)
-    function(**vars(parser.instantiate(parser.parse_args(args))))
+    return parser
 
 
 def _take_several(parser: ArgumentParser) -> None:
