@@ -50,9 +50,11 @@ def test_series_come_from_the_file(tmp_path: Path):
 
 
 def test_what_was_done_again_counts_once(tmp_path: Path):
-    """A run that went back to step 2, and on to step 4, in one file; its last line was broken off by a kill."""
-    text = "loss/dpo,step\n" + "0.9,1\n0.8,2\n0.7,3\n0.6,4\n0.75,3\n0.65,4\n0.5"
-    assert read_metrics(write_metrics(tmp_path, text))["loss/dpo"] == Series([1, 2, 3, 4], [0.9, 0.8, 0.75, 0.65])
+    """A run that went back from step 5 to 2, and on to 4, in one file; its last line was broken off by a kill."""
+    text = "eval/win_rate,loss/dpo,step\n,0.9,1\n0.5,,2\n,0.8,2\n,0.7,3\n,0.6,4\n0.6,,4\n,0.5,5\n,0.75,3\n,0.65,4\n,0.5"
+    metrics = read_metrics(write_metrics(tmp_path, text))
+    assert metrics["loss/dpo"] == Series([1, 2, 3, 4], [0.9, 0.8, 0.75, 0.65])
+    assert metrics["eval/win_rate"] == Series([2], [0.5]), "the validation of step 4 was not of this run"
 
 
 def test_a_cell_that_is_no_number_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -129,6 +131,8 @@ def test_runs_are_drawn_over_each_other(tmp_path: Path):
     assert texts(panel(figure.axes, "KL")) == ["not logged: short"]
     assert texts(panel(figure.axes, "Completion length")) == ["not logged: short (reference)"]
     assert texts(loss) == []
+    writers = panel(figure.axes, "Completion length").get_legend().get_texts()
+    assert [text.get_text() for text in writers] == ["policy", "reference"]
     (legend,) = figure.legends
     labels = [text.get_text() for text in legend.get_texts()]
     assert labels == ["long", "short", "held out, ± standard error", "training, smoothed"]

@@ -104,11 +104,11 @@ def _drawable(csv_path: Path) -> Metrics:
 
 def _overlay(axes: Axes, panel: Panel, runs: Mapping[str, Metrics]) -> None:
     """Draw a panel of several runs: they differ by colour, what it is of by the line."""
-    for metrics, color in zip(runs.values(), run_colors(len(runs)), strict=True):
-        for (line, writer), dash in zip(panel.lines.items(), ("-", "--"), strict=False):
+    for (line, writer), dash in zip(panel.lines.items(), ("-", "--"), strict=False):
+        for metrics, color in zip(runs.values(), run_colors(len(runs)), strict=True):
             _draw_line(axes, metrics, line, Style(color, dash, None))
-            if writer and color == COLORS[0]:
-                axes.plot([], [], color=GREY, linestyle=dash, label=writer)
+        if writer:
+            axes.plot([], [], color=GREY, linestyle=dash, label=writer)
     _finish(axes, panel)
     if lacking := _lacking(panel, runs):
         text = f"not logged: {', '.join(lacking)}"

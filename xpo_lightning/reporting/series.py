@@ -15,13 +15,11 @@ class Series:
     steps: list[int]
     values: list[float]
 
-    def add(self, step: int, value: float) -> None:
-        """Add a value; what was logged at this step or a later one belongs to a part of the run that was redone."""
+    def cut(self, step: int) -> None:
+        """Forget the values of this step and later ones."""
         while self.steps and self.steps[-1] >= step:
             self.steps.pop()
             self.values.pop()
-        self.steps.append(step)
-        self.values.append(value)
 
     def at(self, step: int) -> float | None:
         """Return the value at a step; None where there is none."""
@@ -40,7 +38,8 @@ def read_metrics(csv_path: Path) -> Metrics:
             metric was not.
 
     Returns:
-        The series of each metric that was logged at least once.
+        The series of each metric that was logged at least once. Where a metric goes back to an earlier step, a run was
+        taken up from there, and what all metrics had from that step on no longer counts.
 
     Raises:
         InputError: The file is no such file.
@@ -51,18 +50,28 @@ def read_metrics(csv_path: Path) -> Metrics:
         if "step" not in (reader.fieldnames or []):
             raise InputError(f"{csv_path} has no column 'step'; give the metrics.csv of a run")
         for row in reader:
-            step = _number(row["step"], csv_path, reader.line_num, "step")
-            for name, cell in row.items():
-                if cell and name not in ("step", None) and math.isfinite(step):
-                    value = _number(cell, csv_path, reader.line_num, name)
-                    metrics.setdefault(name, Series([], [])).add(int(step), value)
-    return metrics
+            cells = {name: cell for name, cell in row.items() if cell and name is not None}
+            values = {name: _number(cell, csv_path, reader.line_num, name) for name, cell in cells.items()}
+            step = values.pop("step", math.nan)
+            if math.isfinite(step):  # A killed process may leave the beginning of a row.
+                _add(metrics, int(step), values)
+    return {name: series for name, series in metrics.items() if series.steps}
 
 
-def _number(cell: str | None, csv_path: Path, line: int, column: str) -> float:
-    """Read a number; a row without a step, as one that a killed process left behind, has none."""
+def _add(metrics: Metrics, step: int, values: dict[str, float]) -> None:
+    known = [metrics[name].steps for name in values if name in metrics and name != "epoch"]
+    redone = metrics if any(steps and steps[-1] > step for steps in known) else values.keys() & metrics.keys()
+    for name in redone:
+        metrics[name].cut(step)
+    for name, value in values.items():
+        series = metrics.setdefault(name, Series([], []))
+        series.steps.append(step)
+        series.values.append(value)
+
+
+def _number(cell: str, csv_path: Path, line: int, column: str) -> float:
     try:
-        return float(cell) if cell else math.nan
+        return float(cell)
     except ValueError as error:
         raise InputError(f"{csv_path}, line {line}: {column} is {cell!r:.40}, which is no number") from error
 
