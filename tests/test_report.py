@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Page, browsing
+from browser import Page, browsing, find_browser
 from test_cli import refused
 
 from xpo_lightning.cli import main
@@ -101,10 +101,21 @@ def test_browser_sees_requests_and_complaints(page: Page, tmp_path: Path):
     assert any("x is not defined" in one for one in page.complaints)
 
 
+def test_without_a_browser_ci_fails_and_others_skip(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="apt-get install chromium"):
+        find_browser()
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="apt-get install chromium"):
+        find_browser()
+
+
 def test_curves_are_drawn(opened: Callable[..., Page]):
     shown = opened()
     titles = shown.run("[...document.querySelectorAll('figcaption')].map(one => one.textContent)")
     assert titles == ["Win rate against the reference", "KL from the reference (nats)", "Preference loss"]
+    assert "a whole step (seconds)\t2" in shown.run("document.body.innerText")
     assert "Not logged: score margin, policy − reference, completion length" in shown.run("document.body.innerText")
     for kind, count in {"raw": 3, "training": 3, "held-out": 2}.items():
         places = shown.run(PLACES.format(f"figure g path.{kind}"))

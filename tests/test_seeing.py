@@ -1,6 +1,7 @@
 """The page about seeing a run: its loggers log, its bar and its start are those of the quickstart."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -55,6 +56,9 @@ def test_logger_logs_beside_what_the_callbacks_leave(title: str):
     assert metrics["loss/dpo"].steps == [1, 2]
     for name in ("curves.png", "report.html", "completions.jsonl", "start.json", "config.yaml"):
         assert (folder / name).is_file()
+    start = json.loads((folder / "start.json").read_text())["run"]
+    for name in ("policy", "reference", "reward", "training", "validation"):  # the small run's are the quickstart's
+        assert f"\n{name:10}  {start[name]}\n" in PAGE
     events = [*Path("runs/mine/tensorboard").rglob("events.*")]
     assert bool(events) == (title == "TensorBoard")
     for file in events:

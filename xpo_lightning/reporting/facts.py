@@ -13,6 +13,7 @@ HEADLINES = {
     ),
     "objective/kl": ("KL from the reference", "nats a completion; how far the policy has moved away"),
 }
+PHASES = {"step": "a whole step", "policy_forward": "policy, forward", "optimizer": "optimizer's step"}
 HELD_OUT = {
     "win_rate": "win rate against the reference",
     "objective/kl": "KL from the reference (nats)",
@@ -78,7 +79,7 @@ def timings(metrics: Metrics) -> dict[str, str]:
         if values and group == "throughput":
             facts[what.replace("_", " ")] = f"{median(values):,.4g}"
         elif values and group == "time":
-            facts[f"{what.replace('_', ' ')}, seconds a step"] = f"{median(values):.3g}"
+            facts[f"{PHASES.get(what, what).replace('_', ' ')} (seconds)"] = f"{median(values):.3g}"
     return facts
 
 
