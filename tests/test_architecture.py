@@ -39,7 +39,6 @@ MAY_IMPORT = {
     "checkpoint_io": {"errors"},
     "complaints": {"errors"},
     "parsing": {"complaints"},
-    "versions": set(),
     "continued_run": {"csv_logger"},
     "csv_logger": {"errors"},
     "sharded_files": {"checkpoint_io", "errors"},
@@ -57,6 +56,8 @@ MAY_IMPORT = {
     "causal_lm": {"chat_template", "errors", "gguf", "sources"},
     "head": {"cpu"},
     "footprint": {"head", "shape"},
+    "reporting": {"errors"},
+    "versions": set(),
     "shape": set(),
     "forward": {"attention", "batch", "errors"},
     "prefix": {"batch", "forward"},
@@ -81,7 +82,7 @@ MAY_IMPORT = {
         "rewards",
     },
 }
-TOP = {"module", "steps", "callbacks", "checking", "check", "verbs", "cli"}
+TOP = {"module", "steps", "planning", "overview", "callbacks", "checking", "check", "verbs", "cli"}
 MAY_NOT_IMPORT = {
     "rewards": TOP | {"models"},
     "data": TOP | {"models"},
@@ -95,6 +96,8 @@ MAY_NOT_IMPORT = {
     "embedded": TOP,
     "steps": TOP - {"steps"},
     "module": {"callbacks", "check", "checking", "checkpoint_io", "cli", "continued_run", "csv_logger", "resume_point"},
+    "planning": TOP - {"module", "planning"},
+    "overview": TOP - {"module", "planning", "overview"},
     "callbacks": {"checking", "check", "verbs", "cli"},
     "checking": {"check", "verbs", "cli"},
     "check": {"verbs", "cli"},

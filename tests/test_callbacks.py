@@ -1,9 +1,11 @@
 """Callbacks: what they write is what the module did, and what they cannot do they refuse before training."""
 
 import csv
+import html
 import importlib.util
 import json
 import math
+import re
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,14 +19,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from matplotlib.figure import Figure
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from xpo_lightning import LoadedModel, LoRASpec, ModelSpec, Sampling, XPOLightningModule
+from xpo_lightning import LoadedModel, LoRASpec, ModelSpec, PromptDataModule, Sampling, XPOLightningModule
 from xpo_lightning import callbacks as all_callbacks
 from xpo_lightning.batch import Experience
 from xpo_lightning.callbacks import (
@@ -33,16 +34,20 @@ from xpo_lightning.callbacks import (
     LearningCurves,
     PolicyExport,
     PredictionsWriter,
+    RunReport,
     RunSummary,
+    Throughput,
     XPOProgressBar,
     draw_curves,
-    plot,
     save_policy,
 )
 from xpo_lightning.callbacks import completions as completions_room
 from xpo_lightning.callbacks import export as export_room
+from xpo_lightning.callbacks import progress as progress_room
 from xpo_lightning.errors import InputError
 from xpo_lightning.guard import StopAsked
+from xpo_lightning.reporting.panels import PANELS
+from xpo_lightning.reporting.series import read_metrics
 from xpo_lightning.rewards.function import PythonReward
 
 PROMPTS = ["the cat", "a dog", "red hat", "sat on", "mat", "away"]
@@ -329,6 +334,7 @@ def test_model_card_tells_the_facts(make_trainer: Callable[..., pl.Trainer], tmp
     card = (tmp_path / "run" / "models" / "final" / "README.md").read_text()
     metrics = trainer.callback_metrics
     wins, error = metrics["eval/win_rate"], metrics["eval/win_rate_stderr"]
+    kl_error = metrics["eval/objective/kl_stderr"]
     header = card.split("---\n")[1]
     assert 'base_model: "owner/name"' in header
     assert "library_name: transformers\n" in header
@@ -339,7 +345,7 @@ def test_model_card_tells_the_facts(make_trainer: Callable[..., pl.Trainer], tmp
     assert "| beta | 0.03 |" in card
     assert "| peak learning rate | 0.01 |" in card
     assert f"| win rate against the reference | {wins:.4g} ± {error:.2g} |" in card
-    assert f"| KL from the reference (nats) | {metrics['eval/objective/kl']:.4g} |" in card
+    assert f"| KL from the reference (nats) | {metrics['eval/objective/kl']:.4g} ± {kl_error:.2g} |" in card
     assert f"| torch | {torch.__version__} |" in card
 
 
@@ -516,11 +522,78 @@ def test_progress_bar_shows_short_names(make_trainer: Callable[..., pl.Trainer])
     trainer, module = make_trainer(bar, enable_progress_bar=True), build_module()
     trainer.fit(module, loader(), loader())
     shown, metrics = bar.get_metrics(trainer, module), trainer.callback_metrics
-    assert list(shown) == ["win", "margin", "kl", "loss", "eval win"]
+    assert list(shown) == ["win", "margin", "kl", "loss", "eval win", "tok/s", "left"]
     names = ["win_rate", "objective/scores_margin", "objective/kl", "loss/total", "eval/win_rate"]
-    assert list(shown.values()) == [metrics[name].item() for name in names]
+    assert list(shown.values())[:5] == [metrics[name].item() for name in names]
+    assert shown["left"] == "0:00:00"
     assert (bar.refresh_rate, bar._leave) == (7, True)
     assert trainer.progress_bar_callback is bar
+
+
+class Clock:
+    """Tells the time that it is told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Passing(Callback):
+    """Lets 2 seconds pass in each step, and 6 in a validation; keeps what the bar shows after each step."""
+
+    def __init__(self, clock: Clock, bar: XPOProgressBar) -> None:
+        self.clock, self.bar = clock, bar
+        self.shown: list[dict[str, Any]] = []
+        self.tokens: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        metrics = trainer.callback_metrics
+        self.clock.now += 2
+        self.tokens.append(3 * float(metrics["completions/model_length"] + metrics["completions/ref_length"]))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.clock.now += 6
+        self.shown.append(self.bar.get_metrics(trainer, pl_module))
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_progress_bar_tells_the_speed_and_the_time_left(
+    make_trainer: Callable[..., pl.Trainer], monkeypatch: pytest.MonkeyPatch, epochs: int
+) -> None:
+    """After 2 steps and a validation, 10 seconds, 2 or 4 steps are left: 10 or 20 seconds. Steps are of 3 pairs."""
+    clock, bar = Clock(), XPOProgressBar()
+    passing = Passing(clock, bar)
+    monkeypatch.setattr(progress_room, "time", clock)
+    trainer = make_trainer(passing, bar, enable_progress_bar=True, max_epochs=epochs)
+    trainer.fit(build_module(), loader(), loader())
+    assert (
+        [shown["left"] for shown in passing.shown] == ["0:00:10", "0:00:00"]
+        if epochs == 2
+        else [
+            "0:00:20",
+            "0:00:10",
+            "0:00:00",
+        ]
+    )
+    first, second = passing.tokens[:2]
+    assert passing.shown[0]["tok/s"] == f"{(0.9 * first + second) / (0.9 * 2 + 2):,.0f}"
+
+
+def test_progress_bar_shows_the_speed_that_throughput_logs(make_trainer: Callable[..., pl.Trainer]) -> None:
+    bar = XPOProgressBar()
+    trainer, module = make_trainer(Throughput(), bar, enable_progress_bar=True), build_module()
+    trainer.fit(module, loader(), loader())
+    logged = float(trainer.callback_metrics["throughput/tokens_per_second"])
+    assert bar.get_metrics(trainer, module)["tok/s"] == f"{logged:,.0f}"
+
+
+@pytest.mark.parametrize(("epochs", "text"), [(-1, "Epoch 3   "), (4, "Epoch 3/3 ")])
+def test_progress_bar_names_the_epoch(make_trainer: Callable[..., pl.Trainer], epochs: int, text: str) -> None:
+    bar = XPOProgressBar()
+    bar._trainer = make_trainer(bar, enable_progress_bar=True, max_epochs=epochs, max_steps=5)
+    assert bar._get_train_description(3) == text
 
 
 def test_progress_bar_renders(make_trainer: Callable[..., pl.Trainer], capsys: pytest.CaptureFixture[str]) -> None:
@@ -533,40 +606,12 @@ def test_progress_bar_renders(make_trainer: Callable[..., pl.Trainer], capsys: p
 
 # ---- learning curves ----
 
-CSV = """\
-epoch,eval/win_rate,eval/win_rate_stderr,loss/dpo,step,win_rate
-0,0.5,0.1,,0,
-0,,,0.75,0,0.25
-0,,,0.5,1,0.75
-0,0.625,0.05,,1,
-"""
-
-
-def test_series_come_from_the_file(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text(CSV)
-    metrics = plot.read_metrics(tmp_path / "metrics.csv")
-    assert metrics["eval/win_rate"] == plot.Series([0, 1], [0.5, 0.625])
-    assert metrics["loss/dpo"] == plot.Series([0, 1], [0.75, 0.5])
-    axes = Figure().subplots()
-    plot._draw_panel(axes, plot.PANELS[0], metrics)
-    raw, smoothed, held_out, _ = axes.lines
-    assert raw.get_xydata().tolist() == smoothed.get_xydata().tolist() == [[0, 0.25], [1, 0.75]]
-    assert held_out.get_xydata().tolist() == [[0, 0.5], [1, 0.625]]
-    (band,) = axes.collections
-    corners = {(float(x), round(float(y), 6)) for x, y in band.get_paths()[0].vertices}
-    assert corners == {(0, 0.4), (0, 0.6), (1, 0.575), (1, 0.675)}
-
-
-def test_smoothing_averages_a_tenth_of_the_series() -> None:
-    assert plot.smooth([1.0, 2.0, 3.0]) == [1.0, 2.0, 3.0]
-    assert plot.smooth([float(i % 2) for i in range(20)]) == [0.0] + [0.5] * 19
-
 
 def test_every_panel_names_a_metric_that_is_logged(make_trainer: Callable[..., pl.Trainer], tmp_path: Path) -> None:
     trainer = make_trainer(LearningCurves())
     trainer.fit(build_module(), loader(), loader())
-    metrics = plot.read_metrics(tmp_path / "run" / "metrics.csv")
-    for panel in plot.PANELS:
+    metrics = read_metrics(tmp_path / "run" / "metrics.csv")
+    for panel in PANELS:
         for name in panel.lines:
             assert len(metrics[name].values) == 4
             assert len(metrics[f"eval/{name}"].values) == 2
@@ -611,6 +656,22 @@ def test_curves_need_a_readable_metrics_file(
     logger = TensorBoardLogger(tmp_path) if prefix is None else CSVLogger(tmp_path, prefix=prefix)
     with pytest.raises(InputError, match=r"trainer\.logger"):
         make_trainer(LearningCurves(), logger=[logger]).fit(build_module(), loader())
+
+
+def test_report_of_a_run_shows_what_it_left(make_trainer: Callable[..., pl.Trainer], tmp_path: Path) -> None:
+    recorder = Recorder()
+    callbacks = [RunSummary(), CompletionsTable(terminal=False), RunReport(), recorder]
+    make_trainer(*callbacks).fit(build_module(), loader(), loader())
+    page = html.unescape((tmp_path / "run" / "report.html").read_text())
+    errors = [recorder.metrics[place]["eval/win_rate_stderr"] for place in (0, -1)]
+    wins = [recorder.metrics[place]["eval/win_rate"] for place in (0, -1)]
+    assert f"{wins[0]:.3f} ± {errors[0]:.3f} →</span> <span>{wins[1]:.3f} ± {errors[1]:.3f}" in page
+    assert page.count('<svg viewBox="0 0 380 220"') == 6
+    for prompt in PROMPTS:
+        assert f">{prompt}</p>" in page
+    assert torch.__version__ in page
+    with pytest.raises(InputError, match=r"trainer\.logger: RunReport needs"):
+        make_trainer(RunReport(), logger=False).fit(build_module(), loader())
 
 
 # ---- baseline ----
@@ -658,7 +719,8 @@ def test_summary_names_what_there_is(
     callbacks = [RunSummary(), Baseline(), CompletionsTable(terminal=False), PolicyExport(), LearningCurves(), recorder]
     trainer = make_trainer(*callbacks, ModelCheckpoint(save_last=True), num_sanity_val_steps=-1)
     trainer.fit(build_module(), loader(), loader())
-    shown = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines() if "  " in line)
+    ending = capsys.readouterr().out.partition("run folder")
+    shown = dict(line.split("  ", 1) for line in "".join(ending[1:]).splitlines() if "  " in line)
     shown = {name: text.strip() for name, text in shown.items()}
     folder = tmp_path / "run"
     names = ["metrics.csv", "completions.jsonl", "policy", "curves.png", "checkpoints/last.ckpt"]
@@ -670,21 +732,62 @@ def test_summary_names_what_there_is(
     errors = [metrics["eval/win_rate_stderr"] for metrics in (first, last)]
     wins = [metrics["eval/win_rate"] for metrics in (first, last)]
     assert shown["eval/win_rate"] == f"{wins[0]:.3f} ± {errors[0]:.3f} -> {wins[1]:.3f} ± {errors[1]:.3f}"
-    assert shown["eval/objective/kl"].endswith(f"-> {last['eval/objective/kl']:.3f}")
+    kl, error = last["eval/objective/kl"], last["eval/objective/kl_stderr"]
+    assert shown["eval/objective/kl"].endswith(f"-> {kl:.3f} ± {error:.3f}")
 
 
 def test_summary_without_anything(
     make_trainer: Callable[..., pl.Trainer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_trainer(RunSummary(), CompletionsTable(), logger=False).fit(build_module(), loader())
-    assert capsys.readouterr().out.split() == ["run", "folder", str(tmp_path)]
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["run", "folder", str(tmp_path)]
+
+
+def test_summary_says_what_the_run_is_before_it_starts(
+    make_trainer: Callable[..., pl.Trainer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": "x" * length}) + "\n" for length in (1, 2, 3, 10)))
+    data = PromptDataModule(str(prompts), validation_size=1, batch_size=2, max_prompts=3)
+    module = lora_module()
+    seen: list[str] = []
+
+    class Look(Callback):
+        def on_sanity_check_start(self, *_: Any) -> None:
+            seen.append(capsys.readouterr().out)
+
+    make_trainer(RunSummary(), Look(), max_epochs=1, num_sanity_val_steps=1).fit(module, datamodule=data)
+    lines = dict(re.split(r"  +", line, maxsplit=1) for line in seen[0].splitlines() if "  " in line)
+    trained = sum(weight.numel() for weight in module.trained_parameters())
+    total = sum(weight.numel() for weight in module.policy.parameters())
+    share = f"{trained:,} trained ({trained / total:.2%})"
+    assert lines["policy"] == f"in memory: {total:,} weights in float32, {share}"
+    assert lines["reference"] == "the policy with its adapters off"
+    assert lines["reward"] == "PythonReward"
+    assert re.fullmatch(
+        r"3 prompts of [\d.]+ tokens on average, the longest \d+, of .*prompts.jsonl", lines["training"]
+    )
+    assert lines["validation"].startswith("1 prompts of ")
+    assert lines["batch"] == "2 prompts, 4 completions of at most 5 tokens"
+    assert lines["run"] == "1 epoch, in 32-true"
+    assert re.match(r"[\d.]+ MiB of tensors in a step: models ", lines["memory"])
+    noted = json.loads((tmp_path / "run" / "start.json").read_text())
+    assert noted["run"] == lines
+    assert noted["versions"]["torch"] == torch.__version__
 
 
 # ---- all of them ----
 
 
 def test_fast_dev_run_leaves_no_files(make_trainer: Callable[..., pl.Trainer], tmp_path: Path) -> None:
-    callbacks = [Baseline(), CompletionsTable(), PolicyExport(at="validation"), LearningCurves(), RunSummary()]
+    callbacks = [
+        Baseline(),
+        CompletionsTable(),
+        PolicyExport(at="validation"),
+        LearningCurves(),
+        RunReport(),
+        RunSummary(),
+    ]
     trainer, module = make_trainer(*callbacks, PredictionsWriter(), fast_dev_run=True), build_module()
     trainer.fit(module, loader(), loader())
     trainer.predict(module, loader(), return_predictions=False)
@@ -697,7 +800,8 @@ def test_fast_dev_run_leaves_no_files(make_trainer: Callable[..., pl.Trainer], t
         ("CompletionsTable", {"rows": 0}, r"CompletionsTable\.rows must be at least 1"),
         ("CompletionsTable", {"every_n_validations": 0}, r"every_n_validations must be at least 1"),
         ("CompletionsTable", {"terminal": False, "file": False, "logger": False}, "switch one on"),
-        ("LearningCurves", {"file": "curves.pdf"}, r"must end with \.png"),
+        ("LearningCurves", {"file": "curves.pdf"}, r"LearningCurves\.file must end with \.png"),
+        ("RunReport", {"file": "report.pdf"}, r"RunReport\.file must end with \.html"),
         ("PredictionsWriter", {"file": ""}, "must name a file"),
         ("PolicyExport", {"folder": "../up"}, r"PolicyExport\.folder"),
     ],
@@ -716,6 +820,7 @@ def test_bad_settings_are_refused(name: str, arguments: dict[str, Any], message:
         ("PolicyExport", {"at": "validation", "merge_adapters": False}),
         ("PredictionsWriter", {"file": "a.jsonl"}),
         ("RunContinuation", {}),
+        ("RunReport", {"file": "a.html"}),
         ("RunSummary", {}),
         ("XPOProgressBar", {"refresh_rate": 3, "leave": True, "theme": {"metrics_format": ".2f"}}),
     ],

@@ -74,6 +74,15 @@ def test_pair_averages_worked_by_hand():
     assert averages.compute()["win_rate_stderr"].item() == pytest.approx(0.2393568)
 
 
+def test_the_divergence_has_a_standard_error_too():
+    """0, 2 and 4 nats: deviations of 2 square to 8, over 2 is 4; its root 2 over sqrt(3) is 1.1547005."""
+    averages = PairAverages()
+    averages.update({"objective/kl": torch.tensor([0.0, 2.0, 4.0]), "other": torch.ones(3)})
+    result = averages.compute()
+    assert result["objective/kl_stderr"].item() == pytest.approx(1.1547005)
+    assert set(result) == {"objective/kl", "objective/kl_stderr", "other"}
+
+
 def test_pair_averages_after_a_reset_start_anew():
     averages = PairAverages()
     averages.update({"win_rate": torch.tensor([1.0, 1.0]), "x": torch.tensor([9.0, 9.0])})
@@ -190,7 +199,11 @@ def test_training_logs_every_known_name_and_alpha_and_beta(make_module: MakeModu
 def test_validation_logs_every_known_name_under_eval(make_module: MakeModule):
     trainer = quiet_trainer()
     trainer.validate(make_module(), loader(PROMPTS, 2), verbose=False)
-    expected = {f"eval/{name}" for name in KNOWN_NAMES} | {"eval/win_rate", "eval/win_rate_stderr"}
+    expected = {f"eval/{name}" for name in KNOWN_NAMES} | {
+        "eval/win_rate",
+        "eval/win_rate_stderr",
+        "eval/objective/kl_stderr",
+    }
     assert trainer.callback_metrics.keys() >= expected
 
 

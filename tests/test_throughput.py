@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 
 from xpo_lightning import XPOLightningModule, phases
 from xpo_lightning.callbacks import Throughput
-from xpo_lightning.callbacks.plot import read_metrics
 from xpo_lightning.errors import InputError
 from xpo_lightning.phases import Phase, PhaseTimer
+from xpo_lightning.reporting.series import read_metrics
 from xpo_lightning.rewards.function import PythonReward
 
 MakeModule = Callable[..., XPOLightningModule]

@@ -4,12 +4,11 @@ from lightning.pytorch import Trainer
 
 from xpo_lightning.callbacks.run import say
 from xpo_lightning.checking.advice import warnings_of
-from xpo_lightning.checking.dry_step import dry_step, prompts_wanted
+from xpo_lightning.checking.dry_step import dry_step, plan_of_dry_step, prompts_wanted
 from xpo_lightning.checking.findings import Findings
 from xpo_lightning.checking.folders import check_folders, check_room, disk
 from xpo_lightning.checking.measuring import Meter, memory_of
 from xpo_lightning.checking.needs import check_loaded, check_servers, check_validation
-from xpo_lightning.checking.planning import plan_of, plan_of_dry_step, rewards_with_models
 from xpo_lightning.checking.preparing import attach, set_up_callbacks, set_up_data, set_up_loaders
 from xpo_lightning.checking.report import lines_of
 from xpo_lightning.checking.reward_rows import reward_rows
@@ -18,6 +17,7 @@ from xpo_lightning.data import PromptDataModule
 from xpo_lightning.footprint import estimate
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.optimization import WarmupThenDecay, total_steps
+from xpo_lightning.planning import plan_of, rewards_with_models
 
 SAMPLES = 256
 """Prompts that reward models' tokenizers look at: the longest, and others from everywhere in the data."""

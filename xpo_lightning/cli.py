@@ -16,7 +16,7 @@ from xpo_lightning import resume_point
 from xpo_lightning.callbacks import GracefulStop, PredictionsWriter, RunCheckpoint, RunContinuation
 from xpo_lightning.check import CheckingTrainer
 from xpo_lightning.checkpoint_io import CrashSafeCheckpointIO
-from xpo_lightning.complaints import explaining_trainer_errors, explanation, input_error_in, refuse_nulls, stop
+from xpo_lightning.complaints import explaining_trainer_errors, explanation, input_error_in, reason, refuse_nulls, stop
 from xpo_lightning.continued_run import make_resumable
 from xpo_lightning.cpu import limit_threads
 from xpo_lightning.data import PromptDataModule
@@ -94,7 +94,7 @@ class XPOCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (TypeError, ValueError) as error:  # A number where a group of options belongs, say.
-            raise (input_error_in(error) or InputError(f"the config cannot be used: {error}")) from error
+            raise (input_error_in(error) or InputError(f"the config cannot be used: {reason(error)}")) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, and name it where Lightning refuses its options."""

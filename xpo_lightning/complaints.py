@@ -1,5 +1,6 @@
 """Errors as a person at the command line sees them: one line, and the option that it is about."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,12 @@ def input_error_in(error: BaseException | None) -> InputError | None:
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def reason(error: Exception) -> str:
+    """Say why a config cannot be built: of all that the parser tried, the class that was named and refused, if any."""
+    problem = re.search(r"Problem with given class_path ('[^']+'):\s*(.+)", str(error))
+    return f"{problem[1]}: {problem[2]}" if problem else str(error)
 
 
 def stop(message: str) -> NoReturn:

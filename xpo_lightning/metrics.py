@@ -7,6 +7,8 @@ from torchmetrics import Metric
 from xpo_lightning.batch import Experience, Pair
 from xpo_lightning.losses import XPOLoss
 
+WITH_ERRORS = ("win_rate", "objective/kl")
+
 
 def rollout_metrics(experience: Experience, beta: float) -> dict[str, Tensor]:
     """Measure what was sampled; `docs/metrics.md` gives each formula.
@@ -108,13 +110,13 @@ class PairAverages(Metric):
         self.count = self.count + stacked.shape[1]
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the mean of each metric, and where there is a win rate its standard error as `win_rate_stderr`."""
+        """Return the mean of each metric, and the standard errors of `WITH_ERRORS` as `<name>_stderr`."""
         means = self.sums / self.count
         variances = (self.squares / self.count - means.square()).clamp(min=0)
         errors = (variances / (self.count - 1).clamp(min=1)).sqrt()
         averages = {name: mean.float() for name, mean in zip(self.names, means, strict=True)}
-        if "win_rate" in averages:
-            averages["win_rate_stderr"] = errors[self.names.index("win_rate")].float()
+        for name in (name for name in WITH_ERRORS if name in self.names):
+            averages[f"{name}_stderr"] = errors[self.names.index(name)].float()
         return averages
 
 

@@ -6,12 +6,13 @@ from xpo_lightning.callbacks.completions import CompletionsTable
 from xpo_lightning.callbacks.continuation import RunContinuation
 from xpo_lightning.callbacks.curves import LearningCurves
 from xpo_lightning.callbacks.export import PolicyExport, save_policy
-from xpo_lightning.callbacks.plot import draw_curves
 from xpo_lightning.callbacks.predictions import PredictionsWriter
 from xpo_lightning.callbacks.progress import XPOProgressBar
+from xpo_lightning.callbacks.report import RunReport
 from xpo_lightning.callbacks.stop import GracefulStop
 from xpo_lightning.callbacks.summary import RunSummary
 from xpo_lightning.callbacks.throughput import Throughput
+from xpo_lightning.reporting.picture import draw_curves
 
 __all__ = [
     "Baseline",
@@ -22,6 +23,7 @@ __all__ = [
     "PredictionsWriter",
     "RunCheckpoint",
     "RunContinuation",
+    "RunReport",
     "RunSummary",
     "Throughput",
     "XPOProgressBar",

@@ -15,8 +15,8 @@ from xpo_lightning.batch import Experience
 from xpo_lightning.callbacks.rows import Row, append_rows, open_text, pair_rows, prompt_text
 from xpo_lightning.callbacks.run import FileWriter, counts_as_validation, folder_id, goes_on_in, is_fast_dev_run
 from xpo_lightning.errors import InputError
+from xpo_lightning.reporting.run_files import COMPLETIONS
 
-FILE_NAME = "completions.jsonl"
 TABLE_NAME = "eval/completions"
 PROMPT_TAIL, COMPLETION_HEAD = 120, 400
 
@@ -114,7 +114,7 @@ class CompletionsTable(FileWriter):
 
     @property
     def _path(self) -> Path:
-        return self.folder / FILE_NAME
+        return self.folder / COMPLETIONS
 
 
 def _cut(path: Path, size: int) -> None:

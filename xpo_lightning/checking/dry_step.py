@@ -1,7 +1,7 @@
 """A few prompts through all of a step but its end: completions, scores, the gradient, and no step of the optimizer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from lightning.pytorch import Trainer
@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from xpo_lightning.batch import Experience
 from xpo_lightning.data.encoding import Sample
 from xpo_lightning.data.loading import collate
+from xpo_lightning.footprint import Plan
 from xpo_lightning.gradient import add_gradients
 from xpo_lightning.guard import check_rollout
 from xpo_lightning.module import XPOLightningModule
@@ -67,3 +68,16 @@ def dry_step(module: XPOLightningModule, trainer: Trainer, samples: Sequence[Sam
     if module.device.type == "cuda":
         torch.cuda.synchronize(module.device)
     return DryStep(experience, max(map(len, micro_batches)), module.timer.seconds())
+
+
+def plan_of_dry_step(plan: Plan, step: DryStep) -> Plan:
+    """Describe the dry step: few prompts, its own completions, and an optimizer that has not begun."""
+    pairs = step.experience
+    return replace(
+        plan,
+        optimizer_states=0,
+        rows=min(plan.rows, len(pairs)),
+        prompt_tokens=max(pairs.prompts.counts),
+        micro_batch_size=step.micro_batch,
+        reward_rows=min(plan.reward_rows, 2 * len(pairs)),
+    )

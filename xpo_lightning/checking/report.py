@@ -2,38 +2,18 @@
 
 from collections.abc import Iterator
 
-from torch import nn
-
 from xpo_lightning.checking.findings import Findings
-from xpo_lightning.checking.planning import count, rewards_with_models
 from xpo_lightning.checking.survey import Prompts
 from xpo_lightning.module import XPOLightningModule
+from xpo_lightning.overview import estimate_text, models_of, size_text
 
 
 def lines_of(module: XPOLightningModule, found: Findings, warnings: list[str]) -> list[str]:
     """Write the report, a line for each subject."""
-    subjects = [*_models(module), *_data(module, found), *_tried(found), *_memory(found)]
+    subjects = [*models_of(module), *_data(module, found), *_tried(found), *_memory(found)]
     width = max(len(name) for name, _ in subjects)
     lines = [f"{name:{width}}  {text}" for name, text in subjects]
     return [*lines, *(f"{'warning':{width}}  {text}" for text in warnings)]
-
-
-def _models(module: XPOLightningModule) -> Iterator[tuple[str, str]]:
-    weights = sum(weight.numel() for weight in module.trained_parameters())
-    total = count(module.policy)
-    trained = "all trained" if weights == total else f"{weights:,} trained ({weights / total:.2%})"
-    yield "policy", f"{module.policy_spec.path}: {total:,} weights in {_types(module.policy)}, {trained}"
-    yield "reference", "the policy with its adapters off" if module.lora else "a copy of the policy as it is"
-    models = [
-        f"{part.source.path}: {count(part):,} weights in {_types(part)}, reads "
-        f"{part.encoder.max_tokens if part.encoder and part.encoder.max_tokens else 'any number of'} tokens"
-        for part in rewards_with_models(module)
-    ]
-    yield "reward", "; ".join([type(module.reward).__name__, *models])
-
-
-def _types(model: nn.Module) -> str:
-    return ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}))
 
 
 def _data(module: XPOLightningModule, found: Findings) -> Iterator[tuple[str, str]]:
@@ -77,33 +57,17 @@ def _tried(found: Findings) -> Iterator[tuple[str, str]]:
 
 
 def _memory(found: Findings) -> Iterator[tuple[str, str]]:
-    measured = [f"{name} {_size(peak)}" for name, peak in found.meter.peaks.items() if name != "data"]
-    expected = "" if found.dry is None else f" (estimate {_size(found.dry.peak)})"
+    measured = [f"{name} {size_text(peak)}" for name, peak in found.meter.peaks.items() if name != "data"]
+    expected = "" if found.dry is None else f" (estimate {size_text(found.dry.peak)})"
     yield "memory", (f"measured: {', '.join(measured)}" if measured else "could not be measured here") + expected
     if found.whole is None:
         yield "estimate", "none for this architecture"
         return
     whole = found.whole
-    parts = {
-        "models": whole.policy + whole.reference + whole.reward + whole.copies,
-        "gradient and optimizer": whole.gradients + whole.optimizer,
-        "completions": whole.rollout,
-        "reward": whole.scoring,
-        "micro-batch": whole.micro_batch,
-    }
-    there = "" if found.memory is None else f", of {_size(found.memory)},"
-    yield (
-        "estimate",
-        f"{_size(whole.peak)} of tensors{there} in a step: "
-        + ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size),
-    )
+    yield "estimate", estimate_text(whole, found.memory)
     if found.disk is None:
-        yield "checkpoint", f"none is kept; one would take about {_size(whole.checkpoint)}"
+        yield "checkpoint", f"none is kept; one would take about {size_text(whole.checkpoint)}"
     else:
         kept = "all of them" if found.disk.kept == float("inf") else f"{found.disk.kept:.0f}"
-        room = f"{_size(found.disk.free)} free at {found.disk.folder}"
-        yield "checkpoint", f"about {_size(whole.checkpoint)}, {kept} kept; {room}"
-
-
-def _size(size: float) -> str:
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+        room = f"{size_text(found.disk.free)} free at {found.disk.folder}"
+        yield "checkpoint", f"about {size_text(whole.checkpoint)}, {kept} kept; {room}"

@@ -39,6 +39,11 @@ class PromptDataset(Dataset[Sample]):
         """Return the number of prompts."""
         return len(self._kept)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt."""
+        return [len(ids) for _, ids in self._kept]
+
     def fingerprint(self) -> str:
         """Hash the token ids of all prompts, in their order."""
         digest = sha256()

@@ -1,6 +1,6 @@
 """The data module: which prompts, checked before the first step, and in which batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -105,6 +105,11 @@ class PromptDataModule(LightningDataModule):
         """Whether there are validation prompts."""
         return self.validation_source is not None or self.validation_size > 0
 
+    @property
+    def prompts(self) -> Mapping[Role, PromptDataset | PromptStream]:
+        """The prompts that were read so far."""
+        return self._prompts
+
     def setup(self, stage: str | None = None) -> None:
         """Read, check and tokenize the prompts that the stage needs, unless that is done already.
 
@@ -116,7 +121,7 @@ class PromptDataModule(LightningDataModule):
         if stage in ("fit", None) or (stage == "predict" and not self.has_validation):
             needed.insert(0, "training")
         for role, rows in self._rows([role for role in needed if role not in self._prompts]).items():
-            name = f"{role} prompts of {self._source_of(role).name}"
+            name = f"{role} prompts of {self.source_of(role).name}"
             if isinstance(rows, Stream):
                 self._prompts[role] = PromptStream(rows, self.encoding, name)
             else:
@@ -167,15 +172,16 @@ class PromptDataModule(LightningDataModule):
     def _share(self) -> Share:
         return Share(**(getattr(self.trainer, "distributed_sampler_kwargs", None) or {}))
 
-    def _source_of(self, role: Role) -> Source:
+    def source_of(self, role: Role) -> Source:
+        """Tell where prompts come from."""
         return self.validation_source if role == "validation" and self.validation_source else self.source
 
     def _rows(self, roles: Sequence[Role]) -> dict[Role, Sequence[Located] | Stream]:
         if self.streaming:
-            return {role: stream(self._source_of(role), self.limits[role]) for role in roles}
+            return {role: stream(self.source_of(role), self.limits[role]) for role in roles}
         if self.validation_size and roles:
             training, validation = hold_out(read(self.source), self.validation_size, self.batching.seed)
             rows: dict[Role, Sequence[Located]] = {"training": training, "validation": validation}
         else:
-            rows = {role: read(self._source_of(role)) for role in roles}
+            rows = {role: read(self.source_of(role)) for role in roles}
         return {role: first_rows(rows[role], self.limits[role]) for role in roles}

@@ -8,7 +8,6 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from xpo_lightning.attention import cache_dtype
-from xpo_lightning.checking.dry_step import DryStep
 from xpo_lightning.footprint import Plan
 from xpo_lightning.forward import base_of
 from xpo_lightning.module import XPOLightningModule
@@ -75,19 +74,6 @@ def plan_of(
         return plan
     rows_of_reward = min(reward.micro_batch_size, 2 * module.candidates.count * batch_size)
     return replace(plan, reward=Shape.of(reward.model.config), reward_rows=rows_of_reward)
-
-
-def plan_of_dry_step(plan: Plan, step: DryStep) -> Plan:
-    """Describe the dry step: few prompts, its own completions, and an optimizer that has not begun."""
-    pairs = step.experience
-    return replace(
-        plan,
-        optimizer_states=0,
-        rows=min(plan.rows, len(pairs)),
-        prompt_tokens=max(pairs.prompts.counts),
-        micro_batch_size=step.micro_batch,
-        reward_rows=min(plan.reward_rows, 2 * len(pairs)),
-    )
 
 
 def rewards_with_models(module: XPOLightningModule) -> list[SequenceClassifierReward]:

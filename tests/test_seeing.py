@@ -1,0 +1,95 @@
+"""The page about seeing a run: its loggers log, its bar and its start are those of the quickstart."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_cli import refused
+from test_configs import parse
+
+from xpo_lightning.callbacks import progress
+from xpo_lightning.cli import main
+from xpo_lightning.reporting.series import read_metrics
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "seeing.md").read_text()
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+BLOCKS = {part.split("\n")[0]: re.search(r"```yaml\n(.*?)```", part, re.DOTALL)[1] for part in PAGE.split("\n### ")[1:]}
+PACKAGES = {"Weights & Biases": "wandb", "MLflow": "mlflow"}
+SMALL = """
+model:
+  sampling:
+    max_new_tokens: 4
+data:
+  batch_size: 4
+  validation_batch_size: 4
+trainer:
+  max_steps: 2
+  num_sanity_val_steps: 0
+  limit_val_batches: 1
+  val_check_interval: 2
+  enable_checkpointing: false
+  callbacks: [CompletionsTable, LearningCurves, RunReport, RunSummary]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def overlay(title: str) -> list[str]:
+    Path("mine.yaml").write_text(BLOCKS[title])
+    Path("small.yaml").write_text(SMALL)
+    return ["--config", QUICKSTART, "--config", "small.yaml", "--config", "mine.yaml"]
+
+
+@pytest.mark.parametrize("title", ["CSV", "TensorBoard"])
+def test_logger_logs_beside_what_the_callbacks_leave(title: str):
+    main(["fit", *overlay(title)])
+    folder = Path("runs/mine/version_0")
+    metrics = read_metrics(folder / "metrics.csv")
+    assert metrics["loss/dpo"].steps == [1, 2]
+    for name in ("curves.png", "report.html", "completions.jsonl", "start.json", "config.yaml"):
+        assert (folder / name).is_file()
+    start = json.loads((folder / "start.json").read_text())["run"]
+    for name in ("policy", "reference", "reward", "training", "validation"):  # the small run's are the quickstart's
+        assert f"\n{name:10}  {start[name]}\n" in PAGE
+    events = [*Path("runs/mine/tensorboard").rglob("events.*")]
+    assert bool(events) == (title == "TensorBoard")
+    for file in events:
+        written = EventAccumulator(str(file))
+        written.Reload()
+        assert [event.step for event in written.Scalars("loss/dpo")] == [1, 2]
+        assert any("eval/completions" in tag for tag in written.Tags()["tensors"])
+
+
+@pytest.mark.parametrize("title", PACKAGES)
+def test_logger_parses(title: str):
+    first, second = parse("fit", *overlay(title)).trainer.logger
+    asked = yaml.safe_load(BLOCKS[title])["trainer"]["logger"]
+    assert first.class_path == "xpo_lightning.csv_logger.ResumableCSVLogger"
+    taken = second.init_args.as_dict() | second.get("dict_kwargs", {})
+    assert asked[1]["init_args"].items() <= taken.items()
+
+
+@pytest.mark.parametrize(("title", "package"), PACKAGES.items())
+def test_logger_without_its_package_is_refused(title: str, package: str, capsys: pytest.CaptureFixture[str]):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    line = refused(capsys, "fit", *overlay(title))
+    asked = yaml.safe_load(BLOCKS[title])["trainer"]["logger"][1]["class_path"]
+    assert f"the config cannot be used: '{asked}': Requirement '{package}" in line
+
+
+def test_page_names_what_the_bar_shows():
+    table = re.findall(r"^\| `(.+?)` \|", PAGE, re.MULTILINE)
+    assert table == [*progress.SHORT_NAMES.values(), "tok/s", "left"]
+
+
+def test_every_block_is_looked_at():
+    assert set(BLOCKS) == {"CSV", "TensorBoard", *PACKAGES}

@@ -1,0 +1,83 @@
+"""What is made of a run's metrics when training ends."""
+
+from abc import abstractmethod
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from xpo_lightning.callbacks.run import FileWriter, is_fast_dev_run, say
+from xpo_lightning.errors import InputError
+from xpo_lightning.guard import StopAsked
+
+
+class MadeAtEnd(FileWriter):
+    """Makes a file of `metrics.csv` at the end of training, and when somebody asks for it to stop.
+
+    Args:
+        file: Where to write; a relative path starts in the run's folder.
+    """
+
+    kind: str
+    suffix: str
+
+    def __init__(self, file: str) -> None:
+        super().__init__()
+        if Path(file).suffix != self.suffix:
+            raise InputError(
+                f"trainer.callbacks: {type(self).__name__}.file must end with {self.suffix}, but is {file!r}"
+            )
+        self.file = file
+        self._metrics: Path | None = None
+
+    @abstractmethod
+    def make(self, metrics: Path, path: Path) -> None:
+        """Make the file.
+
+        Args:
+            metrics: The metrics file.
+            path: Where to write.
+
+        Raises:
+            InputError: There is nothing to make it of.
+        """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the metrics file.
+
+        Raises:
+            InputError: There is no CSVLogger, or it renames the metrics.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit" or is_fast_dev_run(trainer):
+            return
+        name = type(self).__name__
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+        if not loggers:
+            raise InputError(
+                f"trainer.logger: {name} needs a ResumableCSVLogger, or Lightning's CSVLogger; add one, or remove "
+                f"{name} from trainer.callbacks"
+            )
+        if loggers[0]._prefix:
+            raise InputError(f"trainer.logger: {name} cannot read metrics with a prefix; remove it from CSVLogger")
+        self._metrics = Path(loggers[0].log_dir) / "metrics.csv"
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make it."""
+        self._make(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Make it of what there is, if the training was asked to stop."""
+        if isinstance(exception, (KeyboardInterrupt, StopAsked)) and trainer.state.fn == "fit":
+            self._make(trainer)
+
+    def _make(self, trainer: Trainer) -> None:
+        if self._metrics is None or not trainer.is_global_zero:
+            return
+        path = self.folder / self.file
+        try:
+            self.make(self._metrics, path)
+        except InputError as error:  # A run that is done must not fail for want of a picture.
+            say(f"No {self.kind}: {error}")
+        else:
+            self.written[self.kind] = path

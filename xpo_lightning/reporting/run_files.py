@@ -1,0 +1,93 @@
+"""The files that a run leaves: their names, and how a run is found by its folder."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from xpo_lightning.errors import InputError
+
+METRICS, CONFIG, COMPLETIONS, START = "metrics.csv", "config.yaml", "completions.jsonl", "start.json"
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run that has logged something.
+
+    Args:
+        metrics: Its metrics file; the others lie beside it.
+    """
+
+    metrics: Path
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.metrics.parent
+
+    @property
+    def name(self) -> str:
+        """What to call the run: the last two parts of its folder, since the last is often a version alone."""
+        return "/".join(part for part in self.folder.resolve().parts[-2:] if part != "/")
+
+    def text(self, file: str) -> str | None:
+        """Read a file of the run as text; None where there is none."""
+        path = self.folder / file
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+
+
+def find_run(run: str) -> RunFiles:
+    """Find the run that is meant on the command line.
+
+    Args:
+        run: A run's folder, the folder of its versions (the newest is meant), or its metrics file.
+
+    Raises:
+        InputError: There is no run.
+    """
+    path = Path(run)
+    if path.is_file():
+        if path.suffix != ".csv":
+            raise InputError(f"RUN: {path} is neither a run's folder nor a {METRICS}; give the folder")
+        return RunFiles(path)
+    if not path.is_dir():
+        raise InputError(f"RUN: there is no {path}; give a run's folder, as runs/quickstart/version_0")
+    if (path / METRICS).is_file():
+        return RunFiles(path / METRICS)
+    versions = {
+        int(number[1]): folder for folder in path.iterdir() if (number := re.fullmatch(r"version_(\d+)", folder.name))
+    }
+    if not versions:
+        raise InputError(
+            f"RUN: {path} has no {METRICS} and no version_0, version_1, ... in it; give the folder of a run whose "
+            f"logger is ResumableCSVLogger or CSVLogger"
+        )
+    newest = versions[max(versions)]
+    if not (newest / METRICS).is_file():
+        raise InputError(f"RUN: {newest}, the newest in {path}, has no {METRICS} yet; name another version to see it")
+    return RunFiles(newest / METRICS)
+
+
+def find_runs(runs: list[str]) -> dict[str, RunFiles]:
+    """Find several runs, and give each the shortest name that tells it from the others.
+
+    Raises:
+        InputError: There is no such run, or one is given twice.
+    """
+    found = [find_run(run) for run in runs]
+    places = [files.metrics.resolve() for files in found]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise InputError(f"RUN: {runs[number]} and {runs[places.index(place)]} are the same run; give it once")
+    return dict(zip(_short_names(places), found, strict=True))
+
+
+def _short_names(places: list[Path]) -> list[str]:
+    """Leave out what the paths have in common at the beginning and at the end, but of none the whole."""
+    if len(places) == 1:
+        return [RunFiles(places[0]).name]
+    same_file = len({place.name for place in places}) == 1
+    parts = [(place.parent if same_file else place).parts for place in places]
+    shortest = min(map(len, parts))
+    start = next((n for n in range(shortest) if len({part[: n + 1] for part in parts}) > 1), shortest - 1)
+    end = next((n for n in range(shortest) if len({part[len(part) - n - 1 :] for part in parts}) > 1), shortest)
+    return ["/".join(part[start : max(start + 1, len(part) - end)]) for part in parts]

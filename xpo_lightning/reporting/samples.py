@@ -1,0 +1,119 @@
+"""What a policy wrote for the same prompts before and after: from `completions.jsonl` to samples side by side."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from xpo_lightning.errors import InputError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A completion.
+
+    Args:
+        writer: Who wrote it, and when.
+        text: What.
+        score: What the reward said of it.
+        verdict: How it did against the reference's: `won`, `lost`, `tie`, or the probability that it is better;
+            nothing for the reference's own.
+        ended: Whether it ended by itself.
+    """
+
+    writer: str
+    text: str
+    score: float
+    verdict: str
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and what was written for it.
+
+    Args:
+        prompt: Messages as role and text; a plain prompt is one message without a role.
+        written: The policy's completions, the first one first, and the reference's.
+    """
+
+    prompt: list[tuple[str, str]]
+    written: list[Written]
+
+
+def samples_of(lines: str) -> list[Sample]:
+    """Put what was written at the first validation and at the last one beside each other.
+
+    A prompt that is missing in one of them, since another number of rows was shown then, has only the other.
+
+    Args:
+        lines: The content of `completions.jsonl`.
+
+    Raises:
+        InputError: A line is not one of `CompletionsTable`.
+    """
+    validations = _validations(lines)
+    if not validations:
+        return []
+    first, last = min(validations), max(validations)
+    samples = []
+    for key, row in {**validations[first], **validations[last]}.items():
+        rows = {step: validations[step][key] for step in sorted({first, last}) if key in validations[step]}
+        samples.append(Sample(_messages(row["prompt"]), _written(rows)))
+    return samples
+
+
+def _validations(lines: str) -> dict[int, dict[tuple[str, int], Row]]:
+    """Group rows by step, then by prompt and its number among equal ones; of what was redone, the last counts."""
+    validations: dict[int, dict[tuple[str, int], Row]] = {}
+    step_before = -1
+    for number, line in enumerate(lines.split("\n"), 1):
+        row = _row(line, number) if line.strip() else None
+        if row is None:
+            continue
+        step = row["step"]
+        if step < step_before:
+            validations = {earlier: rows for earlier, rows in validations.items() if earlier < step}
+        rows = validations.setdefault(step, {})
+        prompt, step_before = json.dumps(row["prompt"]), step
+        rows[prompt, sum(other == prompt for other, _ in rows)] = row
+    return validations
+
+
+def _row(line: str, number: int) -> Row | None:
+    """Read a line; the last one may be broken off, when a process was killed while it wrote."""
+    try:
+        row: Row = json.loads(line)
+        return {**row, "step": int(row["step"]), "prompt": row["prompt"], "policy": row["policy"]}
+    except json.JSONDecodeError:
+        return None
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"completions.jsonl, line {number} is no row of CompletionsTable: {error!r:.80}") from error
+
+
+def _written(rows: dict[int, Row]) -> list[Written]:
+    several = len(rows) > 1
+    policy = [_completion(row, "policy", f"Policy, step {step}") for step, row in rows.items()]
+    texts = {row["reference"] for row in rows.values()}
+    if several and len(texts) == 1:  # Validation draws the same random numbers each time, so this is the rule.
+        return [*policy, _completion([*rows.values()][-1], "reference", "Reference, both times")]
+    return [*policy, *(_completion(row, "reference", f"Reference, step {step}") for step, row in rows.items())]
+
+
+def _completion(row: Row, side: str, writer: str) -> Written:
+    label = float(row["label"])
+    verdict = {0.0: "lost", 0.5: "tie", 1.0: "won"}.get(label, f"won with probability {label:.2f}")
+    return Written(
+        writer=writer,
+        text=str(row[side]),
+        score=float(row[f"{side}_score"]),
+        verdict=verdict if side == "policy" else "",
+        ended=bool(row[f"{side}_ended"]),
+    )
+
+
+def _messages(prompt: Any) -> list[tuple[str, str]]:
+    if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
+        return [(str(message.get("role", "")), str(message.get("content", ""))) for message in prompt]
+    return [("", str(prompt))]
