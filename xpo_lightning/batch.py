@@ -29,13 +29,25 @@ RawPrompt = str | Messages
 
 @dataclass(frozen=True)
 class Pair(Generic[T]):
-    """One thing for the policy's completions and the same thing for the sampler's: those it is compared with."""
+    """One thing for the policy's completions and the same thing for the sampler's: those it is compared with.
+
+    Args:
+        by_policy: Of the completions that the policy wrote.
+        by_sampler: Of those that the sampler wrote, by default the reference.
+    """
 
     by_policy: T
     by_sampler: T
 
     def map(self, function: Callable[[T], U]) -> "Pair[U]":
-        """Apply `function` to both sides."""
+        """Apply a function to both sides.
+
+        Args:
+            function: Called once a side.
+
+        Returns:
+            What it returned for each side.
+        """
         return Pair(function(self.by_policy), function(self.by_sampler))
 
 
@@ -78,7 +90,11 @@ class Prompts:
         return tuple(self.lengths.tolist())
 
     def select(self, rows: Sequence[int]) -> "Prompts":
-        """Return these rows, with no more padding than they need."""
+        """Return these rows, with no more padding than they need.
+
+        Args:
+            rows: Places in the batch, at least one; in this order.
+        """
         index = torch.as_tensor(rows, device=self.ids.device)
         counts = tuple(self.counts[row] for row in rows)
         start = self.ids.shape[1] - max(counts)
@@ -142,12 +158,20 @@ class Completions:
         return self.token_logps.sum(1)
 
     def to(self, device: torch.device | str) -> "Completions":
-        """Return the same completions on another device."""
+        """Return the same completions on another device.
+
+        Args:
+            device: Where the tensors go.
+        """
         names = ("ids", "mask", "ended", "token_logps")
         return _counted(replace(self, **{name: getattr(self, name).to(device) for name in names}), self.counts)
 
     def select(self, rows: Sequence[int]) -> "Completions":
-        """Return these rows, with no more padding than they need."""
+        """Return these rows, with no more padding than they need.
+
+        Args:
+            rows: Places in the batch, at least one; in this order.
+        """
         index = torch.as_tensor(rows, device=self.ids.device)
         counts = tuple(self.counts[row] for row in rows)
         end = max(counts)
@@ -206,13 +230,21 @@ class Experience:
         return list(zip(self.prompts.counts, longer, strict=True))
 
     def to(self, device: torch.device | str) -> "Experience":
-        """Return the same pairs on another device; Lightning calls it on predictions."""
+        """Return the same pairs on another device; Lightning calls it on predictions.
+
+        Args:
+            device: Where the tensors go.
+        """
         prompts = replace(self.prompts, ids=self.prompts.ids.to(device), mask=self.prompts.mask.to(device))
         completions = self.completions.map(lambda side: side.to(device))
         return self._mapped(_counted(prompts, self.prompts.counts), completions, lambda values: values.to(device))
 
     def select(self, rows: Sequence[int]) -> "Experience":
-        """Return these pairs."""
+        """Return these pairs.
+
+        Args:
+            rows: Places in the batch, at least one; in this order.
+        """
         index = torch.as_tensor(rows, device=self.labels.device)
         completions = self.completions.map(lambda side: side.select(rows))
         return self._mapped(self.prompts.select(rows), completions, lambda values: values[index])
