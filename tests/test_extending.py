@@ -119,22 +119,12 @@ def engine():
 
 def test_completions_end_with_the_first_eos(engine):
     eos = engine.rollout.tokenizer.eos_token_id
-    made = engine.completions([[5, eos, 7], [5, 6, 7]], "cpu", [[-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0]])
+    made = engine.completions([[5, eos, 7], [5, 6, 7]], [[-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0]], "cpu")
     assert made.ids.tolist()[0][:2] == [5, eos]
     assert made.mask.tolist() == [[True, True, False], [True, True, True]]
     assert made.ended.tolist() == [True, False]
     assert made.logps.tolist() == [-3.0, -3.0]
     assert made.texts[0] == engine.rollout.tokenizer.decode([5])
-
-
-def test_engine_without_log_probabilities_is_not_compared(engine):
-    made = engine.completions([[5, 6]], "cpu")
-    assert made.token_logps.isnan().all()
-    engine.compare("policy", [made], torch.tensor([[-3.0]]))
-    assert engine.measured == {}
-    engine.max_logp_drift = 0.1
-    with pytest.raises(InputError, match=r"Silent gives no log-probabilities to compare; set .*max_logp_drift to null"):
-        engine.compare("policy", [made], torch.tensor([[-3.0]]))
 
 
 # ---- inside another module ----

@@ -133,8 +133,7 @@ class RolloutEngine(ABC):
             asked: Who writes how many for each. The same again asks for the same samples.
 
         Returns:
-            For each of `asked`, B completions for each entry of its `uniforms`, with the engine's log-probabilities
-            where it has them.
+            For each of `asked`, B completions for each entry of its `uniforms`, with the engine's log-probabilities.
 
         Raises:
             InputError: The engine is not there, or what it answers is of no use.
@@ -146,16 +145,17 @@ class RolloutEngine(ABC):
     def completions(
         self,
         ids: Sequence[Sequence[int]],
+        logps: Sequence[Sequence[float]],
         device: torch.device | str,
-        logps: Sequence[Sequence[float]] | None = None,
         stopped: Sequence[bool] | None = None,
     ) -> Completions:
         """Make completions of token ids; each ends with its first EOS token, and what follows is left out.
 
         Args:
             ids: At least one token id for each of B prompts.
+            logps: The engine's log-probability of each token, at temperature 1 over the full vocabulary. Metrics take
+                them, so they must be there.
             device: Where they go: that of the prompts.
-            logps: The engine's log-probability of each token, at temperature 1; None where it has none.
             stopped: Whether each was ended by something else than EOS, a stop string; None is none.
 
         Returns:
@@ -164,8 +164,7 @@ class RolloutEngine(ABC):
         eos = self.rollout.eos_token_ids
         ends = [next((end + 1 for end, token in enumerate(row) if token in eos), len(row)) for row in ids]
         rows = [torch.as_tensor(row[:end], dtype=torch.long) for row, end in zip(ids, ends, strict=True)]
-        known = [[torch.nan] * len(row) for row in ids] if logps is None else logps
-        numbers = [torch.tensor(row[:end]) for row, end in zip(known, ends, strict=True)]
+        numbers = [torch.tensor(row[:end]) for row, end in zip(logps, ends, strict=True)]
         padded = pad_sequence(rows, batch_first=True)
         mask = torch.arange(padded.shape[1]) < torch.tensor(ends)[:, None]
         ended = torch.tensor([int(row[-1]) in eos for row in rows])
@@ -186,15 +185,8 @@ class RolloutEngine(ABC):
             logps: Log-probability of each under the model at hand, in nats. (K, B)
 
         Raises:
-            InputError: They differ by more than the limit, or there is a limit and the engine gives none.
+            InputError: They differ by more than the limit.
         """
-        if any(some.token_logps.isnan().any() for some in written):
-            if self.max_logp_drift is not None:
-                raise InputError(
-                    f"model.rollout: {type(self).__name__} gives no log-probabilities to compare; set "
-                    f"model.rollout.init_args.max_logp_drift to null"
-                )
-            return
         gaps = [(some.logps - own).abs().sum() for some, own in zip(written, logps, strict=True)]
         drift = float(sum(gaps)) / sum(sum(some.counts) for some in written)
         self.measured["rollout/logp_drift" if who == "reference" else "rollout/policy_logp_drift"] = drift

@@ -194,7 +194,7 @@ class VLLMRollout(RolloutEngine):
 
     def _completions(self, answers: Sequence[Answer], device: torch.device) -> Completions:
         ids, logps = ([getattr(answer, name) for answer in answers] for name in ("ids", "logps"))
-        return self.completions(ids, device, logps, [answer.stopped_by is not None for answer in answers])
+        return self.completions(ids, logps, device, [answer.stopped_by is not None for answer in answers])
 
 
 def _is_first() -> bool:
