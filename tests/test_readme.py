@@ -19,6 +19,7 @@ PAGES = [
     *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", BENCHMARKS / "README.md"),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
+TOOLS = ("mkdocs", "ruff", "mypy", "codespell", "pre-commit")
 TEST_LINE = "pip install -q -c constraints.txt -e '.[dev]' && python -m pytest -q -n 2"
 
 
@@ -81,14 +82,14 @@ def test_command_is_one_that_works(command, monkeypatch, capsys, tmp_path):
     elif words[:2] == ["python", "-m"]:
         done = subprocess.run([sys.executable, "-m", words[2], "--help"], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+    elif words[0] == "python" and words[1].startswith("examples/"):
+        assert Path(words[1]).is_file()  # tests/test_extending.py runs it
     elif words[0] == "python" and words[1].startswith(("benchmarks/", "tests/", "docs/tools/")):
         monkeypatch.syspath_prepend(ROOT / Path(words[1]).parent)
         monkeypatch.setattr(sys, "argv", words[1:])
         importlib.import_module(Path(words[1]).stem)._arguments()
     else:
-        assert words[0] in {"ruff", "mypy", "codespell", "pre-commit", "source", "python3", "bash", "git", "cd"}, (
-            command
-        )
+        assert words[0] in {*TOOLS, "source", "python3", "bash", "git", "cd"}, command
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
