@@ -40,14 +40,7 @@ class Pair(Generic[T]):
     by_sampler: T
 
     def map(self, function: Callable[[T], U]) -> "Pair[U]":
-        """Apply a function to both sides.
-
-        Args:
-            function: Called once a side.
-
-        Returns:
-            What it returned for each side.
-        """
+        """Apply `function` to both sides."""
         return Pair(function(self.by_policy), function(self.by_sampler))
 
 
@@ -90,11 +83,7 @@ class Prompts:
         return tuple(self.lengths.tolist())
 
     def select(self, rows: Sequence[int]) -> "Prompts":
-        """Return these rows, with no more padding than they need.
-
-        Args:
-            rows: Places in the batch, at least one; in this order.
-        """
+        """Return these rows, with no more padding than they need."""
         index = torch.as_tensor(rows, device=self.ids.device)
         counts = tuple(self.counts[row] for row in rows)
         start = self.ids.shape[1] - max(counts)
@@ -158,20 +147,12 @@ class Completions:
         return self.token_logps.sum(1)
 
     def to(self, device: torch.device | str) -> "Completions":
-        """Return the same completions on another device.
-
-        Args:
-            device: Where the tensors go.
-        """
+        """Return the same completions on another device."""
         names = ("ids", "mask", "ended", "token_logps")
         return _counted(replace(self, **{name: getattr(self, name).to(device) for name in names}), self.counts)
 
     def select(self, rows: Sequence[int]) -> "Completions":
-        """Return these rows, with no more padding than they need.
-
-        Args:
-            rows: Places in the batch, at least one; in this order.
-        """
+        """Return these rows, with no more padding than they need."""
         index = torch.as_tensor(rows, device=self.ids.device)
         counts = tuple(self.counts[row] for row in rows)
         end = max(counts)
@@ -230,21 +211,13 @@ class Experience:
         return list(zip(self.prompts.counts, longer, strict=True))
 
     def to(self, device: torch.device | str) -> "Experience":
-        """Return the same pairs on another device; Lightning calls it on predictions.
-
-        Args:
-            device: Where the tensors go.
-        """
+        """Return the same pairs on another device; Lightning calls it on predictions."""
         prompts = replace(self.prompts, ids=self.prompts.ids.to(device), mask=self.prompts.mask.to(device))
         completions = self.completions.map(lambda side: side.to(device))
         return self._mapped(_counted(prompts, self.prompts.counts), completions, lambda values: values.to(device))
 
     def select(self, rows: Sequence[int]) -> "Experience":
-        """Return these pairs.
-
-        Args:
-            rows: Places in the batch, at least one; in this order.
-        """
+        """Return these pairs."""
         index = torch.as_tensor(rows, device=self.labels.device)
         completions = self.completions.map(lambda side: side.select(rows))
         return self._mapped(self.prompts.select(rows), completions, lambda values: values[index])
