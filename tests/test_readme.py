@@ -18,9 +18,10 @@ from xpo_lightning.verbs import dispatch
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 PAGES = [
-    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", BENCHMARKS / "README.md"),
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", BENCHMARKS / "README.md"),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
+TOOLS = ("mkdocs", "ruff", "mypy", "codespell", "pre-commit")
 TEST_LINE = "pip install -q -c constraints.txt -e '.[dev]' && python -m pytest -q -n 2"
 
 
@@ -86,14 +87,14 @@ def test_command_is_one_that_works(command, monkeypatch, capsys, tmp_path):
     elif words[:2] == ["python", "-m"]:
         done = subprocess.run([sys.executable, "-m", words[2], "--help"], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-    elif words[0] == "python" and words[1].startswith(("benchmarks/", "tests/")):
+    elif words[0] == "python" and words[1].startswith("examples/"):
+        assert Path(words[1]).is_file()  # tests/test_extending.py runs it
+    elif words[0] == "python" and words[1].startswith(("benchmarks/", "tests/", "docs/tools/")):
         monkeypatch.syspath_prepend(ROOT / Path(words[1]).parent)
         monkeypatch.setattr(sys, "argv", words[1:])
         importlib.import_module(Path(words[1]).stem)._arguments()
     else:
-        assert words[0] in {"ruff", "mypy", "codespell", "pre-commit", "source", "python3", "bash", "git", "cd"}, (
-            command
-        )
+        assert words[0] in {*TOOLS, "source", "python3", "bash", "git", "cd"}, command
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -116,7 +117,30 @@ def test_the_tree_names_every_room():
     assert named == rooms
 
 
+def prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> list[str]:
+    """Name the headings as GitHub does: small letters, without signs, a dash for each space; repeated ones numbered."""
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE):
+        name = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+        found.append(f"{name}-{found.count(name)}" if name in found else name)
+    return found
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for target, _, anchor in (link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", prose(page))):
+        if not target.startswith("https://"):
+            file = (page.parent / target).resolve() if target else page
+            assert file.exists(), target
+            assert file.is_relative_to(ROOT), f"{target} is outside of the repository"
+            assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+
+
+def test_anchors_are_those_of_github(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A `b.c` d\n\n```\n# no heading\n```\n\n## What, really?\n## what really\n### a-b  c\n")
+    assert anchors(page) == ["a-bc-d", "what-really", "what-really-1", "a-b--c"]

@@ -3,7 +3,10 @@
 from xpo_lightning.batch import Completions, Experience, Pair, Prompts
 from xpo_lightning.buffer import BufferOptions
 from xpo_lightning.candidates import Candidates
+from xpo_lightning.checkpoint_io import CrashSafeCheckpointIO
+from xpo_lightning.csv_logger import ResumableCSVLogger
 from xpo_lightning.data import PromptDataModule
+from xpo_lightning.desk import Desk
 from xpo_lightning.errors import InputError
 from xpo_lightning.losses import XPOLoss, xpo_loss
 from xpo_lightning.models import LoadedModel, LoRASpec, ModelSpec
@@ -30,21 +33,25 @@ from xpo_lightning.rewards import (
     SequenceClassifierReward,
     WeightedSum,
 )
+from xpo_lightning.rollout.engine import Asked, RolloutEngine
 from xpo_lightning.rollout.sampling import Sampling
 from xpo_lightning.rollout.vllm import VLLMRollout
 from xpo_lightning.samplers import PolicySampler, PreviousPolicySampler, PythonSampler, ReferenceSampler, Sampler
-from xpo_lightning.schedules import Constant, Cosine, Linear, PerEpoch, PerIteration, Schedule
+from xpo_lightning.schedules import Constant, Cosine, Linear, PerEpoch, PerIteration, Progress, Schedule
 from xpo_lightning.strategies import FSDP2Strategy
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Asked",
     "BufferOptions",
     "Candidates",
     "Completions",
     "Constant",
     "Cosine",
+    "CrashSafeCheckpointIO",
     "DPOPositiveLoss",
+    "Desk",
     "Experience",
     "FSDP2Strategy",
     "HTTPJudge",
@@ -65,6 +72,7 @@ __all__ = [
     "PolicySampler",
     "PreferenceLoss",
     "PreviousPolicySampler",
+    "Progress",
     "PromptDataModule",
     "Prompts",
     "PythonJudge",
@@ -73,8 +81,10 @@ __all__ = [
     "ReferenceRefresh",
     "ReferenceSampler",
     "RemoteReward",
+    "ResumableCSVLogger",
     "Reward",
     "RobustLoss",
+    "RolloutEngine",
     "Sampler",
     "Sampling",
     "Schedule",

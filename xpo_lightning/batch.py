@@ -29,7 +29,12 @@ RawPrompt = str | Messages
 
 @dataclass(frozen=True)
 class Pair(Generic[T]):
-    """One thing for the policy's completions and the same thing for the sampler's: those it is compared with."""
+    """One thing for the policy's completions and the same thing for the sampler's: those it is compared with.
+
+    Args:
+        by_policy: Of the completions that the policy wrote.
+        by_sampler: Of those that the sampler wrote, by default the reference.
+    """
 
     by_policy: T
     by_sampler: T

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from xpo_lightning.batch import Completions, Experience, Pair, Prompts
 from xpo_lightning.candidates import Candidates, chosen_completions, chosen_values
 from xpo_lightning.desk import Desk
+from xpo_lightning.forward import evaluating
 from xpo_lightning.memory import Memory
 from xpo_lightning.phases import PhaseTimer
 from xpo_lightning.preference import LabelRule
@@ -153,7 +154,7 @@ def _by_engine(
     asked = [Asked("policy", uniforms.by_policy)]
     if sampler.is_policy or sampler.is_reference:
         asked.append(Asked("policy" if sampler.is_policy else "reference", uniforms.by_sampler))
-    with desk.timer("policy_rollout", desk.device):
+    with desk.timer("policy_rollout", desk.device), evaluating(desk.policy):
         by_policy, *others = engine.write(desk.prompts, asked)
     return Pair(by_policy, others[0] if others else sampler.write(desk, uniforms.by_sampler))
 

@@ -1,6 +1,6 @@
 """Options that do not go together, refused before anything is loaded."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from xpo_lightning.buffer import BufferOptions
 from xpo_lightning.candidates import Candidates
@@ -85,7 +85,7 @@ def refuse_combinations(options: Options) -> None:
             "set one of the two to null",
         ),
         (
-            engine is not None and options.lora is None,
+            options.rollout is not None and options.rollout.needs_adapters and options.lora is None,
             f"{engine} has one server hold the reference, and load the policy as an adapter of it, and model.lora is "
             f"null; set model.lora, or model.rollout to null",
         ),
@@ -108,3 +108,27 @@ def refuse_combinations(options: Options) -> None:
     for is_refused, message in refused:
         if is_refused:
             raise InputError(message)
+
+
+def refuse_own_steps(options: Any) -> None:
+    """Refuse options that act through the module's own steps, where another module takes the steps.
+
+    Args:
+        options: An `XPOLightningModule`.
+
+    Raises:
+        InputError: There is one; the message names it.
+    """
+    inert = {
+        "model.buffer": options.buffer_options is not None,
+        "model.reference_cache": options.reference_cache is not None,
+        "model.reference_refresh": options.reference_refresh is not None,
+        "model.sampler=PreviousPolicySampler": isinstance(options.sampler, PreviousPolicySampler),
+        "model.updates_per_rollout": options.plan.steps != 1,
+    }
+    for option, is_set in inert.items():
+        if is_set:
+            raise InputError(
+                f"{option} acts through XPOLightningModule's own steps, and another module takes them; leave it out, "
+                f"or derive from XPOLightningModule"
+            )

@@ -66,14 +66,29 @@ class Desk:
         return [with_kept(fresh, self.kept, self.device) for fresh in written]
 
     def by_policy(self, uniforms: Sequence[Tensor]) -> list[Completions]:
-        """Let the policy write, as `by_reference` does; it reads the prompts once for all calls."""
+        """Let the policy write; it reads the prompts once for all calls.
+
+        Args:
+            uniforms: The randomness of each completion of a prompt. (B, max_new_tokens) each
+
+        Returns:
+            B completions for each entry of `uniforms`.
+        """
         with self.timer("policy_rollout", self.device), evaluating(self.policy), adapters_cast(self.policy):
             read, written = self.rollout.several(self.policy, self.prompts, uniforms, self._read_by_policy)
         self._read_by_policy = read
         return written
 
     def by(self, lent: AbstractContextManager[nn.Module], uniforms: Sequence[Tensor]) -> list[Completions]:
-        """Let another model write, which is lent in eval mode."""
+        """Let another model write.
+
+        Args:
+            lent: Gives the model, in eval mode, and takes it back.
+            uniforms: The randomness of each completion of a prompt. (B, max_new_tokens) each
+
+        Returns:
+            B completions for each entry of `uniforms`.
+        """
         with self.timer("reference_rollout", self.device), lent as model:
             return self.rollout.several(model, self.prompts, uniforms, None)[1]
 

@@ -82,6 +82,7 @@ class LoadedModel:
         model: A transformers causal language model. It is trained in place; its dropout is left as it is.
         tokenizer: Its tokenizer.
         path: A name for it, recorded in checkpoints and model cards.
+        revision: Its version, recorded beside the name.
     """
 
     model: nn.Module
@@ -130,7 +131,17 @@ class LoRASpec:
             raise InputError(f"model.lora.dropout must be at least 0 and below 1, but is {self.dropout}")
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Freeze the model and add trainable adapters to it."""
+        """Freeze a model and add trainable adapters to it.
+
+        Args:
+            model: A transformers causal language model, which is changed.
+
+        Returns:
+            peft's model around it.
+
+        Raises:
+            InputError: The options do not suit the model.
+        """
         widest = max(max(weight.shape, default=1) for weight in model.parameters())
         if self.r > widest:
             raise InputError(f"model.lora.r={self.r} is above every dimension of the model ({widest}); lower it")

@@ -261,9 +261,13 @@ class XPOLightningModule(PreferenceSteps):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return what a checkpoint holds of the models: the trained weights."""
-        state = super().state_dict(*args, **kwargs)
-        return trained_state(state, self.policy, kwargs.get("prefix", "") + "policy.")
+        """Return what a checkpoint holds of the models: the trained weights; inside of another module as well."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        kept = trained_state(state, self.policy, f"{prefix}policy.")
+        for name in [name for name in state if name.startswith(prefix) and name not in kept]:
+            del state[name]
+        return state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record which reference the weights were trained against, and all that a resumed run needs."""

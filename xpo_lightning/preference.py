@@ -91,7 +91,14 @@ class LabelRule:
             )
 
     def probability(self, preferences: Preferences) -> Tensor:
-        """Return the probability that the policy's completion is the better one, of shape (B,)."""
+        """Turn score differences or a judge's verdicts into probabilities.
+
+        Args:
+            preferences: Of B pairs.
+
+        Returns:
+            The probability that the policy's completion is the better one. (B,)
+        """
         if preferences.probabilities is None:
             return torch.sigmoid(preferences.margins / self.temperature)
         return tempered(preferences.probabilities, self.temperature)

@@ -37,7 +37,11 @@ class Sampler(ABC):
         """
 
     def begin(self, policy: nn.Module) -> None:  # noqa: B027  (a hook)
-        """Take note of the policy before it is trained."""
+        """Take note of the policy before it is trained.
+
+        Args:
+            policy: The policy.
+        """
 
     def after_batch(self, batches: int, policy: nn.Module) -> None:  # noqa: B027  (a hook)
         """Take note of the policy after a batch.
@@ -53,6 +57,9 @@ class Sampler(ABC):
 
     def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027  (a hook)
         """Go back to a state, which may be another sampler's.
+
+        Args:
+            state: What `state` returned.
 
         Raises:
             InputError: It lacks what this sampler needs.

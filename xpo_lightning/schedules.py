@@ -34,7 +34,11 @@ class Schedule(ABC):
 
     @abstractmethod
     def __call__(self, progress: Progress) -> float:
-        """Return the value at this point of training."""
+        """Return the value at a point of training.
+
+        Args:
+            progress: The point.
+        """
 
 
 class Constant(Schedule):
@@ -116,12 +120,25 @@ class Linear(Schedule):
         return self.start + (self.end - self.start) * self.shape(_share_done(progress, self.steps))
 
     def shape(self, share: float) -> float:
-        """Map the share of the way done to the share of the change made; both in [0, 1]."""
+        """Map the share of the way done to the share of the change made.
+
+        Args:
+            share: In [0, 1].
+
+        Returns:
+            In [0, 1].
+        """
         return share
 
 
 class Cosine(Linear):
-    """Half a cosine over steps, from `start` to `end`, which then holds. Arguments as those of `Linear`."""
+    """Half a cosine over steps, from `start` to `end`, which then holds.
+
+    Args:
+        start: Value at the first step.
+        end: Value from `steps` on.
+        steps: Optimizer steps from `start` to `end`; the whole run where None.
+    """
 
     def shape(self, share: float) -> float:
         """See `Linear.shape`."""

@@ -5,11 +5,12 @@ from typing import Any, cast
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from xpo_lightning.batch import Experience
 from xpo_lightning.collector import Collector
+from xpo_lightning.combinations import refuse_own_steps
 from xpo_lightning.gradient import add_gradients
 from xpo_lightning.guard import Guard, check_rollout
 from xpo_lightning.memory import Memory
@@ -145,6 +146,34 @@ class PreferenceSteps(LightningModule):
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the policy's weights that are trained."""
         return [weight for weight in self.policy.parameters() if weight.requires_grad]
+
+    def sample(self, batch: Any) -> Experience:
+        """Sample and label pairs, for a training step of a module that holds this one and takes the steps itself.
+
+        Args:
+            batch: B prompts, in any form that a batch of this module may have.
+
+        Returns:
+            B labelled pairs, for `losses`.
+
+        Raises:
+            InputError: An option is set that acts through this module's own steps; or what goes wrong in a rollout.
+        """
+        refuse_own_steps(self)
+        noise = self._noise(batches_done(self.trainer), purpose=0)
+        with self._models_whole():
+            return self.guard.run(lambda: self._collect(batch, noise, training=True))
+
+    def losses(self, experience: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+        """Evaluate the objective of pairs with alpha and beta as they are now.
+
+        Args:
+            experience: B labelled pairs, all of which go through the policy at once.
+
+        Returns:
+            The objective of each pair, with gradient (B,), and each metric (B,) by name.
+        """
+        return self.objective(self.policy, experience, **self._weights())
 
     def _collect(self, batch: Any, noise: Noise, training: bool = False) -> Experience:
         prompts = as_prompts(batch, self.prompt_encoder, self.device)

@@ -179,9 +179,18 @@ class LocalRollout:
         width = int(written.lengths.max())
         mask = torch.arange(width, device=written.lengths.device) < written.lengths[:, None]
         ids = written.tokens[:, :width]
-        return Completions(ids, mask, written.ended, self._texts(ids, mask), written.logps[:, :width])
+        return Completions(ids, mask, written.ended, self.texts(ids, mask), written.logps[:, :width])
 
-    def _texts(self, ids: Tensor, mask: Tensor) -> tuple[str, ...]:
+    def texts(self, ids: Tensor, mask: Tensor) -> tuple[str, ...]:
+        """Decode completions, without special tokens and without what follows a stop string.
+
+        Args:
+            ids: Token ids. (B, T)
+            mask: True on real tokens; at least one a row. (B, T)
+
+        Returns:
+            B texts.
+        """
         rows = [row[real].tolist() for row, real in zip(ids.cpu(), mask.cpu(), strict=True)]
         return tuple(self._text(row) for row in rows)
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 from xpo_lightning.batch import Completions, Prompts
 from xpo_lightning.errors import InputError
@@ -59,6 +58,8 @@ class VLLMRollout(RolloutEngine):
         InputError: An option is of no use.
     """
 
+    needs_adapters = True
+
     def __init__(
         self,
         url: str,
@@ -86,7 +87,7 @@ class VLLMRollout(RolloutEngine):
 
     def begin(self, rollout: LocalRollout) -> None:
         """See `RolloutEngine.begin`."""
-        self._rollout = rollout
+        super().begin(rollout)
         self._fields = sampling_fields(rollout.sampling, rollout.eos_token_ids)
 
     def sync(self, policy: nn.Module) -> None:
@@ -169,7 +170,7 @@ class VLLMRollout(RolloutEngine):
 
     def _check_answer(self, payload: dict[str, Any], answer: Answer) -> None:
         """Refuse a completion that is not of this prompt, by this model and under these settings."""
-        sampling, ends = self._rollout.sampling, self._rollout.eos_token_ids
+        sampling, ends = self.rollout.sampling, self.rollout.eos_token_ids
         said = f"{OPTIONS}.url: the vLLM server at {self.server.url}"
         highest = max(answer.ids)
         if answer.prompt != payload["prompt"]:
@@ -192,14 +193,8 @@ class VLLMRollout(RolloutEngine):
             )
 
     def _completions(self, answers: Sequence[Answer], device: torch.device) -> Completions:
-        ids = pad_sequence([torch.tensor(answer.ids) for answer in answers], batch_first=True)
-        logps = pad_sequence([torch.tensor(answer.logps) for answer in answers], batch_first=True)
-        mask = torch.arange(ids.shape[1]) < torch.tensor([len(answer.ids) for answer in answers])[:, None]
-        ended = torch.tensor([self._has_ended(answer) for answer in answers])
-        return Completions(ids, mask, ended, self._rollout._texts(ids, mask), logps).to(device)
-
-    def _has_ended(self, answer: Answer) -> bool:
-        return answer.stopped_by is not None or answer.ids[-1] in self._rollout.eos_token_ids
+        ids, logps = ([getattr(answer, name) for answer in answers] for name in ("ids", "logps"))
+        return self.completions(ids, logps, device, [answer.stopped_by is not None for answer in answers])
 
 
 def _is_first() -> bool:
