@@ -173,7 +173,11 @@ class PromptDataModule(LightningDataModule):
         return Share(**(getattr(self.trainer, "distributed_sampler_kwargs", None) or {}))
 
     def source_of(self, role: Role) -> Source:
-        """Tell where prompts come from."""
+        """Tell where prompts come from.
+
+        Args:
+            role: What they are for: `training`, or `validation`, which may be held out of the same source.
+        """
         return self.validation_source if role == "validation" and self.validation_source else self.source
 
     def _rows(self, roles: Sequence[Role]) -> dict[Role, Sequence[Located] | Stream]:
