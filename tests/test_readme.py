@@ -1,6 +1,6 @@
 """Each command and each Python example of README and docs is parsed or run."""
 
-import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -81,10 +81,16 @@ def test_command_is_one_that_works(command, monkeypatch, capsys, tmp_path):
     elif words[:2] == ["python", "-m"]:
         done = subprocess.run([sys.executable, "-m", words[2], "--help"], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-    elif words[0] == "python" and words[1].startswith(("benchmarks/", "tests/")):
+    elif words[0] == "python" and words[1].startswith(("benchmarks/", "experiments/", "tests/")):
         monkeypatch.syspath_prepend(ROOT / Path(words[1]).parent)
         monkeypatch.setattr(sys, "argv", words[1:])
-        importlib.import_module(Path(words[1]).stem)._arguments()
+        # By its path: several folders may have a script of one name.
+        name = words[1].removesuffix(".py").replace("/", "_")
+        spec = importlib.util.spec_from_file_location(name, ROOT / words[1])
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        module._arguments()
     else:
         assert words[0] in {"ruff", "mypy", "codespell", "pre-commit", "source", "python3", "bash", "git", "cd"}, (
             command
