@@ -1,6 +1,6 @@
 """Each command and each Python example of README and docs is parsed or run."""
 
-import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -89,10 +89,16 @@ def test_command_is_one_that_works(command, monkeypatch, capsys, tmp_path):
         assert done.returncode == 0, done.stderr
     elif words[0] == "python" and words[1].startswith("examples/"):
         assert Path(words[1]).is_file()  # tests/test_extending.py runs it
-    elif words[0] == "python" and words[1].startswith(("benchmarks/", "tests/", "docs/tools/")):
+    elif words[0] == "python" and words[1].startswith(("benchmarks/", "experiments/", "tests/", "docs/tools/")):
         monkeypatch.syspath_prepend(ROOT / Path(words[1]).parent)
         monkeypatch.setattr(sys, "argv", words[1:])
-        importlib.import_module(Path(words[1]).stem)._arguments()
+        # By its path: several folders may have a script of one name.
+        name = words[1].removesuffix(".py").replace("/", "_")
+        spec = importlib.util.spec_from_file_location(name, ROOT / words[1])
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        module._arguments()
     else:
         assert words[0] in {*TOOLS, "source", "python3", "bash", "git", "cd"}, command
 
