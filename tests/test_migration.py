@@ -71,6 +71,8 @@ CLASSES = {
 OTHER_CLASSES = {
     *("XPOTrainer", "XPOConfig", "OnlineDPOTrainer", "OnlineDPOConfig", "TrainingArguments"),
     *("LoadedModel", "XPOLightningModule"),
+    "VLLMRollout",
+    "FSDP2Strategy",
 }
 # What the page's keys need before they are there: groups that are null by default, and options of torch's classes.
 GROUPS = """
