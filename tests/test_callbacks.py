@@ -40,7 +40,7 @@ from xpo_lightning.callbacks import (
     save_policy,
 )
 from xpo_lightning.callbacks import completions as completions_room
-from xpo_lightning.callbacks import export as export_room
+from xpo_lightning.callbacks import policy_folder as export_room
 from xpo_lightning.errors import InputError
 from xpo_lightning.guard import StopAsked
 from xpo_lightning.rewards.function import PythonReward

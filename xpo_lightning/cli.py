@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
+from transformers.utils.logging import disable_progress_bar
 
 import xpo_lightning.callbacks
 import xpo_lightning.rewards
@@ -179,6 +180,7 @@ def main(args: ArgsType = None) -> None:
                 XPOCLI(args)
             elif not dispatch.is_answered(words):
                 if words[0] in dispatch.VERBS:
+                    disable_progress_bar()  # of transformers, one for each model that is loaded
                     dispatch.run(words[0], words[1:])
                 else:
                     XPOCLI(args)

@@ -98,6 +98,9 @@ def parser_of(function: Callable[..., Any]) -> VerbParser:
     description = (function.__doc__ or "").partition("\n\n    Args:")[0]
     parser = VerbParser(prog=f"xpo {function.__name__}", description=inspect.cleandoc(description))
     parser.add_function_arguments(function, as_positional=True, fail_untyped=True)
+    for group in parser._action_groups:
+        if group.title and description.startswith(group.title):  # It would be said twice.
+            group.title = "arguments"
     parameters = inspect.signature(function).parameters
     for action in parser._actions:
         parameter = parameters.get(action.dest)
@@ -105,7 +108,7 @@ def parser_of(function: Callable[..., Any]) -> VerbParser:
             continue
         optional = parameter.default is not inspect.Parameter.empty
         if parameter.kind is BY_PLACE and optional:
-            action.nargs, action.required = "?", False
+            action.nargs, action.required, action.default = "?", False, parameter.default
         elif parameter.default is False:
             action.nargs, action.const, action.metavar = "?", True, "true"
     return parser
