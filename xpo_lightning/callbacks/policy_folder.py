@@ -74,7 +74,8 @@ def check_exportable(policy: Any, merge_adapters: bool, who: str = CALLBACK) -> 
         if policy.config.tie_word_embeddings and any(isinstance(layer, BaseTunerLayer) for layer in ends):
             raise InputError(
                 f"model.lora.target_modules: adapters on embeddings that the model ties to its output cannot be "
-                f"merged, which {who} is to do; save the adapters alone (merge_adapters: false), or leave the embeddings out"
+                f"merged, which {who} is to do; save the adapters alone (merge_adapters: false), or leave the "
+                f"embeddings out"
             )
     with tempfile.TemporaryDirectory() as folder, _cached_generation(policy):
         try:
