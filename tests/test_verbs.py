@@ -4,9 +4,11 @@ import io
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,8 +37,9 @@ def lengths(prompts: list[Any], completions: list[str], columns: dict[str, list[
     return [float(len(text)) for text in completions]
 
 
-def first_or_nobody(prompts: list[Any], firsts: list[str], seconds: list[str], columns: Any) -> list[float | None]:
-    return [None if "?" in first else 0.9 for first in firsts]
+def prefers_a(prompts: list[Any], firsts: list[str], seconds: list[str], columns: Any) -> list[float | None]:
+    pairs = zip(firsts, seconds, strict=True)
+    return [None if "?" in first + second else 0.9 if "a" in first else 0.1 for first, second in pairs]
 
 
 def trained(config: str, tmp_path: Path) -> str:
@@ -155,10 +158,7 @@ def test_checkpoint_with_adapters_is_compared_as_it_was_trained(write_config: Wr
 
 def written(texts: list[list[str]]) -> list[Any]:
     """Make completions of B prompts for each list of texts."""
-    rows = [completions_of([[1]] * len(each)) for each in texts]
-    return [
-        type(row)(row.ids, row.mask, row.ended, tuple(each), row.logps) for row, each in zip(rows, texts, strict=True)
-    ]
+    return [replace(completions_of([[1]] * len(each)), texts=tuple(each)) for each in texts]
 
 
 ASKED = Encoded([[1], [2]], ("p", "q"), {})
@@ -178,10 +178,10 @@ def test_every_completion_of_one_meets_every_one_of_the_other():
 
 def test_judge_is_asked_about_pairs_and_one_without_an_answer_is_left_out():
     sides = Pair(written([["a", "?"], ["?", "?"]]), written([["b", "b"], ["b", "b"]]))
-    found = outcome(PythonJudge(first_or_nobody), None, ASKED, sides)
+    found = outcome(PythonJudge(prefers_a), None, ASKED, sides)
     assert found.by_prompt.tolist() == [1.0]
     assert int(found.wins.isnan().sum()) == 3
-    tied = outcome(PythonJudge(first_or_nobody, invalid="tie"), None, ASKED, sides)
+    tied = outcome(PythonJudge(prefers_a, invalid="tie"), None, ASKED, sides)
     assert tied.by_prompt.tolist() == [0.75, 0.5]
 
 
@@ -193,7 +193,7 @@ def test_judge_is_asked_about_pairs_and_one_without_an_answer_is_left_out():
         (["a", "--samples", "0"], "--samples"),
         (["a", "--level", "95"], "--level"),
         (["a", "--config", "quikstart"], "did you mean 'quickstart'?"),
-        (["reference", "--config", "iterated"], "no config of a whole run"),
+        (["reference", "--config", "iterated"], "model.policy.path"),
         (["nowhere.ckpt", "--config", "quickstart"], "nowhere.ckpt"),
         (["./nowhere", "--config", "quickstart"], "./nowhere"),
         (["reference", "--config", "quickstart", "--sampling.temprature", "1"], "did you mean 'sampling.temperature'?"),
@@ -329,11 +329,14 @@ def test_chat_model_remembers_the_conversation(model_folder: Callable[..., str])
 def test_chat_in_a_terminal_ends_with_control_d(model_folder: Callable[..., str]):
     ours, theirs = pty.openpty()
     words = ["chat", model_folder(), "--sampling.max_new_tokens", "4"]
-    process = subprocess.Popen([sys.executable, "-m", "xpo_lightning", *words], stdin=theirs, stdout=theirs)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "xpo_lightning", *words], stdin=theirs, stdout=theirs, stderr=theirs
+    )
     os.close(theirs)
     shown = b""
     for expected, reply in ((b"> ", b"the cat\n"), (b"\xe2\x95\xaf", b"\x04")):
         while expected not in shown:
+            assert select.select([ours], [], [], 300)[0], shown
             shown += os.read(ours, 4096)
         shown = b""
         os.write(ours, reply)

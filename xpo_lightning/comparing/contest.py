@@ -114,7 +114,8 @@ def outcome(
 
 
 def _won(margins: Tensor) -> Tensor:
-    return (torch.sign(margins.double()) + 1) / 2
+    wins = (torch.sign(margins.double()) + 1) / 2
+    return wins.masked_fill(margins.isnan(), torch.nan)  # torch takes the sign of NaN for 0.
 
 
 def _alike(completions: Pair[list[Completions]]) -> Tensor:

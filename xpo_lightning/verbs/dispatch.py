@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-import xpo_lightning
+from xpo_lightning import __version__
 from xpo_lightning.errors import did_you_mean, stop
 from xpo_lightning.parsing import OneLineErrors
 
@@ -66,7 +66,7 @@ def is_answered(words: list[str]) -> bool:
         print(overview())
         return True
     if words[0] == "--version":
-        print(f"xpo-lightning {xpo_lightning.__version__}")
+        print(f"xpo-lightning {__version__}")
         return True
     known = {**RUNS, **VERBS}
     if not words[0].startswith("-") and words[0] not in known:
