@@ -15,7 +15,7 @@ from torch import nn
 from xpo_lightning.errors import InputError
 
 MODEL_FILES = ("config.json", "adapter_config.json")
-CALLBACK = "trainer.callbacks: PolicyExport"
+CALLBACK, APART = "trainer.callbacks: PolicyExport", "set merge_adapters to false"
 
 
 def save_policy(policy: nn.Module, tokenizer: Any, target: Path, merge_adapters: bool, card: str) -> None:
@@ -50,13 +50,14 @@ def merged_copy(policy: PeftModel) -> nn.Module:
     return copy.deepcopy(policy, copies).cpu().merge_and_unload()  # type: ignore[no-any-return]
 
 
-def check_exportable(policy: Any, merge_adapters: bool, who: str = CALLBACK) -> None:
+def check_exportable(policy: Any, merge_adapters: bool, who: str = CALLBACK, apart: str = APART) -> None:
     """Refuse a policy that cannot be saved faithfully.
 
     Args:
         policy: The policy.
         merge_adapters: Whether its adapters are to be merged.
         who: Who saves it, for the errors.
+        apart: How to have the adapters alone saved, for the errors.
 
     Raises:
         InputError: It is no transformers model, adapters on tied embeddings would have to be merged, or transformers
@@ -67,15 +68,13 @@ def check_exportable(policy: Any, merge_adapters: bool, who: str = CALLBACK) -> 
     if isinstance(policy, PeftModel) and merge_adapters:
         if getattr(policy.get_base_model(), "quantization_method", None) is not None:
             raise InputError(
-                f"{who} cannot merge adapters into quantized weights (model.policy.quantize) without a loss; save the "
-                f"adapters alone (merge_adapters: false)"
+                f"{who} cannot merge adapters into quantized weights (model.policy.quantize) without a loss; {apart}"
             )
         ends = (policy.get_input_embeddings(), policy.get_output_embeddings())
         if policy.config.tie_word_embeddings and any(isinstance(layer, BaseTunerLayer) for layer in ends):
             raise InputError(
                 f"model.lora.target_modules: adapters on embeddings that the model ties to its output cannot be "
-                f"merged, which {who} is to do; save the adapters alone (merge_adapters: false), or leave the "
-                f"embeddings out"
+                f"merged, which {who} is to do; {apart}, or leave the embeddings out"
             )
     with tempfile.TemporaryDirectory() as folder, _cached_generation(policy):
         try:

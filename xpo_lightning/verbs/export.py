@@ -46,7 +46,7 @@ def export(
     if merge and run.module.lora is None:
         raise InputError("--merge is for adapters, and the run has none (model.lora); leave it out")
     policy, content = trained_policy(Path(checkpoint), run.module)
-    check_exportable(policy, merge, "xpo export")
+    check_exportable(policy, merge, "xpo export", "leave --merge out")
     states = content.get("optimizer_states") or [{}]
     facts = training_facts(content.get("global_step", 0), states[0].get("param_groups", []), run.data)
     is_adapter = isinstance(policy, PeftModel) and not merge
