@@ -38,7 +38,11 @@ MAY_IMPORT = {
     "midway": {"errors", "processes"},
     "checkpoint_io": {"errors"},
     "complaints": {"errors"},
-    "parsing": {"complaints"},
+    "parsing": {"errors"},
+    "recipes": {"errors", "sources"},
+    "hub": {"errors"},
+    "sampling_changes": {"parsing", "rollout"},
+    "saved_run": {"data", "errors", "module", "parsing", "recipes"},
     "continued_run": {"csv_logger"},
     "csv_logger": {"errors"},
     "sharded_files": {"checkpoint_io", "errors"},
@@ -82,7 +86,8 @@ MAY_IMPORT = {
         "rewards",
     },
 }
-TOP = {"module", "steps", "planning", "overview", "callbacks", "checking", "check", "verbs", "cli"}
+VERB_ROOMS = {"comparing", "hub", "recipes", "sampling_changes", "saved_run", "start", "writers"}
+TOP = {"module", "steps", "planning", "overview", "callbacks", "checking", "check", "verbs", "cli", *VERB_ROOMS}
 MAY_NOT_IMPORT = {
     "rewards": TOP | {"models"},
     "data": TOP | {"models"},
@@ -95,13 +100,19 @@ MAY_NOT_IMPORT = {
     "checkpoint": TOP,
     "embedded": TOP,
     "steps": TOP - {"steps"},
-    "module": {"callbacks", "check", "checking", "checkpoint_io", "cli", "continued_run", "csv_logger", "resume_point"},
+    "module": {
+        *{"callbacks", "check", "checking", "checkpoint_io", "cli", "continued_run", "csv_logger", "resume_point"},
+        *VERB_ROOMS,
+    },
     "planning": TOP - {"module", "planning"},
     "overview": TOP - {"module", "planning", "overview"},
-    "callbacks": {"checking", "check", "verbs", "cli"},
-    "checking": {"check", "verbs", "cli"},
-    "check": {"verbs", "cli"},
-    "verbs": {"cli"},
+    "callbacks": {"checking", "check", "verbs", "cli", *VERB_ROOMS},
+    "checking": {"check", "verbs", "cli", *VERB_ROOMS},
+    "check": {"verbs", "cli", *VERB_ROOMS},
+    "writers": {"callbacks", "checking", "check", "verbs", "cli", "start"},
+    "comparing": {"callbacks", "checking", "check", "verbs", "cli", "start"},
+    "verbs": {"cli", "start"},
+    "cli": {"start"},
 }
 
 

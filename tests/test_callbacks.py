@@ -42,7 +42,7 @@ from xpo_lightning.callbacks import (
     save_policy,
 )
 from xpo_lightning.callbacks import completions as completions_room
-from xpo_lightning.callbacks import export as export_room
+from xpo_lightning.callbacks import policy_folder as export_room
 from xpo_lightning.callbacks import progress as progress_room
 from xpo_lightning.errors import InputError
 from xpo_lightning.guard import StopAsked

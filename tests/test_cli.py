@@ -17,9 +17,9 @@ from conftest import make_tokenizer
 from huggingface_hub import constants
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
+import xpo_lightning
 from xpo_lightning import ModelSpec, sources
 from xpo_lightning.cli import main
-from xpo_lightning.verbs.dispatch import VERBS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DECISION_8 = [
@@ -398,9 +398,38 @@ def test_an_option_that_a_verb_does_not_have_is_refused(capsys: pytest.CaptureFi
     assert "--model" in refused(capsys, "env", "--model", "x")
 
 
-def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--help"])
-    assert stopped.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert all(f"{verb} {purpose}" in shown for verb, purpose in VERBS.items())
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["fti"], "did you mean 'fit'?"),
+        (["comprae", "a"], "did you mean 'compare'?"),
+        (["zzz"], "there are fit, validate"),
+        (["fit", "--config", "quikstart"], "did you mean 'quickstart'?"),
+        (["fit", "--config", "quickstart", "--model.alhpa", "0"], "did you mean 'model.alpha'?"),
+        (["fit", "--config=quickstart", "--model.reward.init_args.pth", "x"], "did you mean 'path'?"),
+        (["fit", "--config", "quickstart", "--model.reward", "PythonRewrd"], "did you mean 'PythonReward'?"),
+        (["compare", "a", "--smaples", "2"], "did you mean 'samples'?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_mistyped_is_answered_with_what_was_meant(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+):
+    assert expected in refused(capsys, *words)
+
+
+def test_mistyped_key_in_a_config_is_named_with_its_file_and_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model:\n  beta: 0.1\n  alhpa: 1\n")
+    line = refused(capsys, "fit", "--config", "quickstart", "--config", str(file))
+    assert f"'model.alhpa' (in {file}, line 3); did you mean 'model.alpha'?" in line
+    assert "cannot be used" not in line
+
+
+def test_every_public_name_is_there_when_it_is_asked_for():
+    """What the package lists, loads on demand, and says to type checkers are the same names."""
+    assert set(xpo_lightning._HOME_OF) == set(xpo_lightning.__all__) <= set(dir(xpo_lightning))
+    for name in xpo_lightning.__all__:
+        assert getattr(xpo_lightning, name).__name__ == name
+    with pytest.raises(AttributeError, match="nothing_of_that_name"):
+        _ = xpo_lightning.nothing_of_that_name

@@ -7,6 +7,7 @@ import pytest
 from jsonargparse import Namespace
 
 from xpo_lightning.cli import XPOCLI
+from xpo_lightning.sources import resolve
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAYS = {
@@ -66,8 +67,18 @@ def test_config_header_says_what_it_does_needs_and_takes(file):
 def test_config_files_it_names_exist(file):
     data = parse_file(file).data
     for source in (data.source, data.validation_source):
-        if source and source.startswith("configs/"):
-            assert (CONFIGS.parent / source).is_file()
+        if source and source.startswith("package:"):
+            assert Path(resolve(source, "data.source")).is_file()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_config_by_its_name_is_the_file(file, tmp_path, monkeypatch):
+    expected = parse_file(file)
+    monkeypatch.chdir(tmp_path)
+    bases = [OVERLAYS[file.name]] if file.name in OVERLAYS else []
+    named = parse("fit", *(part for name in [*bases, file.name] for part in ("--config", Path(name).stem)))
+    for group in ("model", "data", "trainer"):
+        assert named[group] == expected[group]
 
 
 def test_tldr_is_the_run_of_trls_example():

@@ -27,7 +27,7 @@ from torch.optim import SGD
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from xpo_lightning import InputError, LoadedModel, LoRASpec, ModelSpec, Pair, Sampling, XPOLightningModule
-from xpo_lightning.callbacks.export import check_exportable
+from xpo_lightning.callbacks.policy_folder import check_exportable
 from xpo_lightning.logps import token_logps
 from xpo_lightning.models import context_length, end_token_ids
 from xpo_lightning.prompts import as_prompts

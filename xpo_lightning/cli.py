@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
+from transformers.utils.logging import disable_progress_bar
 
 import xpo_lightning.callbacks
 import xpo_lightning.rewards
@@ -16,15 +17,25 @@ from xpo_lightning import resume_point
 from xpo_lightning.callbacks import GracefulStop, PredictionsWriter, RunCheckpoint, RunContinuation
 from xpo_lightning.check import CheckingTrainer
 from xpo_lightning.checkpoint_io import CrashSafeCheckpointIO
-from xpo_lightning.complaints import explaining_trainer_errors, explanation, input_error_in, reason, refuse_nulls, stop
+from xpo_lightning.complaints import explaining_trainer_errors, explanation, reason, refuse_nulls
 from xpo_lightning.continued_run import make_resumable
 from xpo_lightning.cpu import limit_threads
 from xpo_lightning.data import PromptDataModule
-from xpo_lightning.errors import InputError
+from xpo_lightning.errors import InputError, input_error_in, stop
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.parsing import OneLineErrors
+from xpo_lightning.recipes import with_config_files
 from xpo_lightning.verbs import dispatch
 
+# Short class paths in a config are those of subclasses that are loaded.
+for _name in xpo_lightning.__all__:
+    getattr(xpo_lightning, _name)
+
+WHERE_TO_LOOK = (
+    "The options that matter most are model.*, data.* and a few of trainer.*. `xpo recipes` lists configs to start "
+    "from, `--config quickstart --print_config` shows one with every value, `--model.reward.help CLASS` the options of "
+    "a class, and docs/configuration.md has a tested config for each way to train."
+)
 _TRAINER_KEYS_OF_THE_MODULE = {
     "gradient_clip_val": (None, "model.max_grad_norm"),
     "gradient_clip_algorithm": (None, "model.max_grad_norm (gradients are clipped by norm)"),
@@ -33,7 +44,12 @@ _TRAINER_KEYS_OF_THE_MODULE = {
 
 
 class XPOParser(OneLineErrors, LightningArgumentParser):
-    """The parser of a run."""
+    """The parser of a run, which knows recipes by their names."""
+
+    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
+        """Put the files of recipes in the place of their names, then parse."""
+        words, OneLineErrors.config_files = with_config_files(list(sys.argv[1:] if args is None else args))
+        return super().parse_args(words, *others, **options)
 
 
 class XPOCLI(LightningCLI):
@@ -53,7 +69,7 @@ class XPOCLI(LightningCLI):
                 "prog": "xpo",
                 "description": "Exploratory Preference Optimization of language models",
                 "version": f"xpo-lightning {xpo_lightning.__version__}",
-                "epilog": dispatch.overview(),
+                **{name: {"epilog": WHERE_TO_LOOK} for name in self.subcommands()},
             },
         )
 
@@ -160,10 +176,14 @@ def main(args: ArgsType = None) -> None:
     try:
         with explaining_trainer_errors():
             words = sys.argv[1:] if args is None else args
-            if isinstance(words, list) and words and words[0] in dispatch.VERBS:
-                dispatch.run(words[0], words[1:])
-            else:
+            if not isinstance(words, list):
                 XPOCLI(args)
+            elif not dispatch.is_answered(words):
+                if words[0] in dispatch.VERBS:
+                    disable_progress_bar()  # of transformers, one for each model that is loaded
+                    dispatch.run(words[0], words[1:])
+                else:
+                    XPOCLI(args)
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning would end with 1.
             raise SystemExit(130) from end

@@ -1,16 +1,14 @@
 """Errors as a person at the command line sees them: one line, and the option that it is about."""
 
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from xpo_lightning.errors import InputError
+from xpo_lightning.errors import InputError, input_error_in
 
-LONGEST = 1000  # characters of a line
 # Errors that these raise themselves, and nothing that they call, are about the options that they were given.
 OPTIONS_OF = {"lightning": "trainer", "torch.optim": "model.optimizer or model.lr_scheduler"}
 
@@ -47,25 +45,10 @@ def explanation(error: BaseException) -> str | None:
     return f"{key}: {type(error).__name__}: {error}" if key else None
 
 
-def input_error_in(error: BaseException | None) -> InputError | None:
-    """Find the bad input that an error began with."""
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
 def reason(error: Exception) -> str:
     """Say why a config cannot be built: of all that the parser tried, the class that was named and refused, if any."""
     problem = re.search(r"Problem with given class_path ('[^']+'):\s*(.+)", str(error))
     return f"{problem[1]}: {problem[2]}" if problem else str(error)
-
-
-def stop(message: str) -> NoReturn:
-    """End the program with one line."""
-    line = " ".join(message.split())
-    line = line if len(line) <= LONGEST else f"{line[: LONGEST - 300]} ... {line[-290:]}"
-    sys.stderr.write(f"xpo: error: {line}\n")
-    raise SystemExit(2) from None
 
 
 def _option_behind(error: BaseException) -> str | None:

@@ -1,6 +1,11 @@
-"""The one error that a user's own input can cause."""
+"""The one error that a user's own input can cause, and how a program ends with it."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import NoReturn
+
+LONGEST = 1000  # characters of a line
 
 
 class InputError(ValueError):
@@ -25,3 +30,24 @@ class NonFiniteError(InputError):
     def __init__(self, message: str, rows: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.rows = list(rows)
+
+
+def input_error_in(error: BaseException | None) -> InputError | None:
+    """Find the bad input that an error began with."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def stop(message: str) -> NoReturn:
+    """End the program with one line."""
+    line = " ".join(message.split())
+    line = line if len(line) <= LONGEST else f"{line[: LONGEST - 300]} ... {line[-290:]}"
+    sys.stderr.write(f"xpo: error: {line}\n")
+    raise SystemExit(2) from None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Name the known word that is most like an unknown one, ready to follow a sentence; nothing where none is."""
+    close = get_close_matches(word, list(known), 1)
+    return f"; did you mean '{close[0]}'?" if close else ""

@@ -86,9 +86,7 @@ class Reference(nn.Module):
 
     def fingerprint(self) -> str:
         """Return the fingerprint of the first reference's weights: the same however the policy is trained."""
-        model = self.frozen if self.frozen is not None else self._policy[0].get_base_model()  # type: ignore[operator]
-        weights = model.named_parameters()
-        return fingerprint((name.replace(".base_layer", ""), value) for name, value in weights if "lora_" not in name)
+        return base_fingerprint(self._policy[0] if self.frozen is None else self.frozen)
 
     @contextmanager
     def _first(self) -> Iterator[nn.Module]:
@@ -98,3 +96,10 @@ class Reference(nn.Module):
         policy = self._policy[0]
         with evaluating(policy), policy.disable_adapter():  # type: ignore[operator]
             yield policy
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """Return the fingerprint of a model's weights without those of its adapters."""
+    base = model.get_base_model() if hasattr(model, "disable_adapter") else model  # type: ignore[operator]
+    weights = base.named_parameters()
+    return fingerprint((name.replace(".base_layer", ""), value) for name, value in weights if "lora_" not in name)

@@ -16,6 +16,9 @@ from huggingface_hub import constants, get_session
 
 from xpo_lightning.errors import InputError
 
+_PACKAGE = Path(__file__).parent
+SHIPPED_CONFIGS = (_PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent) / "configs"
+"""The configs that come with the package: inside it once it is installed, beside it in the repository."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gguf", ".safetensors"}
 
@@ -109,7 +112,10 @@ def _inside_package(name: str, key: str) -> str:
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"{key}: '{name}' needs the Python package '{package}', which is not installed")
-    path = existing_path(str(Path(spec.submodule_search_locations[0]) / inner))
+    folder = Path(spec.submodule_search_locations[0])
+    if folder == _PACKAGE and inner.startswith("configs/"):
+        folder = SHIPPED_CONFIGS.parent
+    path = existing_path(str(folder / inner))
     if path is None:
         raise InputError(f"{key}: the Python package '{package}' has no '{inner}'")
     return str(path)

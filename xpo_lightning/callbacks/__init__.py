@@ -5,7 +5,8 @@ from xpo_lightning.callbacks.checkpoints import RunCheckpoint
 from xpo_lightning.callbacks.completions import CompletionsTable
 from xpo_lightning.callbacks.continuation import RunContinuation
 from xpo_lightning.callbacks.curves import LearningCurves
-from xpo_lightning.callbacks.export import PolicyExport, save_policy
+from xpo_lightning.callbacks.export import PolicyExport
+from xpo_lightning.callbacks.policy_folder import save_policy
 from xpo_lightning.callbacks.predictions import PredictionsWriter
 from xpo_lightning.callbacks.progress import XPOProgressBar
 from xpo_lightning.callbacks.report import RunReport

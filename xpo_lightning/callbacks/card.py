@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ EVALUATED = {
 }
 
 
-def model_card(trainer: Trainer, module: XPOLightningModule, metrics: dict[str, Tensor], is_adapter: bool) -> str:
+def model_card(
+    module: XPOLightningModule, facts: dict[str, str], metrics: Mapping[str, Tensor], is_adapter: bool
+) -> str:
     """Write the card.
 
     Args:
-        trainer: The trainer, with its data module and optimizer.
         module: The module, with its settings.
+        facts: What else is known of its training, see `training_facts`.
         metrics: What was measured last; those under `eval/` are shown.
         is_adapter: True where the folder holds adapters alone.
 
@@ -40,7 +43,7 @@ def model_card(trainer: Trainer, module: XPOLightningModule, metrics: dict[str, 
         "# A policy trained with XPO\n",
         f"Started from `{base}` and trained with Exploratory Preference Optimization "
         f"([XPO](https://arxiv.org/abs/2405.21046)) by xpo-lightning.\n",
-        _table("training", _training_facts(trainer, module)),
+        _table("training", {**facts, **_settings(module)}),
         _table("last validation", _evaluation_facts(metrics)),
         _table("package", {name: installed_version(name) for name in PACKAGES}),
         _usage(is_adapter),
@@ -55,24 +58,37 @@ def _header(base: str, is_adapter: bool) -> str:
     return "\n".join([*lines, "tags:", "- xpo", "- preference-optimization", "---", ""])
 
 
-def _training_facts(trainer: Trainer, module: XPOLightningModule) -> dict[str, str]:
-    facts = {
-        "optimizer steps": str(trainer.global_step),
+def facts_of_trainer(trainer: Trainer) -> dict[str, str]:
+    """Return what a trainer knows, with its data module and optimizer."""
+    groups = trainer.optimizers[0].param_groups if trainer.optimizers else []
+    return training_facts(trainer.global_step, groups, trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def training_facts(steps: int, groups: Sequence[Mapping[str, Any]], data: Any) -> dict[str, str]:
+    """Say how long, how fast and on what a policy was trained.
+
+    Args:
+        steps: Optimizer steps.
+        groups: The optimizer's parameter groups, without parameters or with; may be empty.
+        data: The data module, or None.
+    """
+    facts = {"optimizer steps": str(steps)}
+    if groups:
+        facts["peak learning rate"] = f"{groups[0].get('initial_lr', groups[0]['lr']):g}"
+    source = getattr(getattr(data, "source", None), "name", None)
+    return {**facts, "prompts": str(source)} if source else facts
+
+
+def _settings(module: XPOLightningModule) -> dict[str, str]:
+    return {
         "alpha": _describe(module.objective.alpha),
         "beta": _describe(module.objective.beta),
         "adapters": "none" if module.lora is None else str(module.lora),
         "sampling": str(module.sampling),
     }
-    if trainer.optimizers:
-        group = trainer.optimizers[0].param_groups[0]
-        facts["peak learning rate"] = f"{group.get('initial_lr', group['lr']):g}"
-    source = getattr(getattr(trainer.datamodule, "source", None), "name", None)  # type: ignore[attr-defined]
-    if source:
-        facts["prompts"] = str(source)
-    return facts
 
 
-def _evaluation_facts(metrics: dict[str, Tensor]) -> dict[str, str]:
+def _evaluation_facts(metrics: Mapping[str, Tensor]) -> dict[str, str]:
     facts = {}
     for label, name in EVALUATED.items():
         if (value := metrics.get(f"eval/{name}")) is not None:

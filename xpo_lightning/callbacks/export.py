@@ -1,29 +1,21 @@
 """`PolicyExport`: the policy as a folder that transformers loads."""
 
-import copy
 import math
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 
-from xpo_lightning.callbacks.card import model_card
+from xpo_lightning.callbacks.card import facts_of_trainer, model_card
+from xpo_lightning.callbacks.policy_folder import check_exportable, check_replaceable, save_policy
 from xpo_lightning.callbacks.run import FileWriter, folder_id, goes_on_in, is_fast_dev_run
 from xpo_lightning.errors import InputError
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.sharding import assembled
 
 J_BETA = "eval/objective/rlhf_reward"
-MODEL_FILES = ("config.json", "adapter_config.json")
 
 
 class PolicyExport(FileWriter):
@@ -86,7 +78,7 @@ class PolicyExport(FileWriter):
         validates = trainer.enable_validation and getattr(trainer.datamodule, "has_validation", True)  # type: ignore[attr-defined]
         if self.at != "end" and not validates and not is_fast_dev_run(trainer):
             raise InputError(f"trainer.callbacks: PolicyExport.at is '{self.at}', but there are no validation prompts")
-        _check_replaceable(self.folder / self.export_folder)
+        check_replaceable(self.folder / self.export_folder)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse models that could not be saved faithfully, now that they are loaded."""
@@ -133,110 +125,6 @@ class PolicyExport(FileWriter):
             return
         target = self.folder / self.export_folder
         is_adapter = isinstance(policy, PeftModel) and not self.merge_adapters
-        card = model_card(trainer, module, metrics, is_adapter)
+        card = model_card(module, facts_of_trainer(trainer), metrics, is_adapter)
         save_policy(policy, module.tokenizer, target, self.merge_adapters, card)
         self.written["policy"] = target
-
-
-def save_policy(policy: nn.Module, tokenizer: Any, target: Path, merge_adapters: bool, card: str) -> None:
-    """Save a policy so that transformers loads it.
-
-    Args:
-        policy: A transformers causal language model, with adapters or without. It is left as it was.
-        tokenizer: Its tokenizer.
-        target: The folder. If it exists it is replaced once the new one is complete.
-        merge_adapters: Merge adapters into a copy and save that, rather than the adapters alone.
-        card: Text of the README.
-    """
-    _check_replaceable(target)
-    model: Any = merged_copy(policy) if merge_adapters and isinstance(policy, PeftModel) else policy
-    with replacing(target) as folder, _cached_generation(model):
-        if isinstance(model, PeftModel):
-            # The embeddings are the base model's own; left to itself, peft asks the hub whether they are.
-            model.save_pretrained(str(folder), save_embedding_layers=False)
-            model.generation_config.save_pretrained(folder)
-        else:
-            model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def merged_copy(policy: PeftModel) -> nn.Module:
-    """Merge the adapters into a copy in main memory.
-
-    Merging in place and unmerging would leave rounding errors in the weights, and a copy on the device might not fit.
-    """
-    copies = {id(weight): nn.Parameter(weight.detach().to("cpu", copy=True), False) for weight in policy.parameters()}
-    return copy.deepcopy(policy, copies).cpu().merge_and_unload()  # type: ignore[no-any-return]
-
-
-def check_exportable(policy: Any, merge_adapters: bool) -> None:
-    """Refuse a policy that cannot be saved faithfully.
-
-    Raises:
-        InputError: It is no transformers model, adapters on tied embeddings would have to be merged, or transformers
-            refuses the generation config.
-    """
-    if not hasattr(policy, "save_pretrained"):
-        raise InputError(
-            f"trainer.callbacks: PolicyExport saves transformers models, and {type(policy).__name__} is none"
-        )
-    if isinstance(policy, PeftModel) and merge_adapters:
-        if getattr(policy.get_base_model(), "quantization_method", None) is not None:
-            raise InputError(
-                "trainer.callbacks: PolicyExport cannot merge adapters into quantized weights (model.policy.quantize) "
-                "without a loss; set merge_adapters to false"
-            )
-        ends = (policy.get_input_embeddings(), policy.get_output_embeddings())
-        if policy.config.tie_word_embeddings and any(isinstance(layer, BaseTunerLayer) for layer in ends):
-            raise InputError(
-                "model.lora.target_modules: adapters on embeddings that the model ties to its output cannot be merged "
-                "for PolicyExport; set merge_adapters to false, or leave the embeddings out"
-            )
-    with tempfile.TemporaryDirectory() as folder, _cached_generation(policy):
-        try:
-            policy.generation_config.save_pretrained(folder)
-        except ValueError as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"model.policy: transformers will not save the generation config ({reason})") from error
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """Give an empty folder, which becomes `target` when the block is done, and vanishes when it fails."""
-    new, old = (target.with_name(f".{target.name}.{state}") for state in ("new", "old"))
-    if old.exists() and not target.exists():  # An earlier process died between the two renames below.
-        old.rename(target)
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _cached_generation(model: Any) -> Iterator[None]:
-    """Let the saved config allow the key-value cache, which some training setups switch off, and sampling needs."""
-    configs = (model.config, model.generation_config)
-    switched_off = [config for config in configs if getattr(config, "use_cache", None) is False]
-    for config in switched_off:
-        config.use_cache = True
-    try:
-        yield
-    finally:
-        for config in switched_off:
-            config.use_cache = False
-
-
-def _check_replaceable(target: Path) -> None:
-    if target.exists() and not any((target / name).is_file() for name in MODEL_FILES):
-        raise InputError(
-            f"trainer.callbacks: PolicyExport.folder: '{target}' exists and is no exported policy; name another"
-        )

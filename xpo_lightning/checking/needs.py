@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from requests.utils import get_environ_proxies
 
 from xpo_lightning.callbacks import Baseline, PolicyExport
-from xpo_lightning.callbacks.export import check_exportable
+from xpo_lightning.callbacks.policy_folder import check_exportable
 from xpo_lightning.errors import InputError
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.rewards.base import Feedback

@@ -127,6 +127,19 @@ class PromptDataModule(LightningDataModule):
             else:
                 self._prompts[role] = PromptDataset(rows, self.encoding, name)
 
+    def held_out(self) -> list[Located]:
+        """Read the rows of the validation prompts as they are, neither checked nor tokenized.
+
+        Raises:
+            InputError: There are none.
+        """
+        if not self.has_validation:
+            raise InputError(
+                "there are no validation prompts: set data.validation_source, data.validation_split or "
+                "data.validation_size"
+            )
+        return list(self._rows(["validation"])["validation"])
+
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return the training prompts, in a new order each epoch if `shuffle`."""
         return self.batching.for_training(self._prompts["training"], self._share(), lambda: position(self.trainer))
