@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-STEPS_AN_EPOCH = 100
+STEPS_AN_EPOCH = 50
 """Batches of a pass over the prompts, which are all alike; each pass costs Lightning some time."""
 
 
@@ -116,7 +116,7 @@ PROBLEMS = {
     for problem in (
         proposition(0.02, 4_000),
         proposition(0.015, 12_000),
-        proposition(0.0125, 20_000),
+        proposition(0.0125, 11_200),
         rare_best(8_000),
         blind(32, 8_000),
         blind(256, 8_000),

@@ -112,10 +112,12 @@ class Regret(Callback):
             return
         regret = self._measure(pl_module)
         self.rows.append([self.batches * self.known["pairs"], *regret.tolist()])
+        if trainer.barebones:
+            return
         found = [first is not None for first in self.first]
         pl_module.log_dict(
             {
-                "regret": float(regret.mean()),
+                "regret/mean": float(regret.mean()),
                 "regret/standard_error": standard_error(regret),
                 "found": sum(found) / len(found),
             }
