@@ -81,7 +81,7 @@ def test_command_is_one_that_works(command, monkeypatch, capsys, tmp_path):
     elif words[:2] == ["python", "-m"]:
         done = subprocess.run([sys.executable, "-m", words[2], "--help"], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-    elif words[0] == "python" and words[1].startswith(("benchmarks/", "tests/")):
+    elif words[0] == "python" and words[1].startswith(("benchmarks/", "experiments/", "tests/")):
         monkeypatch.syspath_prepend(ROOT / Path(words[1]).parent)
         monkeypatch.setattr(sys, "argv", words[1:])
         importlib.import_module(Path(words[1]).stem)._arguments()

@@ -8,6 +8,8 @@ from problems import PROBLEMS
 
 ALPHAS = ("1e-4", "1e-3", "3e-3", "1e-2", "3e-2")
 CONTROLS = ("xpo_wrong_sign", "xpo_sgd", "dpo_hot", "dpo_entropy", "xpo_both", "xpo_small", "xpo_eps")
+SHORT = 4_000
+"""Labels of E1's arms that have either found the arm after a fifth of them, or do not find it at all."""
 EXPERIMENTS = ("E1", "E2", "E3", "controls")
 
 
@@ -37,10 +39,14 @@ class Run:
         return f"{self.experiment}/{self.problem}/{self.arm}{self.variant and '_' + self.variant}"
 
     @property
+    def most_labels(self) -> int:
+        """Labels a seed."""
+        return self.labels or PROBLEMS[self.problem].labels
+
+    @property
     def steps(self) -> int:
-        """Optimizer steps."""
-        problem = PROBLEMS[self.problem]
-        batches = (self.labels or problem.labels) // problem.pairs
+        """Optimizer steps, at least one."""
+        batches = max(1, self.most_labels // PROBLEMS[self.problem].pairs)
         return batches * 20 if self.arm == "xpo_sgd_buffer" else batches
 
 
@@ -62,34 +68,38 @@ def _slow(problem: str, arm: str, **model: Any) -> Run:
 
 def runs() -> Iterator[Run]:
     """Yield all runs."""
-    bounds = {"beta_0.02": 2_000, "beta_0.015": 4_000, "beta_0.0125": 11_200}
     for problem in ("beta_0.0125", "beta_0.015", "beta_0.02"):
-        for arm in ("dpo", "xpo", "dpo_reference"):
-            yield Run("E1", problem, arm)
-        for arm in CONTROLS:
-            yield _with_entropy("E1", problem, arm, bounds[problem])
-    yield Run("E1", "beta_0.015", "xpo_sgd_buffer", labels=256)
+        yield Run("E1", problem, "dpo")
+        yield Run("E1", problem, "xpo", labels=None if problem == "beta_0.0125" else SHORT)
+        yield Run("E1", problem, "dpo_reference", labels=SHORT)
+    for arm in CONTROLS:
+        yield _with_entropy("E1", "beta_0.0125", arm, SHORT)
     for arm in ("dpo", "dpo_reference"):
         yield Run("E2", "rare_best", arm)
     for alpha in ALPHAS:
         yield _xpo("E2", "rare_best", alpha)
-    for arm in ("xpo_wrong_sign", "dpo_hot", "dpo_entropy", "xpo_both"):
-        yield _with_entropy("E2", "rare_best", arm)
+    for arm in ("dpo", "dpo_reference", "xpo"):
+        yield Run("E3", "rare_mode", arm)
+    yield _xpo("E3", "rare_mode", "1e-3")
     for problem in ("blind_32", "blind_256"):
         yield Run("E2", problem, "dpo")
         yield _xpo("E2", problem, "1e-3")
-    yield _slow("rare_best", "dpo")
-    yield _slow("rare_best", "xpo", alpha=1e-3, alpha_in_beta=False)
-    for arm in ("dpo", "dpo_reference", "xpo", "xpo_wrong_sign", "dpo_hot", "dpo_entropy"):
-        yield _with_entropy("E3", "rare_mode", arm)
-    yield _xpo("E3", "rare_mode", "1e-3")
-    yield _xpo("E3", "rare_mode", "2e-2")
-    yield _xpo("E3", "rare_mode", "1e-3", arm="xpo_both")
-    for arm in ("dpo", "dpo_reference", "xpo"):
-        yield Run("E3", "less_rare_mode", arm)
     for arm in ("dpo", "dpo_reference"):
-        yield Run("controls", "good_coverage", arm)
         yield Run("controls", "lock", arm)
-    yield _xpo("controls", "good_coverage", "1e-3")
+        yield Run("controls", "good_coverage", arm)
     yield _xpo("controls", "lock", "1e-3")
     yield _xpo("controls", "lock", "3e-2")
+    yield _xpo("controls", "good_coverage", "1e-3")
+    for arm in ("xpo_wrong_sign", "dpo_hot", "dpo_entropy"):
+        yield _with_entropy("E2", "rare_best", arm)
+        yield _with_entropy("E3", "rare_mode", arm)
+    yield _xpo("E3", "rare_mode", "1e-3", arm="xpo_both")
+    yield _xpo("E3", "rare_mode", "2e-2")
+    yield _xpo("E2", "rare_best", "1e-3", arm="xpo_both")
+    yield Run("E1", "beta_0.015", "xpo_sgd_buffer", labels=256)
+    for arm in ("dpo", "dpo_reference", "xpo"):
+        yield Run("E3", "less_rare_mode", arm)
+    yield _slow("rare_best", "dpo")
+    yield _slow("rare_best", "xpo", alpha=1e-3, alpha_in_beta=False)
+    for arm in ("xpo_wrong_sign", "xpo_sgd"):
+        yield Run("E1", "beta_0.015", arm, labels=SHORT)

@@ -79,7 +79,7 @@ def rare_best(labels: int) -> Problem:
 
 
 def blind(tokens: int, labels: int) -> Problem:
-    """Build a problem with much to explore in vain: 8 common tokens (r 1), one best (1e-4, r 3), garbage (1e-5, r 0)."""
+    """Build a problem with much to explore in vain: 8 common tokens (r 1), a best (1e-4, r 3), garbage (1e-5, r 0)."""
     garbage = tokens - 9
     common = (1 - 1e-4 - 1e-5 * garbage) / 8
     reference = torch.tensor([[*[common] * 8, *[1e-5] * garbage, 1e-4]], dtype=torch.float64)
@@ -122,7 +122,7 @@ PROBLEMS = {
         blind(256, 8_000),
         rare_mode("rare_mode", 1e-4, 6_000),
         rare_mode("less_rare_mode", 1e-3, 6_000),
-        two_arms("good_coverage", 0.1, 0.3, 4_000),
+        two_arms("good_coverage", 0.1, 0.3, 3_000),
         lock(9_600),
     )
 }

@@ -17,9 +17,13 @@ from torch import Tensor
 from xpo_lightning.callbacks.run import run_folder
 
 
-@functools.cache
 def facts(problem: str) -> dict[str, Any]:
     """Read what `problems.write` wrote of a problem, and name each completion."""
+    return _facts(problem, (Path(problem) / "problem.json").stat().st_mtime_ns)
+
+
+@functools.cache
+def _facts(problem: str, _written: int) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((Path(problem) / "problem.json").read_text())
     size = tabular.TabularConfig.from_pretrained(problem)
     texts = [""]
@@ -150,7 +154,7 @@ def standard_error(values: Tensor) -> float:
 
 
 def _logps(module: Any) -> Tensor:
-    """Return the policy's log-probability of each action after each text, float64. (seeds, nodes, actions)"""
+    """Return the policy's log-probabilities, float64, as `value` takes them."""
     logits: Tensor = module.policy.logits
     return logits.detach().double().log_softmax(2)
 

@@ -7,10 +7,13 @@ Finished runs are left out, so a sweep that was stopped goes on where it was. Se
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from figures import draw
 from plan import EXPERIMENTS, runs
 from sweep import sweep
+from tables import write_tables
 
 HERE = Path(__file__).resolve().parent
 
@@ -19,6 +22,10 @@ def main() -> None:
     """Run what the command line asks for."""
     args = _arguments()
     chosen = [run for run in runs() if args.all or any(run.name.startswith(only) for only in args.only)]
+    if not chosen:
+        sys.exit(f"--only: no run is named so: {' '.join(args.only)}; see --all --list")
+    if args.labels:
+        chosen = [replace(run, labels=min(args.labels, run.most_labels)) for run in chosen]
     if args.list:
         print("\n".join(f"{run.name} ({run.steps} steps)" for run in chosen))
         return
@@ -26,9 +33,6 @@ def main() -> None:
         failed = sweep(chosen, args.out, args.seeds, args.processes, args.logs)
         if failed:
             sys.exit(f"failed: {', '.join(failed)}")
-    from figures import draw
-    from tables import write_tables
-
     write_tables(chosen, args.out, args.results)
     draw(args.results, args.figures)
 
@@ -41,6 +45,7 @@ def _arguments() -> argparse.Namespace:
         "--only", nargs="+", default=[], help=f"runs whose names begin so: {', '.join(EXPERIMENTS)}, E1/beta_0.015/xpo"
     )
     parser.add_argument("--seeds", type=int, default=20, help="independent repetitions, in one run together")
+    parser.add_argument("--labels", type=int, help="train on at most so many labels a seed, to try things out")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("runs/exploration"), help="folder of the runs")
     parser.add_argument("--results", type=Path, help="folder of the tables (default: `results` in --out)")
@@ -49,8 +54,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="name the runs, and do nothing")
     parser.add_argument("--tables", action="store_true", help="only write tables and figures of runs that are there")
     args = parser.parse_args()
-    if args.seeds < 1 or args.processes < 1:
-        parser.error("--seeds and --processes must be at least 1")
+    for name in ("seeds", "labels", "processes"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, but is {value}")
     args.out = args.out.absolute()
     args.results = args.results or args.out / "results"
     args.figures = args.figures or args.results

@@ -4,7 +4,6 @@ import hashlib
 import logging
 import os
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -16,6 +15,8 @@ from pathlib import Path
 import yaml
 from plan import Run
 from problems import PROBLEMS, write
+
+from xpo_lightning.cli import main
 
 HERE = Path(__file__).resolve().parent
 
@@ -55,8 +56,6 @@ def sweep(runs: Sequence[Run], out: Path, seeds: int, processes: int, logs: bool
 
 def do(run: Run, out: Path, logs: bool = False) -> tuple[str | None, float]:
     """Do a run in this process; return what went wrong, if anything, and the CPU seconds it took."""
-    from xpo_lightning.cli import main
-
     folder = out / run.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -108,9 +107,3 @@ def is_done(run: Run, out: Path, logs: bool = False) -> bool:
     """Tell whether a run came to its end, with the inputs that it would have now."""
     done = out / run.name / "inputs.txt"
     return done.is_file() and done.read_text() == inputs(run, out, logs)
-
-
-def quiet_path() -> None:
-    """Let worker processes, and configs, find the modules of this folder."""
-    if str(HERE) not in sys.path:
-        sys.path.insert(0, str(HERE))
