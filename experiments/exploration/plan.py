@@ -73,7 +73,7 @@ def runs() -> Iterator[Run]:
         yield Run("E1", problem, "xpo", labels=None if problem == "beta_0.0125" else SHORT)
         yield Run("E1", problem, "dpo_reference", labels=SHORT)
     for arm in CONTROLS:
-        yield _with_entropy("E1", "beta_0.0125", arm, SHORT)
+        yield _with_entropy("E1", "beta_0.0125", arm, 2_400)
     for arm in ("dpo", "dpo_reference"):
         yield Run("E2", "rare_best", arm)
     for alpha in ALPHAS:
@@ -101,5 +101,3 @@ def runs() -> Iterator[Run]:
         yield Run("E3", "less_rare_mode", arm)
     yield _slow("rare_best", "dpo")
     yield _slow("rare_best", "xpo", alpha=1e-3, alpha_in_beta=False)
-    for arm in ("xpo_wrong_sign", "xpo_sgd"):
-        yield Run("E1", "beta_0.015", arm, labels=SHORT)

@@ -57,6 +57,8 @@ def sweep(runs: Sequence[Run], out: Path, seeds: int, processes: int, logs: bool
 def do(run: Run, out: Path, logs: bool = False) -> tuple[str | None, float]:
     """Do a run in this process; return what went wrong, if anything, and the CPU seconds it took."""
     folder = out / run.name
+    if is_done(run, out, logs):  # by another sweep, meanwhile
+        return None, 0.0
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     command, begun = arguments(run, out, logs), time.process_time()

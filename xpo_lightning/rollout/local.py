@@ -182,8 +182,8 @@ class LocalRollout:
         return Completions(ids, mask, written.ended, self._texts(ids, mask), written.logps[:, :width])
 
     def _texts(self, ids: Tensor, mask: Tensor) -> tuple[str, ...]:
-        rows = [row[real].tolist() for row, real in zip(ids.cpu(), mask.cpu(), strict=True)]
-        return tuple(self._text(row) for row in rows)
+        lengths = mask.sum(1).tolist()  # the mask is True up to a completion's end
+        return tuple(self._text(row[:length]) for row, length in zip(ids.tolist(), lengths, strict=True))
 
     def _text(self, row: list[int]) -> str:
         """Decode a completion up to its stop string, without the EOS that ended it and without special tokens."""
