@@ -73,7 +73,7 @@ def runs() -> Iterator[Run]:
         yield Run("E1", problem, "xpo", labels=None if problem == "beta_0.0125" else SHORT)
         yield Run("E1", problem, "dpo_reference", labels=SHORT)
     for arm in CONTROLS:
-        yield _with_entropy("E1", "beta_0.0125", arm, 2_400)
+        yield _with_entropy("E1", "beta_0.0125", arm, SHORT)
     for arm in ("dpo", "dpo_reference"):
         yield Run("E2", "rare_best", arm)
     for alpha in ALPHAS:

@@ -60,10 +60,10 @@ def completions(actions: int, length: int) -> list[tuple[int, ...]]:
     return texts
 
 
-def two_arms(name: str, beta: float, rare: float, labels: int) -> Problem:
+def two_arms(name: str, beta: float, rare: float, pairs: int, labels: int) -> Problem:
     """Build Proposition 2.1's problem: r(a) = 1, r(b) = 1/2 (arXiv 2405.21046, Appendix D.1)."""
     reference = torch.tensor([[rare, 1 - rare]], dtype=torch.float64)
-    return Problem(name, beta, 4, labels, reference, lambda seeds: torch.tensor([[1.0, 0.5]] * seeds), (0,))
+    return Problem(name, beta, pairs, labels, reference, lambda seeds: torch.tensor([[1.0, 0.5]] * seeds), (0,))
 
 
 def rare_best(labels: int) -> Problem:
@@ -108,7 +108,7 @@ def lock(labels: int) -> Problem:
 
 def proposition(beta: float, labels: int) -> Problem:
     """Build Proposition 2.1's problem at its own rarity, exp(-1 / (8 beta))."""
-    return two_arms(f"beta_{beta}", beta, math.exp(-1 / (8 * beta)), labels)
+    return two_arms(f"beta_{beta}", beta, math.exp(-1 / (8 * beta)), 4, labels)
 
 
 PROBLEMS = {
@@ -122,7 +122,7 @@ PROBLEMS = {
         blind(256, 8_000),
         rare_mode("rare_mode", 1e-4, 6_000),
         rare_mode("less_rare_mode", 1e-3, 6_000),
-        two_arms("good_coverage", 0.1, 0.3, 3_000),
+        two_arms("good_coverage", 0.1, 0.3, 8, 4_000),
         lock(9_600),
     )
 }
