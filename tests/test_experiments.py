@@ -126,7 +126,7 @@ def test_arm_parses_with_the_rest(arm: str, tmp_path: Path):
     assert config.model.labels.rule == "bradley_terry"
     assert config.model.max_grad_norm is None
     assert (config.model.alpha == 0) == arm.startswith("dpo")
-    sgd, eps = arm.startswith("xpo_sgd"), {"xpo_eps": 1e-8}.get(arm, 1e-12)
+    sgd, eps = arm == "xpo_sgd", {"xpo_eps": 1e-8}.get(arm, 1e-12)
     assert config.model.optimizer.class_path == f"torch.optim.{'SGD' if sgd else 'Adam'}"
     assert config.model.optimizer.init_args.get("eps") == (None if sgd else eps)
 

@@ -16,7 +16,6 @@ LOOKS = {
     "xpo": ("XPO, α = 0.05 β", "tab:red", "-"),
     "xpo_wrong_sign": ("XPO, wrong sign", "tab:gray", "--"),
     "xpo_sgd": ("XPO, SGD", "tab:brown", "--"),
-    "xpo_sgd_buffer": ("XPO, SGD, buffer and 20 epochs", "tab:brown", "-"),
     "dpo_hot": ("online DPO, temperature 2", "tab:green", ":"),
     "dpo_entropy": ("online DPO, entropy bonus", "tab:olive", ":"),
     "xpo_both": ("XPO on both, (π, π)", "tab:purple", "-"),
@@ -33,21 +32,18 @@ LOOKS = {
     "xpo_both_1e-3": ("XPO on both, (π, π), α = 1e-3", "tab:purple", "-"),
 }
 MAIN = ("dpo", "dpo_reference", "xpo")
+ALPHAS = ("xpo_1e-4", "xpo_1e-3", "xpo_3e-3", "xpo_1e-2", "xpo_3e-2")
+RIVALS = ("xpo_wrong_sign", "dpo_hot", "dpo_entropy")
 BETAS = ("beta_0.02", "beta_0.015", "beta_0.0125")
 PANELS = {
     "exploration_e1": [(beta.replace("_", " "), "E1", beta, MAIN) for beta in BETAS],
     "exploration_e1_arms": [
-        ("beta 0.0125: other ways, controls", "E1", BETAS[2], ("dpo", "xpo", *list(LOOKS)[3:5], *list(LOOKS)[6:9])),
+        ("beta 0.0125: other ways, controls", "E1", BETAS[2], ("dpo", "xpo", "xpo_both", *RIVALS)),
         ("beta 0.0125: the optimizer", "E1", BETAS[2], ("xpo", "xpo_small", "xpo_eps", "xpo_sgd")),
     ],
     "exploration_e2": [
-        ("rare best token of 32", "E2", "rare_best", ("dpo", "dpo_reference", *list(LOOKS)[11:15], "xpo_3e-2")),
-        (
-            "the same: other ways, controls",
-            "E2",
-            "rare_best",
-            ("dpo", "dpo_hot", "dpo_entropy", "xpo_both", "xpo_1e-3"),
-        ),
+        ("rare best token of 32", "E2", "rare_best", ("dpo", "dpo_reference", *ALPHAS)),
+        ("the same: other ways, controls", "E2", "rare_best", ("dpo", "xpo_1e-3", "xpo_both_1e-3", *RIVALS)),
         ("32 tokens, 23 of them garbage", "E2", "blind_32", ("dpo", "xpo_1e-3")),
         ("256 tokens, 247 of them garbage", "E2", "blind_256", ("dpo", "xpo_1e-3")),
     ],

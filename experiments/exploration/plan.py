@@ -46,8 +46,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Optimizer steps, at least one."""
-        batches = max(1, self.most_labels // PROBLEMS[self.problem].pairs)
-        return batches * 20 if self.arm == "xpo_sgd_buffer" else batches
+        return max(1, self.most_labels // PROBLEMS[self.problem].pairs)
 
 
 def _with_entropy(experiment: str, problem: str, arm: str, labels: int | None = None) -> Run:
@@ -96,8 +95,8 @@ def runs() -> Iterator[Run]:
     yield _xpo("E3", "rare_mode", "1e-3", arm="xpo_both")
     yield _xpo("E3", "rare_mode", "2e-2")
     yield _xpo("E2", "rare_best", "1e-3", arm="xpo_both")
-    yield Run("E1", "beta_0.015", "xpo_sgd_buffer", labels=256)
     for arm in ("dpo", "dpo_reference", "xpo"):
         yield Run("E3", "less_rare_mode", arm)
+    yield _xpo("E3", "less_rare_mode", "1e-3")
     yield _slow("rare_best", "dpo")
     yield _slow("rare_best", "xpo", alpha=1e-3, alpha_in_beta=False)
