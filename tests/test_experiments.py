@@ -194,7 +194,7 @@ def test_xpo_leaves_online_dpo_behind(train: Callable[..., Any]):
 
 @pytest.mark.slow
 def test_killed_sweep_goes_on(tmp_path: Path):
-    command = [sys.executable, str(HERE / "run.py"), "--only", "E1/beta_0.02/dpo", "--seeds", "2", "--labels", "400"]
+    command = [sys.executable, str(HERE / "run.py"), "--only", "E1/beta_0.02/dpo", "--seeds", "2", "--labels", "800"]
     command += ["--processes", "1", "--out", str(tmp_path)]
     done = tmp_path / "E1" / "beta_0.02" / "dpo" / "inputs.txt"
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -207,10 +207,9 @@ def test_killed_sweep_goes_on(tmp_path: Path):
         killed.wait()
     before = done.stat().st_mtime_ns
     again = subprocess.run(command, capture_output=True, text=True, check=True)
-    finished = int(again.stdout.split(" of 4 runs are done already")[0].split("\n")[-1])
-    assert 1 <= finished < 4
+    assert "1 of 2 runs are done already" in again.stdout
     assert done.stat().st_mtime_ns == before
     with (tmp_path / "results" / "runs.csv").open(newline="") as file:
         arms = [row["arm"] for row in csv.DictReader(file)]
-    assert sorted(arms) == ["dpo", "dpo_entropy", "dpo_hot", "dpo_reference"]
+    assert arms == ["dpo", "dpo_reference"]
     assert (tmp_path / "results" / "exploration_e1.png").stat().st_size > 10_000
