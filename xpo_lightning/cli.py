@@ -124,7 +124,8 @@ class XPOCLI(LightningCLI):
         own = config.get("callbacks") or []
         given = [*(own if isinstance(own, list) else [own]), *callbacks]
         added: list[Any] = [RunContinuation(), GracefulStop()]
-        if config.get("enable_checkpointing") is not False and not any(isinstance(one, Checkpoint) for one in given):
+        checkpoints = config.get("enable_checkpointing") is not False and not config.get("barebones")
+        if checkpoints and not any(isinstance(one, Checkpoint) for one in given):
             added.append(RunCheckpoint())
         kinds = {type(one) for one in given}
         return super()._instantiate_trainer(config, [*callbacks, *(one for one in added if type(one) not in kinds)])

@@ -186,13 +186,13 @@ class LocalRollout:
 
         Args:
             ids: Token ids. (B, T)
-            mask: True on real tokens; at least one a row. (B, T)
+            mask: True up to the last token, of which each row has one at least. (B, T)
 
         Returns:
             B texts.
         """
-        rows = [row[real].tolist() for row, real in zip(ids.cpu(), mask.cpu(), strict=True)]
-        return tuple(self._text(row) for row in rows)
+        lengths = mask.sum(1).tolist()
+        return tuple(self._text(row[:length]) for row, length in zip(ids.tolist(), lengths, strict=True))
 
     def _text(self, row: list[int]) -> str:
         """Decode a completion up to its stop string, without the EOS that ended it and without special tokens."""
