@@ -27,7 +27,7 @@ from xpo_lightning.comparing.encoded import Encoded
 from xpo_lightning.recipes import recipes
 from xpo_lightning.verbs.chat import Speaker
 from xpo_lightning.verbs.dispatch import RUNS, VERBS
-from xpo_lightning.writers import find_writer
+from xpo_lightning.writers import SeatedWriter, Writer, find_writer
 
 ROOT = Path(__file__).parent.parent
 LORA = {"r": 2, "target_modules": "all-linear"}
@@ -154,6 +154,27 @@ def test_checkpoint_with_adapters_is_compared_as_it_was_trained(write_config: Wr
     greedy = ["--config", config, "--sampling.temperature", "0", "--sampling.max_new_tokens", "12"]
     assert result(tmp_path, checkpoint, str(tmp_path / "merged"), *greedy)["ties"] == 4
     assert result(tmp_path, checkpoint, "reference", *greedy)["ties"] < 4
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
+def test_policies_of_a_run_are_computed_in_its_precision(
+    write_config: Write,  # noqa: F811
+    tmp_path: Path,
+    precision: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    seen, seated = set(), Writer.seated
+
+    def watched(self: Writer, *args: Any) -> SeatedWriter:
+        one = seated(self, *args)
+        layer = one.model.model.layers[0].mlp.up_proj
+        layer.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+        return one
+
+    monkeypatch.setattr(Writer, "seated", watched)
+    result(tmp_path, "reference", "reference", "--config", write_config(trainer__precision=precision))
+    assert seen == {dtype}
 
 
 def written(texts: list[list[str]]) -> list[Any]:

@@ -23,10 +23,12 @@ class SavedRun:
     Args:
         module: The module; nothing is loaded yet.
         data: The data module; nothing is read yet.
+        mixed: Whether layers compute in bfloat16 on weights of another type (`trainer.precision: bf16-mixed`).
     """
 
     module: XPOLightningModule
     data: PromptDataModule
+    mixed: bool = False
 
 
 class _PartsParser(OneLineErrors, ArgumentParser):
@@ -53,7 +55,9 @@ def saved_run(config: str) -> SavedRun:
         built = parser.instantiate(parser.parse_object(parts))
     except (TypeError, ValueError) as error:
         raise InputError(f"--config: '{path}' cannot be used: {error}") from error
-    return SavedRun(built.model, built.data)
+    trainer = content.get("trainer")
+    precision = trainer.get("precision") if isinstance(trainer, dict) else None
+    return SavedRun(built.model, built.data, mixed=str(precision) == "bf16-mixed")
 
 
 def _read(path: Path) -> dict[str, Any]:

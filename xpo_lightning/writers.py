@@ -25,6 +25,7 @@ from xpo_lightning.prompts import PromptEncoder
 from xpo_lightning.reference import base_fingerprint
 from xpo_lightning.rollout.local import LocalRollout, gather
 from xpo_lightning.rollout.sampling import Sampling
+from xpo_lightning.saved_run import SavedRun
 from xpo_lightning.sharded_files import METADATA
 
 REFERENCE = "reference"
@@ -47,11 +48,13 @@ class Writer:
         name: What the person called it.
         source: Where its tokenizer and config are.
         load: Loads its weights.
+        mixed: Whether its layers compute in bfloat16, whatever its weights are; as `SavedRun.mixed`.
     """
 
     name: str
     source: Any
     load: Callable[[], nn.Module]
+    mixed: bool = False
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -78,7 +81,7 @@ class Writer:
         speed_up_linears(model)
         ends = end_token_ids(model, self.tokenizer, sampling.eos_token_ids)
         most = at_once if at_once is not None or device.type == "cpu" else AT_ONCE
-        return SeatedWriter(model, LocalRollout(self.tokenizer, sampling, ends, most))
+        return SeatedWriter(model, LocalRollout(self.tokenizer, sampling, ends, most), self.mixed)
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,12 @@ class SeatedWriter:
     Args:
         model: Its model.
         rollout: Samples from it.
+        mixed: See `Writer`.
     """
 
     model: nn.Module
     rollout: LocalRollout
+    mixed: bool = False
 
     @torch.no_grad()
     def write(self, prompts: Prompts, uniforms: Sequence[Tensor]) -> list[Completions]:
@@ -106,29 +111,31 @@ class SeatedWriter:
         """
         groups = self.rollout.groups(prompts, self.model)
         parts = []
-        with evaluating(self.model), adapters_cast(self.model):
+        computing = torch.autocast(prompts.ids.device.type, torch.bfloat16, enabled=self.mixed)
+        with computing, evaluating(self.model), adapters_cast(self.model):
             for rows in groups:
                 some = [numbers[rows] for numbers in uniforms]
                 parts.append(self.rollout.several(self.model, prompts.select(rows), some, None)[1])
         return [gather(candidate, groups) for candidate in zip(*parts, strict=True)]
 
 
-def find_writer(name: str, module: XPOLightningModule | None) -> Writer:
+def find_writer(name: str, run: SavedRun | None) -> Writer:
     """Find out what a name means.
 
     Args:
         name: `reference`, a checkpoint, or what `model.policy.path` takes.
-        module: The run of a checkpoint or of the reference; None where no config is given.
+        run: The run of a checkpoint or of the reference; None where no config is given.
 
     Raises:
         InputError: It cannot be used, or needs a config.
     """
     if name == REFERENCE and not Path(name).exists():
-        run = _needed(module, "the reference is the model that a run started from")
-        return Writer(name, run.policy_spec, run.policy_spec.load_model)
+        given = _needed(run, "the reference is the model that a run started from")
+        spec = given.module.policy_spec
+        return Writer(name, spec, spec.load_model, given.mixed)
     if is_checkpoint(name):
-        run = _needed(module, f"'{name}' is a checkpoint, which holds trained weights alone")
-        return Writer(name, run.policy_spec, lambda: trained_policy(Path(name), run)[0])
+        given = _needed(run, f"'{name}' is a checkpoint, which holds trained weights alone")
+        return Writer(name, given.module.policy_spec, lambda: trained_policy(Path(name), given.module)[0], given.mixed)
     source = NamedModel(name)
     return Writer(name, source, source.load_model)
 
@@ -191,7 +198,7 @@ def device_named(name: str) -> torch.device:
         raise InputError(f"--device: '{name}' cannot be used ({str(error).splitlines()[0]:.160})") from error
 
 
-def _needed(module: XPOLightningModule | None, because: str) -> XPOLightningModule:
-    if module is None:
+def _needed(run: SavedRun | None, because: str) -> SavedRun:
+    if run is None:
         raise InputError(f"{because}: give the run's config as well, --config FOLDER_OF_THE_RUN/config.yaml")
-    return module
+    return run

@@ -50,11 +50,11 @@ def chat(
         seed: Of the randomness.
         device: `auto` is a GPU where there is one.
     """
-    module = None if config is None else saved_run(config).module
-    how = changed(Sampling() if module is None else module.sampling, sampling)
-    beside = [reference] if reference is not None else [REFERENCE] * (module is not None)
+    run = None if config is None else saved_run(config)
+    how = changed(Sampling() if run is None else run.module.sampling, sampling)
+    beside = [reference] if reference is not None else [REFERENCE] * (run is not None)
     where = device_named(device)
-    writers = [find_writer(name, module) for name in (policy, *beside)]
+    writers = [find_writer(name, run) for name in (policy, *beside)]
     speakers = [Speaker.seated(one, how, where, seed, place) for place, one in enumerate(writers)]
     if prompt is not None:
         _exchange(speakers, prompt)

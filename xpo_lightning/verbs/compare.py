@@ -71,10 +71,9 @@ def compare(
     feedback, penalty = _feedback(reward, missing_eos_penalty, run)
     how = changed(run.module.sampling if run else Sampling(), sampling)
     rows, encoding, where = _prompts(prompts, prompt_column, run)
-    module = None if run is None else run.module
     # Whoever is named first: the two write, and are judged, in the same order, so that exchanging them changes nothing.
     order = sorted((a, b))
-    writers = [find_writer(name, module) for name in order]
+    writers = [find_writer(name, run) for name in order]
     encoded = encoded_for([one.encoder(how) for one in writers], first_rows(rows, max_prompts), encoding, where)
     where_to = device_named(device)
     contest = Contest(how, samples, seed, where_to, batch_size)
