@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from xpo_lightning.shape import Shape
+from xpo_lightning.footprint.shape import Shape
 
 SHAPES = {"smollm2": SMOLLM2, "1b": LLAMA_1B, "8b": LLAMA_8B}
 SHORTEST, LONGEST = 64, 448

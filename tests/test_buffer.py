@@ -12,8 +12,8 @@ import torch
 from conftest import PROMPTS, Recorder, completions_of, fit_quietly, loader, noise, prompts_of, quiet_trainer
 
 from xpo_lightning import BufferOptions, Experience, InputError, Pair, SigmoidLoss, XPOLightningModule
-from xpo_lightning.buffer import Buffer
-from xpo_lightning.pair_rows import decoded, encoded
+from xpo_lightning.buffer.pairs import Buffer
+from xpo_lightning.buffer.rows import decoded, encoded
 from xpo_lightning.prompts import as_prompts
 
 MakeModule = Callable[..., XPOLightningModule]

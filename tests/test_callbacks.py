@@ -45,7 +45,7 @@ from xpo_lightning.callbacks import completions as completions_room
 from xpo_lightning.callbacks import policy_folder as export_room
 from xpo_lightning.callbacks import progress as progress_room
 from xpo_lightning.errors import InputError
-from xpo_lightning.guard import StopAsked
+from xpo_lightning.guard.guarding import StopAsked
 from xpo_lightning.reporting.panels import PANELS
 from xpo_lightning.reporting.series import read_metrics
 from xpo_lightning.rewards.function import PythonReward

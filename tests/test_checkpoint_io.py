@@ -18,10 +18,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from test_cli import Write, refused, rows_of
 
-from xpo_lightning.checkpoint_io import CrashSafeCheckpointIO, read_checkpoint
 from xpo_lightning.cli import XPOCLI, main
 from xpo_lightning.errors import InputError
-from xpo_lightning.resume_point import Place, newest_checkpoint
+from xpo_lightning.run_folder.checkpoint_io import CrashSafeCheckpointIO, read_checkpoint
+from xpo_lightning.run_folder.resume_point import Place, newest_checkpoint
 
 write_config, prompts_file = test_cli.write_config, test_cli.prompts_file
 CSV_LOGGER, TENSORBOARD = "lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.loggers.TensorBoardLogger"
@@ -116,7 +116,7 @@ KILLED_WHILE_SAVING = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from xpo_lightning.checkpoint_io import CrashSafeCheckpointIO, read_checkpoint
+from xpo_lightning.run_folder.checkpoint_io import CrashSafeCheckpointIO, read_checkpoint
 
 def checkpoint(value):
     return {"state_dict": {str(n): torch.full((300_000,), float(value)) for n in range(4)}}

@@ -18,8 +18,9 @@ from huggingface_hub import constants
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 import xpo_lightning
-from xpo_lightning import ModelSpec, sources
+from xpo_lightning import ModelSpec
 from xpo_lightning.cli import main
+from xpo_lightning.loading import sources
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DECISION_8 = [

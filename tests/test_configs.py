@@ -7,7 +7,7 @@ import pytest
 from jsonargparse import Namespace
 
 from xpo_lightning.cli import XPOCLI
-from xpo_lightning.sources import resolve
+from xpo_lightning.loading.sources import resolve
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAYS = {

@@ -17,8 +17,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from xpo_lightning.batch import Completions, Experience, Pair
 from xpo_lightning.callbacks import Baseline, CompletionsTable, LearningCurves, RunContinuation, RunSummary
-from xpo_lightning.csv_logger import ResumableCSVLogger
 from xpo_lightning.errors import InputError
+from xpo_lightning.run_folder.csv_logger import ResumableCSVLogger
 
 STEPS = 13  # with validations after 4, 8 and 12, none of which is a step that a run is resumed from
 REPLACED = r"metrics\.csv of an earlier run is replaced"

@@ -27,13 +27,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from xpo_lightning import Pair, Sampling, SequenceClassifierReward, XPOLightningModule
-from xpo_lightning import cpu as cpu_module
-from xpo_lightning import head as head_module
 from xpo_lightning import logps as logps_module
-from xpo_lightning.adapters import adapters_cast
-from xpo_lightning.anatomy import PLAIN, anatomy_of, plainly
-from xpo_lightning.attention import attention, fast_attention
-from xpo_lightning.cpu import (
+from xpo_lightning.forward.adapters import adapters_cast
+from xpo_lightning.forward.anatomy import PLAIN, anatomy_of, plainly
+from xpo_lightning.forward.attention import attention, fast_attention
+from xpo_lightning.forward.call import cpu as cpu_module
+from xpo_lightning.forward.call import head as head_module
+from xpo_lightning.forward.cpu import (
     OneDNNLinear,
     keep_memory,
     limit_threads,
@@ -41,7 +41,7 @@ from xpo_lightning.cpu import (
     speed_up_linears,
     threads_allowed,
 )
-from xpo_lightning.head import head_logps
+from xpo_lightning.forward.head import head_logps
 from xpo_lightning.logps import pair_logps, shares_prompt
 from xpo_lightning.models import LoRASpec
 from xpo_lightning.phases import Phase

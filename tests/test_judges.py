@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from xpo_lightning.batch import RawPrompt
 from xpo_lightning.errors import InputError, NonFiniteError
-from xpo_lightning.guard import Guard, StopAsked
+from xpo_lightning.guard.guarding import Guard, StopAsked
 from xpo_lightning.rewards.asking import ModelJudge, is_exchanged
 from xpo_lightning.rewards.base import Judge, Reward
 from xpo_lightning.rewards.human import HumanJudge

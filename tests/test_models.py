@@ -28,12 +28,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from xpo_lightning import InputError, LoadedModel, LoRASpec, ModelSpec, Pair, Sampling, XPOLightningModule
 from xpo_lightning.callbacks.policy_folder import check_exportable
+from xpo_lightning.loading.sources import is_local, resolve
 from xpo_lightning.logps import token_logps
 from xpo_lightning.models import context_length, end_token_ids
 from xpo_lightning.prompts import as_prompts
 from xpo_lightning.reference import Reference
 from xpo_lightning.rollout.local import LocalRollout
-from xpo_lightning.sources import is_local, resolve
 
 MakeModule = Callable[..., XPOLightningModule]
 LoadModel = Callable[..., nn.Module]

@@ -47,7 +47,7 @@ def hook_of_lightning(function: Any) -> bool:
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
 def test_all_is_sorted_and_whole(place):
     public = {name for name, one in vars(place).items() if not name.startswith("_") and not inspect.ismodule(one)}
-    assert set(place.__all__) == public
+    assert set(place.__all__) == public - {"TYPE_CHECKING", "Any", "import_module"}  # what loading on demand needs
     assert len(set(place.__all__)) == len(place.__all__)
     rank = [(name[0].islower(), name) for name in place.__all__]
     assert rank == sorted(rank)

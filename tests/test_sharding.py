@@ -12,7 +12,7 @@ from test_processes import Begin, begin, ended, metrics, weights
 from transformers import AutoModelForCausalLM
 
 from xpo_lightning import InputError
-from xpo_lightning.sharded_files import read_folder
+from xpo_lightning.run_folder.sharded_files import read_folder
 
 __all__ = ["begin"]
 

@@ -25,9 +25,9 @@ from xpo_lightning.cli import main
 from xpo_lightning.comparing.contest import outcome
 from xpo_lightning.comparing.encoded import Encoded
 from xpo_lightning.recipes import recipes
+from xpo_lightning.saved.writers import SeatedWriter, Writer, find_writer
 from xpo_lightning.verbs.chat import Speaker
 from xpo_lightning.verbs.dispatch import RUNS, VERBS
-from xpo_lightning.writers import SeatedWriter, Writer, find_writer
 
 ROOT = Path(__file__).parent.parent
 LORA = {"r": 2, "target_modules": "all-linear"}
@@ -281,7 +281,7 @@ def test_push_uploads_the_folder_and_shows_no_token(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("xpo_lightning.hub.HfApi", StubHub)
+    monkeypatch.setattr("xpo_lightning.saved.hub.HfApi", StubHub)
     monkeypatch.setattr(StubHub, "calls", [])
     config = write_config()
     words = ["export", trained(config, tmp_path), "--config", config, "--out", str(tmp_path / "out")]
@@ -289,7 +289,7 @@ def test_push_uploads_the_folder_and_shows_no_token(
     assert "HF_HUB_OFFLINE" in refused(capsys, *words, "--private")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("xpo_lightning.hub.get_token", lambda: os.environ.get("HF_TOKEN"))
+    monkeypatch.setattr("xpo_lightning.saved.hub.get_token", lambda: os.environ.get("HF_TOKEN"))
     assert "hf auth login" in refused(capsys, *words)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert "owner/name" in refused(capsys, *words[:-1], "policy")

@@ -5,10 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from xpo_lightning.batch import Completions, Experience, Pair, Prompts
-    from xpo_lightning.buffer import BufferOptions
+    from xpo_lightning.buffer.pairs import BufferOptions
     from xpo_lightning.candidates import Candidates
-    from xpo_lightning.checkpoint_io import CrashSafeCheckpointIO
-    from xpo_lightning.csv_logger import ResumableCSVLogger
     from xpo_lightning.data import PromptDataModule
     from xpo_lightning.desk import Desk
     from xpo_lightning.errors import InputError
@@ -40,6 +38,8 @@ if TYPE_CHECKING:
     from xpo_lightning.rollout.engine import Asked, RolloutEngine
     from xpo_lightning.rollout.sampling import Sampling
     from xpo_lightning.rollout.vllm import VLLMRollout
+    from xpo_lightning.run_folder.checkpoint_io import CrashSafeCheckpointIO
+    from xpo_lightning.run_folder.csv_logger import ResumableCSVLogger
     from xpo_lightning.samplers import PolicySampler, PreviousPolicySampler, PythonSampler, ReferenceSampler, Sampler
     from xpo_lightning.schedules import Constant, Cosine, Linear, PerEpoch, PerIteration, Progress, Schedule
     from xpo_lightning.strategies import FSDP2Strategy
@@ -103,10 +103,10 @@ __all__ = [
 
 _HOMES = {
     "batch": ("Completions", "Experience", "Pair", "Prompts"),
-    "buffer": ("BufferOptions",),
+    "buffer.pairs": ("BufferOptions",),
     "candidates": ("Candidates",),
-    "checkpoint_io": ("CrashSafeCheckpointIO",),
-    "csv_logger": ("ResumableCSVLogger",),
+    "run_folder.checkpoint_io": ("CrashSafeCheckpointIO",),
+    "run_folder.csv_logger": ("ResumableCSVLogger",),
     "data": ("PromptDataModule",),
     "desk": ("Desk",),
     "errors": ("InputError",),
@@ -142,9 +142,10 @@ def __getattr__(name: str) -> Any:
     """Load a name when it is asked for: torch, Lightning and transformers take seconds, which `xpo --help` spares."""
     if name not in _HOME_OF:
         raise AttributeError(f"module 'xpo_lightning' has no attribute '{name}'")
-    value = getattr(import_module(f"xpo_lightning.{_HOME_OF[name]}"), name)
-    globals()[name] = value
-    return value
+    wanted = __all__ if name == "XPOLightningModule" else [name]  # A config may name any class by its short name.
+    for each in wanted:
+        globals()[each] = getattr(import_module(f"xpo_lightning.{_HOME_OF[each]}"), each)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

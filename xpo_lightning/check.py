@@ -14,7 +14,7 @@ from xpo_lightning.checking.report import lines_of
 from xpo_lightning.checking.reward_rows import reward_rows
 from xpo_lightning.checking.survey import survey
 from xpo_lightning.data import PromptDataModule
-from xpo_lightning.footprint import estimate
+from xpo_lightning.footprint.estimate import estimate
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.optimization import WarmupThenDecay, total_steps
 from xpo_lightning.planning import plan_of, rewards_with_models

@@ -13,18 +13,18 @@ from transformers.utils.logging import disable_progress_bar
 
 import xpo_lightning.callbacks
 import xpo_lightning.rewards
-from xpo_lightning import resume_point
 from xpo_lightning.callbacks import GracefulStop, PredictionsWriter, RunCheckpoint, RunContinuation
 from xpo_lightning.check import CheckingTrainer
-from xpo_lightning.checkpoint_io import CrashSafeCheckpointIO
 from xpo_lightning.complaints import explaining_trainer_errors, explanation, reason, refuse_nulls
-from xpo_lightning.continued_run import make_resumable
-from xpo_lightning.cpu import limit_threads
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.errors import InputError, input_error_in, stop
+from xpo_lightning.forward.cpu import limit_threads
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.parsing import OneLineErrors
 from xpo_lightning.recipes import with_config_files
+from xpo_lightning.run_folder import resume_point
+from xpo_lightning.run_folder.checkpoint_io import CrashSafeCheckpointIO
+from xpo_lightning.run_folder.continued_run import make_resumable
 from xpo_lightning.verbs import dispatch
 
 # Short class paths in a config are those of subclasses that are loaded.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from xpo_lightning.batch import Completions, Experience, Pair, Prompts
 from xpo_lightning.candidates import Candidates, chosen_completions, chosen_values
 from xpo_lightning.desk import Desk
-from xpo_lightning.forward import evaluating
+from xpo_lightning.forward.call import evaluating
 from xpo_lightning.memory import Memory
 from xpo_lightning.phases import PhaseTimer
 from xpo_lightning.preference import LabelRule

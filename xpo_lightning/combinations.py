@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol
 
-from xpo_lightning.buffer import BufferOptions
+from xpo_lightning.buffer.pairs import BufferOptions
 from xpo_lightning.candidates import Candidates
 from xpo_lightning.errors import InputError
 from xpo_lightning.models import LoadedModel, LoRASpec, ModelSpec

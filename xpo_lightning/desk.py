@@ -5,9 +5,9 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
-from xpo_lightning.adapters import adapters_cast
 from xpo_lightning.batch import Completions, Prompts
-from xpo_lightning.forward import evaluating
+from xpo_lightning.forward.adapters import adapters_cast
+from xpo_lightning.forward.call import evaluating
 from xpo_lightning.phases import PhaseTimer
 from xpo_lightning.reference_cache import Entry, missing_rows, with_kept
 from xpo_lightning.rollout.local import LocalRollout

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from xpo_lightning.batch import RawPrompt
 from xpo_lightning.errors import NonFiniteError
-from xpo_lightning.guard import Stop, check_finite, shown
-from xpo_lightning.midway import gathered_midway
+from xpo_lightning.guard.guarding import Stop, check_finite, shown
+from xpo_lightning.guard.midway import gathered_midway
 from xpo_lightning.objective import Objective
 from xpo_lightning.optimization import Optimization
 from xpo_lightning.phases import PhaseTimer

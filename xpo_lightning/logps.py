@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from xpo_lightning.adapters import adapters_cast
-from xpo_lightning.anatomy import anatomy_of
 from xpo_lightning.batch import Completions, Pair, Prompts, stack
-from xpo_lightning.forward import is_checkpointing
-from xpo_lightning.head import head_logps, logps_and_entropies
-from xpo_lightning.prefix import plain_features, shared_features
+from xpo_lightning.forward.adapters import adapters_cast
+from xpo_lightning.forward.anatomy import anatomy_of
+from xpo_lightning.forward.call import is_checkpointing
+from xpo_lightning.forward.head import head_logps, logps_and_entropies
+from xpo_lightning.forward.prefix import plain_features, shared_features
 
 
 def token_logps(model: nn.Module, prompts: Prompts, completions: Completions) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from xpo_lightning.buffer import Buffer
+from xpo_lightning.buffer.pairs import Buffer
 from xpo_lightning.errors import InputError
 from xpo_lightning.reference import Reference
 from xpo_lightning.reference_cache import ReferenceCache

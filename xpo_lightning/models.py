@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from xpo_lightning.causal_lm import CausalLMSource, Dtype
 from xpo_lightning.errors import InputError
+from xpo_lightning.loading.causal_lm import CausalLMSource, Dtype
 
 
 @dataclass

@@ -10,14 +10,14 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from xpo_lightning.buffer import Buffer, BufferOptions
+from xpo_lightning.buffer.pairs import Buffer, BufferOptions
 from xpo_lightning.candidates import Candidates
 from xpo_lightning.checkpoint import check_reference, check_trained_state, trained_state
 from xpo_lightning.collector import Collector
 from xpo_lightning.combinations import refuse_combinations
-from xpo_lightning.cpu import keep_memory, speed_up_linears
 from xpo_lightning.environment import check_trainer
 from xpo_lightning.errors import InputError
+from xpo_lightning.forward.cpu import keep_memory, speed_up_linears
 from xpo_lightning.losses import BonusTarget
 from xpo_lightning.memory import Memory
 from xpo_lightning.models import LoadedModel, LoRASpec, ModelSpec, check_loaded, end_token_ids, prompt_limit
@@ -27,6 +27,7 @@ from xpo_lightning.preference import LabelRule, check_penalty
 from xpo_lightning.preference_losses import PreferenceLoss, SigmoidLoss
 from xpo_lightning.prompts import PromptEncoder
 from xpo_lightning.reference import Reference, ReferenceRefresh
+from xpo_lightning.resume.standing import before_training, settle
 from xpo_lightning.rewards.base import Feedback
 from xpo_lightning.rollout.engine import RolloutEngine
 from xpo_lightning.rollout.local import LocalRollout
@@ -34,7 +35,6 @@ from xpo_lightning.rollout.sampling import Sampling
 from xpo_lightning.samplers import PreviousPolicySampler, ReferenceSampler, Sampler
 from xpo_lightning.schedules import LearningRateShape, Schedule
 from xpo_lightning.sharding import shard_all
-from xpo_lightning.standing import before_training, settle
 from xpo_lightning.steps import PreferenceSteps
 from xpo_lightning.updates import UpdatePlan
 from xpo_lightning.verdicts import Verdicts

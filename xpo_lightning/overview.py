@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from xpo_lightning.footprint import Footprint
+from xpo_lightning.footprint.estimate import Footprint
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.planning import count, rewards_with_models
 

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from xpo_lightning.attention import cache_dtype
-from xpo_lightning.footprint import Plan
-from xpo_lightning.forward import base_of
+from xpo_lightning.footprint.estimate import Plan
+from xpo_lightning.footprint.shape import Shape
+from xpo_lightning.forward.attention import cache_dtype
+from xpo_lightning.forward.call import base_of
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.rewards import SequenceClassifierReward
 from xpo_lightning.rollout.cache import most_rows
 from xpo_lightning.rollout.local import TOKENS_AT_ONCE
-from xpo_lightning.shape import Shape
 from xpo_lightning.snapshot import Snapshot
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xpo_lightning.errors import InputError, did_you_mean
-from xpo_lightning.sources import SHIPPED_CONFIGS, existing_path
+from xpo_lightning.loading.sources import SHIPPED_CONFIGS, existing_path
 
 
 def recipes() -> dict[str, Path]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from xpo_lightning.errors import InputError
-from xpo_lightning.forward import evaluating
+from xpo_lightning.forward.call import evaluating
 from xpo_lightning.identity import fingerprint
 from xpo_lightning.snapshot import Snapshot
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xpo_lightning.adapters import adapters_cast
 from xpo_lightning.errors import InputError
-from xpo_lightning.forward import evaluating
+from xpo_lightning.forward.adapters import adapters_cast
+from xpo_lightning.forward.call import evaluating
 
 
 class Snapshot:

@@ -12,19 +12,19 @@ from xpo_lightning.batch import Experience
 from xpo_lightning.collector import Collector
 from xpo_lightning.combinations import refuse_own_steps
 from xpo_lightning.gradient import add_gradients
-from xpo_lightning.guard import Guard, check_rollout
+from xpo_lightning.guard.guarding import Guard, check_rollout
 from xpo_lightning.memory import Memory
 from xpo_lightning.metrics import PairAverages, rollout_metrics
 from xpo_lightning.objective import Objective
 from xpo_lightning.optimization import Optimization, WarmupThenDecay, total_steps
 from xpo_lightning.phases import PhaseTimer
 from xpo_lightning.prompts import PromptEncoder, as_prompts
-from xpo_lightning.resume import RunState
+from xpo_lightning.resume.standing import batches_done, begin_batch, forget_logged, has_begun
+from xpo_lightning.resume.state import RunState
 from xpo_lightning.rewards.base import Feedback
 from xpo_lightning.rollout.noise import Noise
 from xpo_lightning.schedules import FIRST_STEP, Progress
 from xpo_lightning.sharding import whole
-from xpo_lightning.standing import batches_done, begin_batch, forget_logged, has_begun
 from xpo_lightning.updates import Pairs, UpdatePlan
 
 

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.strategies.model_parallel import _load_checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from xpo_lightning.sharded_files import read_folder
+from xpo_lightning.run_folder.sharded_files import read_folder
 
 
 class FSDP2Strategy(ModelParallelStrategy):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from xpo_lightning.batch import Completions, Pair, Prompts
 from xpo_lightning.errors import NonFiniteError
-from xpo_lightning.guard import shown
+from xpo_lightning.guard.guarding import shown
 from xpo_lightning.phases import PhaseTimer
 from xpo_lightning.preference import Preferences, penalize_missing_eos
 from xpo_lightning.rewards.base import Feedback, Judge

@@ -151,7 +151,9 @@ def summary(kind: type) -> str:
 
 def subclasses(kind: type) -> list[type]:
     """List the classes of this package that an option can name, in alphabetical order."""
-    found = [one for one in map(xpo.__dict__.get, xpo.__all__) if inspect.isclass(one) and issubclass(one, kind)]
+    found = [
+        one for one in (getattr(xpo, name) for name in xpo.__all__) if inspect.isclass(one) and issubclass(one, kind)
+    ]
     return [one for one in found if not inspect.isabstract(one)]
 
 

@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from xpo_lightning.callbacks.run import FileWriter, is_fast_dev_run, say
 from xpo_lightning.errors import InputError
-from xpo_lightning.guard import StopAsked
+from xpo_lightning.guard.guarding import StopAsked
 
 
 class MadeAtEnd(FileWriter):

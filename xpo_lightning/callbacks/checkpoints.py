@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from xpo_lightning.standing import validation_is_due
+from xpo_lightning.resume.standing import validation_is_due
 
 
 class RunCheckpoint(ModelCheckpoint):

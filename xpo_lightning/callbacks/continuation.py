@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from xpo_lightning.callbacks.run import folder_id, goes_on_in
-from xpo_lightning.csv_logger import ResumableCSVLogger
+from xpo_lightning.run_folder.csv_logger import ResumableCSVLogger
 
 KEY = "xpo_metrics_files"
 Row = tuple[dict[str, Any], int]

@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.data.loading import PromptDataset, PromptStream
-from xpo_lightning.footprint import estimate
+from xpo_lightning.footprint.estimate import estimate
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.overview import estimate_text, models_of
 from xpo_lightning.planning import plan_of

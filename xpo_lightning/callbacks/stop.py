@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment  # type:
 
 from xpo_lightning.callbacks.run import is_fast_dev_run, run_folder, say
 from xpo_lightning.errors import InputError
-from xpo_lightning.guard import StopAsked
+from xpo_lightning.guard.guarding import StopAsked
 from xpo_lightning.module import XPOLightningModule
 
 FILE_NAME = "stopped.ckpt"

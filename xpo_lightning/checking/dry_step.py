@@ -9,9 +9,9 @@ from lightning.pytorch import Trainer
 from xpo_lightning.batch import Experience
 from xpo_lightning.data.encoding import Sample
 from xpo_lightning.data.loading import collate
-from xpo_lightning.footprint import Plan
+from xpo_lightning.footprint.estimate import Plan
 from xpo_lightning.gradient import add_gradients
-from xpo_lightning.guard import check_rollout
+from xpo_lightning.guard.guarding import check_rollout
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.prompts import as_prompts
 from xpo_lightning.rewards import HumanJudge

@@ -8,7 +8,7 @@ from xpo_lightning.checking.dry_step import DryStep
 from xpo_lightning.checking.folders import Disk
 from xpo_lightning.checking.measuring import Meter
 from xpo_lightning.checking.survey import Survey
-from xpo_lightning.footprint import Footprint
+from xpo_lightning.footprint.estimate import Footprint
 
 
 @dataclass(frozen=True)

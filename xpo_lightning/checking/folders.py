@@ -9,8 +9,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from xpo_lightning.checkpoint_io import is_remote
 from xpo_lightning.errors import InputError
+from xpo_lightning.run_folder.checkpoint_io import is_remote
 
 
 @dataclass(frozen=True)

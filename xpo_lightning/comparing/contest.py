@@ -12,8 +12,8 @@ from xpo_lightning.phases import PhaseTimer
 from xpo_lightning.rewards.base import Feedback, Judge
 from xpo_lightning.rollout.noise import Noise
 from xpo_lightning.rollout.sampling import Sampling
+from xpo_lightning.saved.writers import Writer
 from xpo_lightning.verdicts import Verdicts
-from xpo_lightning.writers import Writer
 
 FIRST_PURPOSE = 3
 """Of the randomness; training, validation and prediction have 0 to 2."""

@@ -17,7 +17,7 @@ from xpo_lightning.data.reading import Source, Stream, read, stream
 from xpo_lightning.errors import InputError
 from xpo_lightning.identity import differences
 from xpo_lightning.prompts import Truncation
-from xpo_lightning.standing import position
+from xpo_lightning.resume.standing import position
 
 Role = Literal["training", "validation"]
 

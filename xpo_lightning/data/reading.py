@@ -22,7 +22,7 @@ from xpo_lightning.data.files import (
     stream_parquet,
 )
 from xpo_lightning.errors import InputError
-from xpo_lightning.sources import explaining_hub_errors, is_local, resolve
+from xpo_lightning.loading.sources import explaining_hub_errors, is_local, resolve
 
 _TEXT_FILES: dict[str, Callable[[str], Iterator[Located]]] = {
     ".jsonl": read_jsonl,

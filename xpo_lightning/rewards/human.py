@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xpo_lightning.batch import RawPrompt
 from xpo_lightning.errors import InputError
-from xpo_lightning.guard import StopAsked
+from xpo_lightning.guard.guarding import StopAsked
 from xpo_lightning.rewards.asking import as_text, is_exchanged
 from xpo_lightning.rewards.base import Judge
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from xpo_lightning.errors import InputError
-from xpo_lightning.sources import explaining_hub_errors, is_local, resolve
+from xpo_lightning.loading.sources import explaining_hub_errors, is_local, resolve
 
 _PATH = "model.reward.init_args.path"
 _TOKENIZER = "model.reward.init_args.tokenizer"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from xpo_lightning.batch import RawPrompt, left_pad
-from xpo_lightning.causal_lm import CausalLMSource, Dtype
 from xpo_lightning.errors import InputError
-from xpo_lightning.forward import last_features, positions_from
+from xpo_lightning.forward.call import last_features, positions_from
 from xpo_lightning.identity import fingerprint, import_path
+from xpo_lightning.loading.causal_lm import CausalLMSource, Dtype
 from xpo_lightning.rewards.asking import TEMPLATE, VERDICTS, ModelJudge, as_text
 from xpo_lightning.rewards.base import OnInvalid
 from xpo_lightning.rewards.questions import QuestionEncoder, tokens_that_read

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from xpo_lightning.attention import fast_attention
+from xpo_lightning.forward.attention import fast_attention
 
 
 def score_rows(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from xpo_lightning.anatomy import FAILURES, change, has_window
 from xpo_lightning.batch import RawPrompt, cut
-from xpo_lightning.prefix import PromptCache
+from xpo_lightning.forward.anatomy import FAILURES, change, has_window
+from xpo_lightning.forward.prefix import PromptCache
 from xpo_lightning.rewards.padding import forward_scores, pad_right, score_rows, vocabulary_size
 
 WORTH_SHARING = 16

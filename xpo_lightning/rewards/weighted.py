@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from xpo_lightning.batch import RawPrompt
 from xpo_lightning.errors import InputError
+from xpo_lightning.guard.midway import gathered_midway
 from xpo_lightning.identity import import_path
-from xpo_lightning.midway import gathered_midway
 from xpo_lightning.rewards.base import Reward
 from xpo_lightning.rewards.checks import as_scores
 

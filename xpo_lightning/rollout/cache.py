@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from xpo_lightning.forward import base_of
+from xpo_lightning.forward.call import base_of
 
 
 class RolloutCache(Cache):

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
-from xpo_lightning.adapters import adapters_cast
-from xpo_lightning.anatomy import anatomy_of
 from xpo_lightning.batch import Completions, Prompts, cut, stack
 from xpo_lightning.errors import InputError
-from xpo_lightning.forward import evaluating
-from xpo_lightning.head import apply_head
+from xpo_lightning.forward.adapters import adapters_cast
+from xpo_lightning.forward.anatomy import anatomy_of
+from xpo_lightning.forward.call import evaluating
+from xpo_lightning.forward.head import apply_head
 from xpo_lightning.logps import shares_prompt
 from xpo_lightning.rollout.cache import most_rows
 from xpo_lightning.rollout.given import given_completions

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from xpo_lightning.anatomy import anatomy_of
 from xpo_lightning.batch import Completions, Prompts, cut
-from xpo_lightning.forward import base_of, last_features, positions_from
+from xpo_lightning.forward.anatomy import anatomy_of
+from xpo_lightning.forward.call import base_of, last_features, positions_from
 from xpo_lightning.logps import token_logps
 
 

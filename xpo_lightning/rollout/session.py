@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from xpo_lightning.anatomy import anatomy_of
-from xpo_lightning.attention import cache_dtype
 from xpo_lightning.batch import Completions, Prompts
-from xpo_lightning.forward import last_features
+from xpo_lightning.forward.anatomy import anatomy_of
+from xpo_lightning.forward.attention import cache_dtype
+from xpo_lightning.forward.call import last_features
+from xpo_lightning.forward.prefix import run_completions, run_prompts
 from xpo_lightning.logps import logps_of
-from xpo_lightning.prefix import run_completions, run_prompts
 from xpo_lightning.rollout.cache import RolloutCache, exchange
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from xpo_lightning.batch import Completions, Prompts
 from xpo_lightning.errors import InputError
-from xpo_lightning.midway import gathered_midway
+from xpo_lightning.guard.midway import gathered_midway
 from xpo_lightning.rollout.adapter_folder import AdapterFolder, mark_of
 from xpo_lightning.rollout.engine import Asked, RolloutEngine, Writer
 from xpo_lightning.rollout.local import LocalRollout

@@ -16,9 +16,9 @@ from xpo_lightning.errors import InputError
 from xpo_lightning.prompts import PromptEncoder
 from xpo_lightning.rollout.noise import Noise
 from xpo_lightning.rollout.sampling import Sampling
-from xpo_lightning.sampling_changes import changed
-from xpo_lightning.saved_run import saved_run
-from xpo_lightning.writers import REFERENCE, SeatedWriter, Writer, device_named, find_writer
+from xpo_lightning.saved.run import saved_run
+from xpo_lightning.saved.sampling import changed
+from xpo_lightning.saved.writers import REFERENCE, SeatedWriter, Writer, device_named, find_writer
 
 PURPOSE = 5
 """Of the randomness; training, validation, prediction and `xpo compare` have 0 to 4."""

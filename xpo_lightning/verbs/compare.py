@@ -17,9 +17,9 @@ from xpo_lightning.data.reading import Source, read
 from xpo_lightning.errors import InputError
 from xpo_lightning.rewards.base import Feedback, Judge
 from xpo_lightning.rollout.sampling import Sampling
-from xpo_lightning.sampling_changes import changed
-from xpo_lightning.saved_run import SavedRun, saved_run
-from xpo_lightning.writers import device_named, find_writer
+from xpo_lightning.saved.run import SavedRun, saved_run
+from xpo_lightning.saved.sampling import changed
+from xpo_lightning.saved.writers import device_named, find_writer
 
 
 def compare(

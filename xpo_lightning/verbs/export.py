@@ -8,9 +8,9 @@ from xpo_lightning.callbacks.card import model_card, training_facts
 from xpo_lightning.callbacks.policy_folder import check_exportable, check_replaceable, save_policy
 from xpo_lightning.callbacks.run import say
 from xpo_lightning.errors import InputError
-from xpo_lightning.hub import check_push, push
-from xpo_lightning.saved_run import saved_run
-from xpo_lightning.writers import trained_policy
+from xpo_lightning.saved.hub import check_push, push
+from xpo_lightning.saved.run import saved_run
+from xpo_lightning.saved.writers import trained_policy
 
 
 def export(

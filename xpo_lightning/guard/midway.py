@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from xpo_lightning.errors import NonFiniteError
-from xpo_lightning.processes import gathered
+from xpo_lightning.guard.processes import gathered
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ every model while completions are written and scored, a layer at a time in forwa
 
 from dataclasses import dataclass
 
-from xpo_lightning.footprint import Footprint, Plan, estimate
-from xpo_lightning.shape import Shape, weight_count
+from xpo_lightning.footprint.estimate import Footprint, Plan, estimate
+from xpo_lightning.footprint.shape import Shape, weight_count
 
 IN_FLIGHT = 3
 """Layers that are whole at a time in a pass: the one at work, the next one, and the buffer that a gather fills."""

@@ -6,8 +6,8 @@ on a CPU, what its heap does not give back, 0.3 to 0.5 GiB.
 
 from dataclasses import dataclass
 
-from xpo_lightning.head import KEPT
-from xpo_lightning.shape import Shape, adapter_count, weight_count
+from xpo_lightning.footprint.shape import Shape, adapter_count, weight_count
+from xpo_lightning.forward.head import KEPT
 
 FLOAT32 = 4
 

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 
 from xpo_lightning.batch import Experience
+from xpo_lightning.buffer.rows import decoded, encoded
+from xpo_lightning.buffer.store import FileStore, MemoryStore, PairStore, Sizes
 from xpo_lightning.errors import InputError
-from xpo_lightning.pair_rows import decoded, encoded
-from xpo_lightning.pair_store import FileStore, MemoryStore, PairStore, Sizes
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from xpo_lightning.attention import fast_attention
+from xpo_lightning.forward.attention import fast_attention
 
 
 def positions_from(mask: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch import Trainer
 
 from xpo_lightning.errors import InputError
-from xpo_lightning.guard import Guard
+from xpo_lightning.guard.guarding import Guard
+from xpo_lightning.guard.processes import gathered
 from xpo_lightning.identity import differences
 from xpo_lightning.memory import Memory
-from xpo_lightning.processes import gathered
-from xpo_lightning.randomness import random_state, set_random_state
-from xpo_lightning.standing import batches_done, has_begun, validate_now, validation_is_due
+from xpo_lightning.resume.randomness import random_state, set_random_state
+from xpo_lightning.resume.standing import batches_done, has_begun, validate_now, validation_is_due
 
 
 @dataclass

@@ -11,22 +11,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from xpo_lightning.adapters import adapters_cast
 from xpo_lightning.batch import Completions, Prompts
-from xpo_lightning.causal_lm import CausalLMSource
 from xpo_lightning.checkpoint import check_reference, check_trained_state, trained_state
-from xpo_lightning.checkpoint_io import read_checkpoint
-from xpo_lightning.cpu import keep_memory, speed_up_linears
 from xpo_lightning.errors import InputError
-from xpo_lightning.forward import evaluating
+from xpo_lightning.forward.adapters import adapters_cast
+from xpo_lightning.forward.call import evaluating
+from xpo_lightning.forward.cpu import keep_memory, speed_up_linears
+from xpo_lightning.loading.causal_lm import CausalLMSource
 from xpo_lightning.models import check_loaded, end_token_ids, prompt_limit
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.prompts import PromptEncoder
 from xpo_lightning.reference import base_fingerprint
 from xpo_lightning.rollout.local import LocalRollout, gather
 from xpo_lightning.rollout.sampling import Sampling
-from xpo_lightning.saved_run import SavedRun
-from xpo_lightning.sharded_files import METADATA
+from xpo_lightning.run_folder.checkpoint_io import read_checkpoint
+from xpo_lightning.run_folder.sharded_files import METADATA
+from xpo_lightning.saved.run import SavedRun
 
 REFERENCE = "reference"
 AT_ONCE = 256

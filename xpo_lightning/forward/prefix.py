@@ -13,7 +13,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from xpo_lightning.batch import Completions, Prompts
-from xpo_lightning.forward import last_features, positions_from
+from xpo_lightning.forward.call import last_features, positions_from
 
 
 def plain_features(model: nn.Module, prompts: Prompts, completions: Completions, head: nn.Linear | None) -> Tensor:

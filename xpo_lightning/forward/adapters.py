@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from xpo_lightning.forward import is_checkpointing
+from xpo_lightning.forward.call import is_checkpointing
 
 
 @contextmanager

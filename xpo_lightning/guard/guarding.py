@@ -8,8 +8,8 @@ from torch import Tensor
 
 from xpo_lightning.batch import Experience, RawPrompt
 from xpo_lightning.errors import InputError, NonFiniteError
-from xpo_lightning.midway import Midway
-from xpo_lightning.processes import gathered
+from xpo_lightning.guard.midway import Midway
+from xpo_lightning.guard.processes import gathered
 
 T = TypeVar("T")
 NOT_FINITE, STOP, BAD_INPUT, BROKEN = 1, 2, 3, 4

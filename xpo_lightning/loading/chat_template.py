@@ -1,7 +1,7 @@
 """Chat templates given in place of the tokenizer's own."""
 
 from xpo_lightning.errors import InputError
-from xpo_lightning.sources import existing_path
+from xpo_lightning.loading.sources import existing_path
 
 
 def read_chat_template(given: str, key: str) -> str:

@@ -16,7 +16,7 @@ from huggingface_hub import constants, get_session
 
 from xpo_lightning.errors import InputError
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parent.parent
 SHIPPED_CONFIGS = (_PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent) / "configs"
 """The configs that come with the package: inside it once it is installed, beside it in the repository."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

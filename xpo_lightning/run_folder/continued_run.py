@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from xpo_lightning.csv_logger import ResumableCSVLogger
+from xpo_lightning.run_folder.csv_logger import ResumableCSVLogger
 
 VersionedLogger = CSVLogger | TensorBoardLogger
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from xpo_lightning.checkpoint_io import read_checkpoint
 from xpo_lightning.errors import InputError
+from xpo_lightning.run_folder.checkpoint_io import read_checkpoint
 
 METADATA, OTHERS = ".metadata", "meta.pt"
 _STORAGE = "torch.distributed.checkpoint"

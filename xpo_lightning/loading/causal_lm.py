@@ -9,10 +9,10 @@ from peft import AutoPeftModelForCausalLM, LoraConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from xpo_lightning.chat_template import read_chat_template
 from xpo_lightning.errors import InputError
-from xpo_lightning.gguf import gguf_pre_tokenizer, unpacked
-from xpo_lightning.sources import existing_path, explaining_hub_errors, is_local, resolve
+from xpo_lightning.loading.chat_template import read_chat_template
+from xpo_lightning.loading.gguf import gguf_pre_tokenizer, unpacked
+from xpo_lightning.loading.sources import existing_path, explaining_hub_errors, is_local, resolve
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 

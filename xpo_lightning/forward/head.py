@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xpo_lightning.cpu import linear, products_summed
+from xpo_lightning.forward.cpu import linear, products_summed
 
 CHUNK = {"cpu": 2**22, "cuda": 2**26}
 """Most logits that are worked on at a time, by type of device; on a CPU they had better stay in its cache."""

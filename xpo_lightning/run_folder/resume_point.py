@@ -10,10 +10,10 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from xpo_lightning.checkpoint_io import ADVICE, check_safe, is_remote, read_checkpoint, remove_parts
-from xpo_lightning.continued_run import VersionedLogger, continue_run, version_folder
 from xpo_lightning.errors import InputError
-from xpo_lightning.sharded_files import read_folder
+from xpo_lightning.run_folder.checkpoint_io import ADVICE, check_safe, is_remote, read_checkpoint, remove_parts
+from xpo_lightning.run_folder.continued_run import VersionedLogger, continue_run, version_folder
+from xpo_lightning.run_folder.sharded_files import read_folder
 
 WORDS = ("best", "last", "hpc")
 

@@ -10,9 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from xpo_lightning.batch import Completions, Prompts, left_pad
-from xpo_lightning.cpu import OneDNNLinear
-from xpo_lightning.forward import base_of, evaluating, last_features
-from xpo_lightning.prefix import plain_features, shared_features
+from xpo_lightning.forward.call import base_of, evaluating, last_features
+from xpo_lightning.forward.cpu import OneDNNLinear
+from xpo_lightning.forward.prefix import plain_features, shared_features
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Pairs of earlier batches, for later updates."""

@@ -1,0 +1,1 @@
+"""The memory of a run, worked out from the shapes of its models."""

@@ -1,0 +1,1 @@
+"""Calls of language models: what each allows, prompts computed once, the vocabulary head, what a CPU needs."""

@@ -1,0 +1,1 @@
+"""Stops a run before harm is done, on all processes together."""

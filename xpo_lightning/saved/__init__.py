@@ -1,0 +1,1 @@
+"""Runs that are over: their configs, and their policies, ready to write."""
