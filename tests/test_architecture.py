@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "schedules": {"batch", "errors"},
     "candidates": {"batch", "errors"},
     "forward": {"batch", "errors"},
-    "logps": {"batch", "errors", "forward"},
+    "logps": {"batch", "errors", "forward", "sharding"},
     "objective": {"batch", "errors", "logps", "losses", "metrics", "preference_losses", "schedules"},
     "loading": {"errors"},
     "identity": set(),

@@ -28,11 +28,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from xpo_lightning import Pair, Sampling, SequenceClassifierReward, XPOLightningModule
 from xpo_lightning import logps as logps_module
+from xpo_lightning.forward import cpu as cpu_module
+from xpo_lightning.forward import head as head_module
 from xpo_lightning.forward.adapters import adapters_cast
 from xpo_lightning.forward.anatomy import PLAIN, anatomy_of, plainly
 from xpo_lightning.forward.attention import attention, fast_attention
-from xpo_lightning.forward.call import cpu as cpu_module
-from xpo_lightning.forward.call import head as head_module
 from xpo_lightning.forward.cpu import (
     OneDNNLinear,
     keep_memory,

@@ -11,8 +11,8 @@ from conftest import VOCABULARY, completions_of, naive_token_logps, prompts_of, 
 from torch import Tensor, nn
 
 from xpo_lightning import Completions, Pair, Prompts
+from xpo_lightning.forward import head as head_module
 from xpo_lightning.forward.anatomy import anatomy_of, plainly
-from xpo_lightning.forward.call import head as head_module
 from xpo_lightning.forward.head import logps_and_entropies
 from xpo_lightning.logps import pair_logps, pair_logps_and_entropies, token_logps
 from xpo_lightning.models import LoRASpec

@@ -19,8 +19,9 @@ __all__ = ["begin"]
 pytestmark = pytest.mark.slow
 FILE = {"class_path": "FSDP2Strategy"}
 FOLDER = {"class_path": "FSDP2Strategy", "init_args": {"save_distributed_checkpoint": True}}
-# About a third of the vocabulary ends a completion, so the two processes write completions of unequal lengths.
-ENDING = {"max_new_tokens": 8, "eos_token_ids": list(range(100))}
+# Half of the vocabulary ends a completion, so the two processes write completions of unequal lengths, and one of them
+# now and then nothing but single tokens.
+ENDING = {"max_new_tokens": 8, "eos_token_ids": list(range(150))}
 MOMENTUM = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}
 KINDS: dict[str, dict[str, Any]] = {
     "all weights": {"optimizer": MOMENTUM},

@@ -267,9 +267,9 @@ def same_tokens(completions: Pair[Completions]) -> Tensor:
     return (a.lengths == b.lengths) & equal.all(1)
 
 
-def stack(parts: Sequence[Completions]) -> Completions:
-    """Put completions below each other, as many rows as all of them have together."""
-    width = max(part.ids.shape[1] for part in parts)
+def stack(parts: Sequence[Completions], width: int = 1) -> Completions:
+    """Put completions below each other, padded to the longest, or to `width` where that is more."""
+    width = max(width, *(part.ids.shape[1] for part in parts))
 
     def stacked(tensors: list[Tensor]) -> Tensor:
         return torch.cat([torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])

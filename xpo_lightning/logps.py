@@ -9,6 +9,7 @@ from xpo_lightning.forward.anatomy import anatomy_of
 from xpo_lightning.forward.call import is_checkpointing
 from xpo_lightning.forward.head import head_logps, logps_and_entropies
 from xpo_lightning.forward.prefix import plain_features, shared_features
+from xpo_lightning.sharding import is_sharded
 
 
 def token_logps(model: nn.Module, prompts: Prompts, completions: Completions) -> Tensor:
@@ -37,7 +38,7 @@ def pair_logps(model: nn.Module, prompts: Prompts, completions: Pair[Completions
     Returns:
         Log-probability of each completion, summed over its tokens, in nats. (B,) a side
     """
-    both, head = stack([completions.by_policy, completions.by_sampler]), anatomy_of(model).head
+    both, head = _stacked(model, completions), anatomy_of(model).head
     logps = logps_of(_features_of_both(model, prompts, both), both, head)
     by_policy, by_sampler = logps.sum(1).chunk(2)
     return Pair(by_policy, by_sampler)
@@ -57,7 +58,7 @@ def pair_logps_and_entropies(
         What `pair_logps` returns, and the entropy of the distribution of the next token, over the full vocabulary at
         temperature 1, in nats, as a mean over the tokens of the policy's completion. (B,)
     """
-    both, head = stack([completions.by_policy, completions.by_sampler]), anatomy_of(model).head
+    both, head = _stacked(model, completions), anatomy_of(model).head
     features = _features_of_both(model, prompts, both)
     own, sampled = completions.by_policy, completions.by_sampler
     of_own, of_sampled = features.chunk(2)
@@ -91,6 +92,15 @@ def logps_of(features: Tensor, completions: Completions, head: nn.Linear | None)
     else:
         logps = head_logps(chosen, head, targets)
     return _padded(logps, index, completions)
+
+
+def _stacked(model: nn.Module, completions: Pair[Completions]) -> Completions:
+    """Put both completions of each prompt below each other, those by the policy first.
+
+    Each pass over layers that are spread over processes gathers their weights, so all processes must take as many:
+    completions of one token each, which one pass over the prompt predicts, are padded to need the second one too.
+    """
+    return stack([completions.by_policy, completions.by_sampler], width=2 if is_sharded(model) else 1)
 
 
 def _features_of_both(model: nn.Module, prompts: Prompts, both: Completions) -> Tensor:

@@ -9,7 +9,7 @@ from xpo_lightning.loading.sources import SHIPPED_CONFIGS, existing_path
 
 def recipes() -> dict[str, Path]:
     """Return the file of each recipe by its name."""
-    return {file.stem: file for file in sorted(SHIPPED_CONFIGS.glob("*.yaml"))}
+    return {file.stem: file for file in sorted(SHIPPED_CONFIGS.rglob("*.yaml"))}
 
 
 def purpose(file: Path) -> str:
