@@ -1,5 +1,7 @@
 """The page for people who come from TRL: it forgets no option of TRL's, and what it names here exists."""
 
+import importlib
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,6 +129,9 @@ def test_each_row_names_a_key_of_ours_or_says_none_and_what_then(section):
     for trl, ours, *more in rows(section):
         if ours == "none":
             assert len(more[0]) > 15, trl
+        elif verb := re.fullmatch(r"`xpo (\w+) --(\w+)`(?:, `--(\w+)`)*", ours):
+            function = getattr(importlib.import_module(f"xpo_lightning.verbs.{verb[1]}"), verb[1])
+            assert {*verb.groups()[1:]} <= inspect.signature(function).parameters.keys(), trl
         else:
             assert re.search(rf"`(?:{KEY}(?:: [^`]+)?|[A-Z]\w+\.\w+)`", ours), trl
 

@@ -72,7 +72,7 @@ def test_logger_logs_beside_what_the_callbacks_leave(title: str):
 def test_logger_parses(title: str):
     first, second = parse("fit", *overlay(title)).trainer.logger
     asked = yaml.safe_load(BLOCKS[title])["trainer"]["logger"]
-    assert first.class_path == "xpo_lightning.run_folder.csv_logger.ResumableCSVLogger"
+    assert first.class_path == "xpo_lightning.ResumableCSVLogger"
     taken = second.init_args.as_dict() | second.get("dict_kwargs", {})
     assert asked[1]["init_args"].items() <= taken.items()
 
