@@ -172,8 +172,8 @@ TABLES: dict[str, Callable[[], str]] = {
 def filled(page: str) -> str:
     """Put the tables into their places."""
     for name, make in TABLES.items():
-        pattern = re.compile(rf"(?<=<!-- table: {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
-        page, count = pattern.subn(make() + "\n", page)
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        page, count = pattern.subn(rf"\g<1>{make()}\n\g<2>", page)
         if count != 1:
             raise SystemExit(f"{PAGE} has {count} places for the table {name!r}")
     return page
