@@ -385,6 +385,23 @@ def test_a_mistyped_key_is_named_in_one_line(write_config: Write, capsys: pytest
     assert "model.policy" in refused(capsys, "fit", "--data.source", "x.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("group", "value", "option"),
+    [
+        ("trainer", 5, "--trainer.max_steps=1"),
+        ("data", [], "--data.batch_size=2"),
+        ("model__policy", 5, "--model.policy.path=elsewhere"),
+        ("model__sampling", None, "--model.sampling.max_new_tokens=3"),
+    ],
+)
+def test_value_in_place_of_a_group_is_refused_though_a_later_option_would_hide_it(
+    write_config: Write, capsys: pytest.CaptureFixture[str], group: str, value: Any, option: str
+):
+    key = group.replace("__", ".")
+    line = refused(capsys, "fit", "--config", write_config(**{group: value}), option)
+    assert f"{key} must be a group of options, but is {value!r} (in run.yaml)" in line
+
+
 # ---- verbs ----
 
 

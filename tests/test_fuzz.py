@@ -238,7 +238,7 @@ def check_run(capsys: pytest.CaptureFixture[str], *args: str) -> None:
     capsys.readouterr()
     LoggedNumbers.seen.clear()
     status: Any = None
-    with within(120):  # A hang is for good, and a busy machine many times slower than a free one.
+    with within(30):
         try:
             main(["fit", *args])
         except SystemExit as stopped:

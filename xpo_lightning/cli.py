@@ -15,7 +15,13 @@ import xpo_lightning.callbacks
 import xpo_lightning.rewards
 from xpo_lightning.callbacks import GracefulStop, PredictionsWriter, RunCheckpoint, RunContinuation
 from xpo_lightning.check import CheckingTrainer
-from xpo_lightning.complaints import explaining_trainer_errors, explanation, reason, refuse_nulls
+from xpo_lightning.complaints import (
+    explaining_trainer_errors,
+    explanation,
+    reason,
+    refuse_nulls,
+    refuse_values_for_groups,
+)
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.errors import InputError, input_error_in, stop
 from xpo_lightning.forward.cpu import limit_threads
@@ -50,6 +56,12 @@ class XPOParser(OneLineErrors, LightningArgumentParser):
         """Put the files of recipes in the place of their names, then parse."""
         words, OneLineErrors.config_files = with_config_files(list(sys.argv[1:] if args is None else args))
         return super().parse_args(words, *others, **options)
+
+    def parse_string(self, content: str, path: Any = "", *others: Any, **options: Any) -> Any:
+        """Parse a config, which is refused here if later options would hide what is wrong with it."""
+        parsed = super().parse_string(content, path, *others, **options)
+        refuse_values_for_groups(self, parsed, str(path))
+        return parsed
 
 
 class XPOCLI(LightningCLI):
@@ -89,9 +101,7 @@ class XPOCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse a checkpoint that does not load, and trainer options whose work the module does itself."""
         config = self.config[self.subcommand]
-        for group in ("trainer", "model", "data"):
-            if not hasattr(config[group], "get"):
-                raise InputError(f"{group} must be a group of options, but is {config[group]!r:.60}")
+        refuse_values_for_groups(self._parser(self.subcommand), config)
         refuse_nulls(self._parser(self.subcommand), config)
         if self.subcommand == "check":
             self.save_config_callback = None  # It writes a file.

@@ -37,6 +37,29 @@ def refuse_nulls(parser: Any, config: Any) -> None:
             raise InputError(f"{action.dest} must not be null; remove the line, to take the default")
 
 
+def refuse_values_for_groups(parser: Any, config: Any, file: str = "") -> None:
+    """Refuse a value where a group of options belongs; what sets one of its options would take its place unseen.
+
+    Args:
+        parser: The parser of a run.
+        config: What it has parsed.
+        file: The file that this is in, if any.
+
+    Raises:
+        InputError: There is such a value.
+    """
+    names = [action.dest for action in parser._actions]
+    for action in parser._actions:
+        group = action.dest
+        if hasattr(action, "_typehint") or not any(name.startswith(f"{group}.") for name in names):
+            continue
+        value = config.get(group, {})
+        if not hasattr(value, "get"):
+            raise InputError(
+                f"{group} must be a group of options, but is {value!r:.60}" + (f" (in {file})" if file else "")
+            )
+
+
 def explanation(error: BaseException) -> str | None:
     """Say what a person can do about an error; None where it is none of their making."""
     cause, key = input_error_in(error), _option_behind(error)
