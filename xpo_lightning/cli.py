@@ -147,11 +147,7 @@ class XPOCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Refuse to validate on nothing."""
-        if not self.datamodule.has_validation:
-            raise InputError(
-                "there are no validation prompts: set data.validation_source, data.validation_split or "
-                "data.validation_size"
-            )
+        self.datamodule.require_validation()
 
     def before_predict(self) -> None:
         """Write predictions to a file, unless the config names a writer, and do not keep them in memory as well."""

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from xpo_lightning.batch import Completions, Prompts
 from xpo_lightning.errors import InputError
 from xpo_lightning.identity import as_json, differences
 from xpo_lightning.rollout.local import gather
+from xpo_lightning.sqlite_file import opened
 
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT)",
@@ -153,7 +154,7 @@ class _Memory:
 
 
 class _File:
-    """Entries in an SQLite file, which is opened for each batch anew, so that nothing is left open anywhere."""
+    """Entries in an SQLite file."""
 
     def __init__(self, folder: Path, identity: dict[str, Any], rank: int) -> None:
         self.path = folder / f"reference-{rank}.sqlite"
@@ -205,16 +206,13 @@ class _File:
             with self._open() as connection:
                 connection.execute("DELETE FROM entries WHERE rowid > ?", (state["last"],))
 
-    @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        """Lend a connection; what is written comes into the file as a whole, or not at all."""
-        try:
-            with closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:
-                yield connection
-        except sqlite3.Error as error:
-            raise InputError(
-                f"model.reference_cache: '{self.path}' cannot be used ({error}); delete it, or give another folder"
-            ) from error
+    def _open(self) -> AbstractContextManager[sqlite3.Connection]:
+        return opened(self.path, self._unusable)
+
+    def _unusable(self, error: Exception) -> InputError:
+        return InputError(
+            f"model.reference_cache: '{self.path}' cannot be used ({error}); delete it, or give another folder"
+        )
 
 
 def _entry(ids: bytes, token_logps: bytes, ended: int, text: str, score: float) -> Entry:

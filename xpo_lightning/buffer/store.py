@@ -4,11 +4,12 @@ import hashlib
 import os
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 from xpo_lightning.errors import InputError
+from xpo_lightning.sqlite_file import opened
 
 Sizes = list[tuple[int, int]]
 """Tokens of each prompt, and of the longer one of its completions."""
@@ -76,7 +77,7 @@ class MemoryStore(PairStore):
 
 
 class FileStore(PairStore):
-    """Lines in an SQLite file, which is opened for each batch anew, so that nothing is left open anywhere.
+    """Lines in an SQLite file.
 
     Lines from the beginning are never deleted from it, because an earlier checkpoint may be gone back to.
 
@@ -135,11 +136,5 @@ class FileStore(PairStore):
             f"raise model.buffer.memory_pairs"
         )
 
-    @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        """Lend a connection; what is written comes into the file as a whole, or not at all."""
-        try:
-            with closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:
-                yield connection
-        except sqlite3.Error as error:
-            raise self._unusable(error) from error
+    def _open(self) -> AbstractContextManager[sqlite3.Connection]:
+        return opened(self.path, self._unusable)

@@ -127,8 +127,8 @@ class PromptDataModule(LightningDataModule):
             else:
                 self._prompts[role] = PromptDataset(rows, self.encoding, name)
 
-    def held_out(self) -> list[Located]:
-        """Read the rows of the validation prompts as they are, neither checked nor tokenized.
+    def require_validation(self) -> None:
+        """Refuse to go on without validation prompts.
 
         Raises:
             InputError: There are none.
@@ -138,6 +138,14 @@ class PromptDataModule(LightningDataModule):
                 "there are no validation prompts: set data.validation_source, data.validation_split or "
                 "data.validation_size"
             )
+
+    def held_out(self) -> list[Located]:
+        """Read the rows of the validation prompts as they are, neither checked nor tokenized.
+
+        Raises:
+            InputError: There are none.
+        """
+        self.require_validation()
         return list(self._rows(["validation"])["validation"])
 
     def train_dataloader(self) -> DataLoader[Sample]:
