@@ -1,5 +1,7 @@
 """The verbs beside training, as a user calls them."""
 
+import importlib
+import inspect
 import io
 import json
 import os
@@ -15,6 +17,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import completions_of, make_tokenizer
+from docstring_parser import parse as parse_docstring
 from huggingface_hub import constants
 from test_cli import Write, prompts_file, refused, write_config  # noqa: F401  (fixtures)
 from transformers import AutoModelForCausalLM
@@ -65,10 +68,19 @@ def test_help_of_a_verb_describes_each_of_its_options(verb: str, capsys: pytest.
     with pytest.raises(SystemExit) as stopped:
         main([verb, "--help"])
     assert stopped.value.code == 0
-    assert f"usage: xpo {verb}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"usage: xpo {verb}" in shown
+    function = getattr(importlib.import_module(f"xpo_lightning.verbs.{verb}"), verb)
+    described = {one.arg_name: one.description for one in parse_docstring(function.__doc__).params}
+    assert list(described) == list(inspect.signature(function).parameters)
+    for name, text in described.items():
+        assert name in shown
+        assert " ".join(text.split())[:40] in " ".join(shown.split())
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["fti"], ["recipes"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["fti"], ["recipes"], ["plot", "nowhere"], ["report", "nowhere"]], ids=" ".join
+)
 def test_what_needs_no_model_starts_without_torch(words: list[str]):
     code = (
         f"import sys; sys.argv[1:] = {words!r}\nfrom xpo_lightning.start import main\ntry: main()\nexcept SystemExit:"
@@ -103,6 +115,18 @@ def test_recipe_is_copied_and_nothing_is_overwritten(tmp_path: Path, capsys: pyt
     assert target.read_text() == (ROOT / "configs" / "quickstart.yaml").read_text()
     assert "exists" in refused(capsys, "recipes", "quickstart", str(target))
     assert "did you mean 'quickstart'?" in refused(capsys, "recipes", "quikstart")
+    nowhere = str(tmp_path / "no" / "such.yaml")
+    assert f"'{nowhere}' cannot be used (No such file" in refused(capsys, "recipes", "quickstart", nowhere)
+
+
+def test_control_c_in_a_verb_ends_with_its_status(monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("xpo_lightning.verbs.dispatch.run", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["chat", "anything"])
+    assert stopped.value.code == 130
 
 
 # ---- compare ----
@@ -158,7 +182,9 @@ def test_checkpoint_with_adapters_is_compared_as_it_was_trained(write_config: Wr
     assert result(tmp_path, checkpoint, "reference", *greedy)["ties"] < 4
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("bf16", torch.bfloat16), ("32-true", torch.float32)]
+)
 def test_policies_of_a_run_are_computed_in_its_precision(
     write_config: Write,  # noqa: F811
     tmp_path: Path,
@@ -221,6 +247,8 @@ def test_judge_is_asked_about_pairs_and_one_without_an_answer_is_left_out():
         (["./nowhere", "--config", "quickstart"], "./nowhere"),
         (["reference", "--config", "quickstart", "--sampling.temprature", "1"], "did you mean 'sampling.temperature'?"),
         (["reference", "--config", "quickstart", "--device", "gpuu"], "--device"),
+        (["reference", "--config", "quickstart", "--json", "no/such.json"], "--json: there is no folder 'no'"),
+        (["package:xpo_lightning/embedded/policy", "nowhere.ckpt", "--config", "quickstart"], "no checkpoint 'nowhere"),
     ],
     ids=str,
 )
@@ -228,9 +256,29 @@ def test_comparison_that_cannot_be_made_is_refused(args: list[str], expected: st
     assert expected in refused(capsys, "compare", *args)
 
 
-def test_checkpoint_without_its_config_is_refused(model_folder: Callable[..., str]):
+@pytest.mark.parametrize("name", ["run.ckpt", "reference"])
+def test_what_belongs_to_a_run_is_refused_without_its_config(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reference").mkdir()  # A folder of that name is `./reference`.
     with pytest.raises(InputError, match="--config"):
-        find_writer("run.ckpt", None)
+        find_writer(name, None)
+
+
+def test_what_is_wrong_with_reward_or_column_is_said_before_anybody_writes(
+    prompts_file: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("xpo_lightning.comparing.contest.Contest.write", lambda *_: pytest.fail("it wrote"))
+    policy = ["package:xpo_lightning/embedded/policy"] * 2
+    reward = ["--reward", "SequenceClassifierReward", "--reward.path", "./nowhere"]
+    assert "./nowhere" in refused(capsys, "compare", *policy, "--prompts", str(prompts_file), *reward)
+    options = ["--reward", "PythonReward", "--reward.function", f"{__name__}.lengths", "--prompt_column", "promt"]
+    line = refused(capsys, "compare", *policy, "--prompts", str(prompts_file), *options)
+    assert "--prompt_column: " in line
+    assert "promt" in line
 
 
 # ---- export ----
@@ -295,6 +343,7 @@ def test_push_uploads_the_folder_and_shows_no_token(
     assert "hf auth login" in refused(capsys, *words)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert "owner/name" in refused(capsys, *words[:-1], "policy")
+    assert "owner/name" in refused(capsys, *words[:-1], "me/my policy")
     assert not (tmp_path / "out").exists()
     main([*words, "--private"])
     assert StubHub.calls[0] == ("me/policy", {"private": True, "exist_ok": True})
@@ -339,11 +388,11 @@ def test_chat_reads_lines_from_a_pipe_until_they_end(
 def test_chat_model_remembers_the_conversation(model_folder: Callable[..., str]):
     writer = find_writer(model_folder("llama", "chat"), None)
     speaker = Speaker.seated(writer, Sampling(max_new_tokens=4), torch.device("cpu"), seed=0, place=0)
-    answers = [speaker.answer("hi").removesuffix(" …"), speaker.answer("go").removesuffix(" …")]
+    answers = [speaker.answer(speaker.hear(line)).removesuffix(" …") for line in ("hi", "go")]
     assert [message["role"] for message in speaker.said] == ["user", "assistant"] * 2
     assert [message["content"] for message in speaker.said] == ["hi", answers[0], "go", answers[1]]
     with pytest.raises(InputError, match="exceed the context"):
-        speaker.answer("hat " * 70)
+        speaker.hear("hat " * 70)
     assert len(speaker.said) == 4
     assert make_tokenizer("chat").chat_template is not None
 

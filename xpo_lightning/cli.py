@@ -195,6 +195,8 @@ def main(args: ArgsType = None) -> None:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning would end with 1.
             raise SystemExit(130) from end
         raise
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except Exception as error:
         message = explanation(error)
         if message is None or os.environ.get("XPO_DEBUG"):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from xpo_lightning.errors import InputError
-from xpo_lightning.forward.call import evaluating
+from xpo_lightning.forward.call import base_of, evaluating
 from xpo_lightning.identity import fingerprint
 from xpo_lightning.snapshot import Snapshot
 
@@ -100,6 +100,5 @@ class Reference(nn.Module):
 
 def base_fingerprint(model: nn.Module) -> str:
     """Return the fingerprint of a model's weights without those of its adapters."""
-    base = model.get_base_model() if hasattr(model, "disable_adapter") else model  # type: ignore[operator]
-    weights = base.named_parameters()
+    weights = base_of(model).named_parameters()
     return fingerprint((name.replace(".base_layer", ""), value) for name, value in weights if "lora_" not in name)

@@ -78,7 +78,6 @@ class LocalRollout:
             raise ValueError("expected at least one set of uniforms")
         return session, written
 
-    @torch.no_grad()
     def __call__(self, model: nn.Module, prompts: Prompts, noise: Noise) -> Completions:
         """Sample one completion for each prompt.
 
@@ -91,13 +90,26 @@ class LocalRollout:
         Returns:
             B completions, with the model's own log-probabilities of their tokens.
         """
-        uniforms, parts = self.uniforms(prompts, noise), []
-        groups = self.groups(prompts, model)
+        return self.write(model, prompts, [self.uniforms(prompts, noise)])[0]
+
+    @torch.no_grad()
+    def write(self, model: nn.Module, prompts: Prompts, uniforms: Sequence[Tensor]) -> list[Completions]:
+        """Sample several completions for each prompt, as many prompts together as may be.
+
+        Args:
+            model: As in `__call__`.
+            prompts: B prompts.
+            uniforms: See `uniforms`, for each completion of a prompt. (B, max_new_tokens) each
+
+        Returns:
+            B completions for each entry of `uniforms`.
+        """
+        groups, parts = self.groups(prompts, model), []
         with evaluating(model), adapters_cast(model):
             for rows in groups:
-                session = self.open(model, prompts.select(rows))
-                parts.append(self.sample(session, uniforms[torch.as_tensor(rows, device=uniforms.device)]))
-        return gather(parts, groups)
+                some = [numbers[torch.as_tensor(rows, device=numbers.device)] for numbers in uniforms]
+                parts.append(self.several(model, prompts.select(rows), some, None)[1])
+        return [gather(candidate, groups) for candidate in zip(*parts, strict=True)]
 
     def groups(self, prompts: Prompts, model: nn.Module) -> list[list[int]]:
         """Put prompts of similar length together, as many as may be decoded together."""

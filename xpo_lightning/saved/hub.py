@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
 
 from xpo_lightning.errors import InputError
 
@@ -18,8 +20,12 @@ def check_push(name: str) -> None:
     Raises:
         InputError: It is no name of a repository, the hub is switched off, or nobody is logged in.
     """
-    if name.count("/") != 1 or not all(part.strip(".-") for part in name.split("/")):
+    if name.count("/") != 1:
         raise InputError(f"{KEY} must be owner/name, but is '{name}'")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(f"{KEY} must be owner/name as the hub takes it: {error}") from error
     if constants.HF_HUB_OFFLINE:
         raise InputError(f"{KEY}: HF_HUB_OFFLINE is set, so nothing can be pushed; unset it")
     if get_token() is None:

@@ -57,7 +57,7 @@ def saved_run(config: str) -> SavedRun:
         raise InputError(f"--config: '{path}' cannot be used: {error}") from error
     trainer = content.get("trainer")
     precision = trainer.get("precision") if isinstance(trainer, dict) else None
-    return SavedRun(built.model, built.data, mixed=str(precision) == "bf16-mixed")
+    return SavedRun(built.model, built.data, mixed=str(precision) in ("bf16", "bf16-mixed"))  # Lightning's two names
 
 
 def _read(path: Path) -> dict[str, Any]:

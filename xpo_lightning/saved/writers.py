@@ -1,7 +1,8 @@
 """Policies that write, by the names that a person gives them: folders, hub ids, checkpoints, `reference`."""
 
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,15 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from xpo_lightning.batch import Completions, Prompts
 from xpo_lightning.checkpoint import check_reference, check_trained_state, trained_state
 from xpo_lightning.errors import InputError
-from xpo_lightning.forward.adapters import adapters_cast
-from xpo_lightning.forward.call import evaluating
+from xpo_lightning.forward.call import base_of
 from xpo_lightning.forward.cpu import keep_memory, speed_up_linears
 from xpo_lightning.loading.causal_lm import CausalLMSource
 from xpo_lightning.models import check_loaded, end_token_ids, prompt_limit
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.prompts import PromptEncoder
 from xpo_lightning.reference import base_fingerprint
-from xpo_lightning.rollout.local import LocalRollout, gather
+from xpo_lightning.rollout.local import LocalRollout
 from xpo_lightning.rollout.sampling import Sampling
 from xpo_lightning.run_folder.checkpoint_io import read_checkpoint
 from xpo_lightning.run_folder.sharded_files import METADATA
@@ -59,7 +59,8 @@ class Writer:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer, loaded on first use."""
-        tokenizer: PreTrainedTokenizerBase = self.source.load_tokenizer()
+        with _naming(self.name):
+            tokenizer: PreTrainedTokenizerBase = self.source.load_tokenizer()
         return tokenizer
 
     def encoder(self, sampling: Sampling) -> PromptEncoder:
@@ -75,8 +76,9 @@ class Writer:
             at_once: Most prompts that it writes for together; None is what suits the device.
         """
         keep_memory()
-        model = self.load()
-        check_loaded_tokens(model, self.tokenizer, sampling)
+        with _naming(self.name):
+            model = self.load()
+        check_loaded(base_of(model), self.tokenizer, sampling.eos_token_ids)
         model = model.to(device)
         speed_up_linears(model)
         ends = end_token_ids(model, self.tokenizer, sampling.eos_token_ids)
@@ -98,7 +100,6 @@ class SeatedWriter:
     rollout: LocalRollout
     mixed: bool = False
 
-    @torch.no_grad()
     def write(self, prompts: Prompts, uniforms: Sequence[Tensor]) -> list[Completions]:
         """Write completions.
 
@@ -109,14 +110,8 @@ class SeatedWriter:
         Returns:
             B completions for each entry of `uniforms`.
         """
-        groups = self.rollout.groups(prompts, self.model)
-        parts = []
-        computing = torch.autocast(prompts.ids.device.type, torch.bfloat16, enabled=self.mixed)
-        with computing, evaluating(self.model), adapters_cast(self.model):
-            for rows in groups:
-                some = [numbers[rows] for numbers in uniforms]
-                parts.append(self.rollout.several(self.model, prompts.select(rows), some, None)[1])
-        return [gather(candidate, groups) for candidate in zip(*parts, strict=True)]
+        with torch.autocast(prompts.ids.device.type, torch.bfloat16, enabled=self.mixed):
+            return self.rollout.write(self.model, prompts, uniforms)
 
 
 def find_writer(name: str, run: SavedRun | None) -> Writer:
@@ -129,12 +124,14 @@ def find_writer(name: str, run: SavedRun | None) -> Writer:
     Raises:
         InputError: It cannot be used, or needs a config.
     """
-    if name == REFERENCE and not Path(name).exists():
+    if name == REFERENCE:
         given = _needed(run, "the reference is the model that a run started from")
         spec = given.module.policy_spec
         return Writer(name, spec, spec.load_model, given.mixed)
     if is_checkpoint(name):
         given = _needed(run, f"'{name}' is a checkpoint, which holds trained weights alone")
+        if not Path(name).exists():
+            raise InputError(f"there is no checkpoint '{name}'")
         return Writer(name, given.module.policy_spec, lambda: trained_policy(Path(name), given.module)[0], given.mixed)
     source = NamedModel(name)
     return Writer(name, source, source.load_model)
@@ -178,12 +175,6 @@ def trained_policy(path: Path, module: XPOLightningModule) -> tuple[nn.Module, d
     return policy, content
 
 
-def check_loaded_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> None:
-    """Refuse a tokenizer and end tokens that are not the model's; adapters are no fault here."""
-    base = model.get_base_model() if hasattr(model, "disable_adapter") else model  # type: ignore[operator]
-    check_loaded(base, tokenizer, sampling.eos_token_ids)
-
-
 def device_named(name: str) -> torch.device:
     """Return the device of a name; `auto` is a GPU where there is one.
 
@@ -196,6 +187,15 @@ def device_named(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device: '{name}' cannot be used ({str(error).splitlines()[0]:.160})") from error
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say first what the person called it; the keys of a config are not what they gave."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"'{name}': {error}") from error
 
 
 def _needed(run: SavedRun | None, because: str) -> SavedRun:

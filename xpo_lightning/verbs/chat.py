@@ -102,26 +102,30 @@ class Speaker:
         """Whether it takes conversations."""
         return self.encoder.tokenizer.chat_template is not None
 
-    def answer(self, text: str) -> str:
-        """Answer a line; one that it cannot take leaves the conversation as it was.
+    def hear(self, text: str) -> Prompts:
+        """Turn a line into what it is to answer.
 
         Raises:
             InputError: The line cannot be used, or the conversation is too long.
         """
         asked: RawPrompt = [*self.said, {"role": "user", "content": text}] if self.is_chat_model else text
         ids, mask = left_pad(self.encoder.encode_all([asked]), next(self.writer.model.parameters()).device)
+        return Prompts(ids, mask, (asked,))
+
+    def answer(self, heard: Prompts) -> str:
+        """Answer what it has heard, and remember both."""
         noise = Noise(self.seed, PURPOSE + self.place, self.answers)
-        uniforms = noise.uniforms(1, self.writer.rollout.sampling.max_new_tokens).to(ids.device)
-        (written,) = self.writer.write(Prompts(ids, mask, (asked,)), [uniforms])
+        (written,) = self.writer.write(heard, [self.writer.rollout.uniforms(heard, noise)])
         self.answers += 1
         if self.is_chat_model:
-            self.said = [*asked, {"role": "assistant", "content": written.texts[0]}]
+            self.said = [*heard.raw[0], {"role": "assistant", "content": written.texts[0]}]
         return written.texts[0] + ("" if bool(written.ended[0]) else " …")
 
 
 def _exchange(speakers: list[Speaker], line: str) -> None:
     """Have all answer a line, and show the answers beside each other."""
-    answers = [speaker.answer(line) for speaker in speakers]
+    heard = [speaker.hear(line) for speaker in speakers]  # All or none: each would go on alone otherwise.
+    answers = [speaker.answer(prompts) for speaker, prompts in zip(speakers, heard, strict=True)]
     console = rich.get_console()
     width = max(20, (console.width - len(speakers)) // len(speakers))
     shown = zip(speakers, answers, strict=True)
@@ -147,7 +151,5 @@ def _lines() -> Iterator[str]:
             line = input("> " if is_typed else "")
         except EOFError:
             return
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
         if line.strip():
             yield line

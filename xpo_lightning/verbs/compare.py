@@ -1,6 +1,7 @@
 """`xpo compare`: how often one policy beats another."""
 
 import json as json_format
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,19 +67,26 @@ def compare(
         json: Write the result to this file as well.
     """
     _check(samples=samples, max_prompts=max_prompts, batch_size=batch_size)
+    if json is not None and not Path(json).parent.is_dir():
+        raise InputError(f"--json: there is no folder '{Path(json).parent}'")
     check_level(level)
     run = None if config is None else saved_run(config)
     feedback, penalty = _feedback(reward, missing_eos_penalty, run)
     how = changed(run.module.sampling if run else Sampling(), sampling)
+    if penalty and how.eos_token_ids == [] and not how.stop_strings:
+        raise InputError("--missing_eos_penalty: --sampling.eos_token_ids names no EOS token; leave one of them out")
     rows, encoding, where = _prompts(prompts, prompt_column, run)
     # Whoever is named first: the two write, and are judged, in the same order, so that exchanging them changes nothing.
     order = sorted((a, b))
     writers = [find_writer(name, run) for name in order]
-    encoded = encoded_for([one.encoder(how) for one in writers], first_rows(rows, max_prompts), encoding, where)
+    try:
+        encoded = encoded_for([one.encoder(how) for one in writers], first_rows(rows, max_prompts), encoding, where)
+    except InputError as error:
+        raise InputError(f"--prompts, --prompt_column: {error}" if prompts else str(error)) from error
     where_to = device_named(device)
+    feedback.load()
     contest = Contest(how, samples, seed, where_to, batch_size)
     written = [contest.write(one, rows, n) for n, (one, rows) in enumerate(zip(writers, encoded, strict=True))]
-    feedback.load()
     found = outcome(feedback.to(where_to), penalty, encoded[0], Pair(*written))
     found = found if order[0] == a else found.exchanged()
     result = _result(found, level)
@@ -97,23 +105,23 @@ def _check(**counts: int | None) -> None:
 
 def _feedback(reward: Feedback | None, penalty: float | None, run: SavedRun | None) -> tuple[Feedback, float | None]:
     """Choose the reward and its penalty; those of the run go together."""
-    if reward is None and run is None:
-        raise InputError("xpo compare needs --reward, or the --config of a run with one")
-    if reward is None and run is not None:
+    if reward is None:
+        if run is None:
+            raise InputError("xpo compare needs --reward, or the --config of a run with one")
         reward, penalty = run.module.reward, run.module.missing_eos_penalty if penalty is None else penalty
     if penalty is not None and isinstance(reward, Judge):
         raise InputError("--missing_eos_penalty is taken from scores, and a judge gives none; leave it out")
     if penalty is not None and not penalty >= 0:
         raise InputError(f"--missing_eos_penalty must be at least 0, but is {penalty}")
-    return reward, penalty  # type: ignore[return-value]  # it is one or the other
+    return reward, penalty
 
 
-def _prompts(name: str | None, column: str | None, run: SavedRun | None) -> tuple[list[Located], Encoding, str]:
+def _prompts(name: str | None, column: str | None, run: SavedRun | None) -> tuple[Sequence[Located], Encoding, str]:
     """Read the prompts, and say what to call them."""
     if name is not None:
         source = Source(name, key="--prompts", split_key="--prompts")
         encoding = Encoding(column or (run.data.encoding.prompt_column if run else "prompt"))
-        return list(read(source)), encoding, name
+        return read(source), encoding, name
     if run is None:
         raise InputError("xpo compare needs --prompts, or the --config of a run with validation prompts")
     if column is not None:

@@ -8,7 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from xpo_lightning import __version__
-from xpo_lightning.errors import did_you_mean, stop
+from xpo_lightning.errors import InputError, did_you_mean, stop
 from xpo_lightning.parsing import OneLineErrors
 
 RUNS = {
@@ -28,7 +28,7 @@ VERBS = {
     "report": "write a page about a run",
 }
 """Each verb, and what it does, as `xpo --help` says it."""
-LIGHT = ("recipes", "env")
+LIGHT = ("recipes", "env", "plot", "report")
 """Verbs that need no models, and start at once."""
 
 BY_PLACE = inspect.Parameter.POSITIONAL_ONLY
@@ -88,7 +88,12 @@ def run(verb: str, args: list[str]) -> None:
     values = vars(parser.instantiate(parser.parse_args(args)))
     parameters = inspect.signature(function).parameters
     by_place = [values.pop(name) for name, parameter in parameters.items() if parameter.kind is BY_PLACE]
-    function(*by_place, **values)
+    try:
+        function(*by_place, **values)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise InputError(f"'{error.filename}' cannot be used ({error.strerror})") from error
 
 
 def parser_of(function: Callable[..., Any]) -> VerbParser:
