@@ -43,9 +43,10 @@ def config_of(shape: Shape, **more: Any) -> LlamaConfig:
 
 def word_tokenizer(count: int) -> PreTrainedTokenizerFast:
     """Make a tokenizer of so many words, so that a text has as many tokens for every model as it has words."""
-    tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(count)}, unk_token="w2"))
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{number}" for number in range(3, count))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w1", unk_token="w2")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
 def random_policy(shape: Shape, dtype: torch.dtype) -> Any:

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "parsing": {"errors"},
     "recipes": {"errors", "loading"},
     "footprint": {"forward"},
-    "reporting": {"errors"},
+    "reporting": {"__version__", "errors"},
     "sqlite_file": {"errors"},
     "buffer": {"batch", "errors", "sqlite_file"},
     "snapshot": {"errors", "forward"},

@@ -1,5 +1,6 @@
 """On a CUDA device: the numbers of a CPU, the same resume, every precision. Runs with `-m gpu` alone."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import PROMPTS, Recorder, fit_quietly, loader, make_tokenizer, quiet_trainer
+from conftest import PROMPTS, Recorder, fit_quietly, make_tokenizer, quiet_trainer
 from test_quickstart import CONFIG, metrics
+from test_resume import Tape
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -18,7 +20,14 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from xpo_lightning import LoRASpec, ModelSpec, Sampling, SequenceClassifierReward, XPOLightningModule
+from xpo_lightning import (
+    LoRASpec,
+    ModelSpec,
+    PromptDataModule,
+    Sampling,
+    SequenceClassifierReward,
+    XPOLightningModule,
+)
 from xpo_lightning.cli import main
 
 pytestmark = pytest.mark.gpu
@@ -130,21 +139,23 @@ def test_a_resumed_run_ends_as_the_run_that_was_never_stopped(
 ):
     """Bit for bit, with torch's deterministic algorithms; dropout draws from the device's own random state."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS * 2))
 
-    def run(steps: int, resume: Path | None = None) -> tuple[pl.Trainer, dict[str, torch.Tensor]]:
+    def run(tape: Tape, resume: Path | None = None) -> dict[str, torch.Tensor]:
         pl.seed_everything(3, verbose=False)
         module = make_module(lora=lora, learning_rate=1e-2, lr_schedule="constant")
-        trainer = quiet_trainer(**GPU, max_epochs=1, max_steps=steps, deterministic=True)
+        trainer = quiet_trainer(**GPU, max_steps=4, deterministic=True, callbacks=[tape])
         try:
-            trainer.fit(module, loader(PROMPTS * 2, 2), ckpt_path=resume)
+            trainer.fit(module, datamodule=PromptDataModule(str(source), batch_size=2), ckpt_path=resume)
         finally:
             torch.use_deterministic_algorithms(False)
-        return trainer, {name: value.detach().cpu() for name, value in module.state_dict().items()}
+        return {name: value.detach().cpu() for name, value in module.state_dict().items()}
 
-    trainer, _ = run(2)
-    trainer.save_checkpoint(tmp_path / "two.ckpt")
-    _, whole = run(4)
-    _, resumed = run(4, tmp_path / "two.ckpt")
+    rest = Tape()
+    whole = run(Tape(tmp_path))
+    resumed = run(rest, tmp_path / "2.ckpt")
+    assert list(rest.logged) == [3, 4]
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 

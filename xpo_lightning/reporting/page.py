@@ -3,12 +3,12 @@
 import base64
 import hashlib
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from xpo_lightning import __version__
 from xpo_lightning.errors import InputError
 from xpo_lightning.reporting import chart
 from xpo_lightning.reporting.facts import headlines, held_out, last_step, timings
@@ -67,7 +67,7 @@ def report_of(run: RunFiles) -> str:
         validations=len(metrics["eval/win_rate"].steps) if "eval/win_rate" in metrics else 0,
         start=_start(run),
         config=run.text(CONFIG),
-        version=version("xpo-lightning"),
+        version=__version__,
         script_hash=_hash(environment.get_template("report.js").render()),
     )
 
