@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "preference": {"batch", "errors"},
     "schedules": {"batch", "errors"},
     "candidates": {"batch", "errors"},
-    "forward": {"batch", "errors"},
+    "forward": {"batch", "errors", "sharding"},
     "logps": {"batch", "errors", "forward", "sharding"},
     "objective": {"batch", "errors", "logps", "losses", "metrics", "preference_losses", "schedules"},
     "loading": {"errors"},

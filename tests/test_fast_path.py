@@ -31,8 +31,15 @@ from xpo_lightning import logps as logps_module
 from xpo_lightning.forward import cpu as cpu_module
 from xpo_lightning.forward import head as head_module
 from xpo_lightning.forward.adapters import adapters_cast
-from xpo_lightning.forward.anatomy import PLAIN, anatomy_of, plainly
 from xpo_lightning.forward.attention import attention, fast_attention
+from xpo_lightning.forward.capabilities import (
+    Sharing,
+    capabilities_of,
+    refuse_untrainable,
+    rows_of,
+    sharing_of,
+    without_fast_paths,
+)
 from xpo_lightning.forward.cpu import (
     OneDNNLinear,
     keep_memory,
@@ -47,8 +54,10 @@ from xpo_lightning.models import LoRASpec
 from xpo_lightning.phases import Phase
 from xpo_lightning.rewards import classifier as classifier_module
 from xpo_lightning.rewards.padding import score_rows
-from xpo_lightning.rewards.sharing import can_share, find_twins, score_twins
+from xpo_lightning.rewards.scoring import ScoringWays
+from xpo_lightning.rewards.sharing import find_twins, score_twins
 from xpo_lightning.rollout.local import LocalRollout
+from xpo_lightning.rollout.opening import writing_of
 from xpo_lightning.rollout.plain import PlainSession
 from xpo_lightning.rollout.session import Session
 
@@ -76,23 +85,21 @@ def logps_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 def test_each_architecture_takes_the_path_that_suits_it(arch: str, load_model: LoadModel):
     """Gemma 2 caps its logits after the head; a sliding window counts padding as if it were text."""
     model = load_model(arch)
-    found = anatomy_of(model)
-    assert found.shares_prompt
-    assert found.head is (None if arch == "gemma2_sliding" else model.get_output_embeddings())
-    assert found.pads_right == (not arch.endswith("sliding"))
+    assert capabilities_of(model).head is (None if arch == "gemma2_sliding" else model.get_output_embeddings())
+    assert sharing_of(model, 20) is (Sharing.PADDED_LEFT if arch.endswith("sliding") else Sharing.PADDED_RIGHT)
 
 
 @pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
 def test_a_first_use_in_validation_finds_the_same(load_model: LoadModel, inference: bool):
     model = load_model()
     with torch.inference_mode(inference), torch.no_grad():
-        assert anatomy_of(model).shares_prompt
+        assert sharing_of(model, 20) is Sharing.PADDED_RIGHT
 
 
 def test_a_model_that_names_no_head_keeps_its_own():
     """`ChainModel` hands out logits from a table."""
     model = ChainModel({3: 4}, otherwise=5)
-    assert anatomy_of(model).head is None
+    assert capabilities_of(model).head is None
 
 
 def test_scaled_logits_are_not_taken_for_those_of_the_head(load_model: LoadModel):
@@ -105,16 +112,16 @@ def test_scaled_logits_are_not_taken_for_those_of_the_head(load_model: LoadModel
         return output
 
     model.forward = doubled
-    assert anatomy_of(model).head is None
+    assert capabilities_of(model).head is None
 
 
 def test_gradient_checkpointing_takes_the_plain_path_in_training_alone(load_model: LoadModel):
     model = load_model()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert shares_prompt(model)
-    assert not shares_prompt(model.train())
+    assert shares_prompt(model, 20) is Sharing.PADDED_RIGHT
+    assert shares_prompt(model.train(), 20) is Sharing.NOT
     with torch.no_grad():
-        assert shares_prompt(model)
+        assert shares_prompt(model, 20) is Sharing.PADDED_RIGHT
 
 
 # ---- the same numbers ----
@@ -125,8 +132,8 @@ def test_logps_and_gradients_equal_those_of_the_plain_path(arch: str, load_model
     model = load_model(arch)
     speed_up_linears(model)
     fast, fast_gradients = logps_and_gradients(model)
-    with plainly(model):
-        assert anatomy_of(model) is PLAIN
+    with without_fast_paths(model):
+        assert sharing_of(model, 20) is Sharing.NOT
         plain, plain_gradients = logps_and_gradients(model)
     torch.testing.assert_close(fast, plain, rtol=0, atol=2e-5)
     assert fast_gradients.keys() == plain_gradients.keys()
@@ -141,7 +148,7 @@ def test_rollouts_equal_those_of_a_plain_session(arch: str, load_model: LoadMode
     model, prompts = load_model(arch), prompts_of(MANY_ROWS)
     roll = LocalRollout(make_tokenizer(), Sampling(max_new_tokens=12), list(range(0, VOCABULARY, 3)), rows_at_once)
     fast = roll(model, prompts, noise())
-    with plainly(model):
+    with without_fast_paths(model):
         assert isinstance(roll.open(model, prompts), PlainSession)
         plain = roll(model, prompts, noise())
     assert len(set(fast.counts)) > 2
@@ -155,7 +162,7 @@ def test_rollouts_equal_those_of_a_plain_session(arch: str, load_model: LoadMode
 def test_scores_of_a_session_equal_fresh_ones_after_rows_have_moved(arch: str, load_model: LoadModel, at_once: int):
     model, prompts, rows = load_model(arch), prompts_of(MANY_ROWS), len(MANY_ROWS)
     roll = LocalRollout(make_tokenizer(), Sampling(max_new_tokens=9), list(range(0, VOCABULARY, 3)))
-    session = Session(model, prompts, 9, tokens_at_once=at_once)
+    session = Session(model, prompts, 9, at_once, writing_of(model, 20))
     roll.sample(session, roll.uniforms(prompts, noise()))
     assert session.places.tolist() != sorted(range(rows), key=lambda row: len(MANY_ROWS[row]))
     session.rest()
@@ -176,7 +183,7 @@ def test_a_training_step_equals_that_of_the_plain_path(
         module = make_module(learning_rate=1e-2, spec=spec, lora=lora)
         module.configure_model()
         if plain:
-            with plainly(module.policy), plainly(module.reference.frozen or module.policy):
+            with without_fast_paths(module.policy), without_fast_paths(module.reference.frozen or module.policy):
                 fit_quietly(module, PROMPTS, max_steps=1)
         else:
             fit_quietly(module, PROMPTS, max_steps=1)
@@ -434,7 +441,7 @@ def classifier(arch: str) -> nn.Module:
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
 def test_scores_of_twins_equal_those_of_single_rows(arch: str, micro_batch_size: int):
     model = classifier(arch)
-    assert can_share(model)
+    assert ScoringWays(model).shares(60)
     begins = random_rows([20, 17, 30])
     rows = [
         begin + end for seed in (1, 2) for begin, end in zip(begins, random_rows([3, 9, 1], seed=seed), strict=True)
@@ -450,7 +457,7 @@ def test_scores_of_twins_equal_those_of_single_rows(arch: str, micro_batch_size:
 @pytest.mark.parametrize("arch", ["bert", "mistral_sliding", "gemma2_sliding"])
 def test_a_classifier_that_cannot_share_is_found_out(arch: str):
     """An encoder's prompt sees the completion; a sliding window would count padding."""
-    assert not can_share(classifier(arch))
+    assert not ScoringWays(classifier(arch)).shares(60)
 
 
 def test_rows_that_share_little_are_scored_by_themselves():
@@ -496,7 +503,9 @@ def test_a_step_reads_each_prompt_as_often_as_it_must(
         "reward": module.reward.model,
     }
     for model in (module.policy, module.reference.frozen):
-        assert anatomy_of(model).shares_prompt  # examined before the counting
+        assert sharing_of(model, 20) is not Sharing.NOT  # examined before the counting
+        writing_of(model, 20)
+    refuse_untrainable(module.policy)
     module.reward.score(["x" * 60] * 2, ["one", "two"], {})
     found: list[Any] = []
 
@@ -542,17 +551,15 @@ def test_the_plain_path_would_fail_the_count_above(load_model: LoadModel):
     model = load_model()
     positions: list[int] = []
     model.model.layers[0].register_forward_pre_hook(lambda _, inputs: positions.append(inputs[0][..., 0].numel()))
-    anatomy_of(model)
-    counts = []
-    for plain in (False, True):
+    sharing_of(model, 20)
+    positions.clear()
+    pair_logps(model, prompts_of(PROMPT_ROWS), PAIR)
+    assert sum(positions) == 5 * 9 + 2 * 5 * 8
+    with without_fast_paths(model):
+        rows_of(model, 20)
         positions.clear()
-        if plain:
-            with plainly(model):
-                pair_logps(model, prompts_of(PROMPT_ROWS), PAIR)
-        else:
-            pair_logps(model, prompts_of(PROMPT_ROWS), PAIR)
-        counts.append(sum(positions))
-    assert counts == [5 * 9 + 2 * 5 * 8, 2 * 5 * (9 + 9)]
+        pair_logps(model, prompts_of(PROMPT_ROWS), PAIR)
+    assert sum(positions) == 2 * 5 * (9 + 8)
 
 
 def test_a_saved_model_knows_nothing_of_the_layers_that_were_swapped(load_model: LoadModel, tmp_path: Any):

@@ -279,6 +279,7 @@ def test_micro_batches_are_of_similar_length_and_only_the_last_position_is_compu
 ):
     judge, calls = loaded(judge_folder(), micro_batch_size=2), []
     assert judge.model is not None
+    ask(judge, *zip(*PAIRS, strict=True))  # its ways are tried
     forward = judge.model.forward
 
     @functools.wraps(forward)

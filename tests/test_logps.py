@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xpo_lightning import Completions, Pair, Prompts
 from xpo_lightning.forward import head as head_module
-from xpo_lightning.forward.anatomy import anatomy_of, plainly
+from xpo_lightning.forward.capabilities import capabilities_of, without_fast_paths
 from xpo_lightning.forward.head import logps_and_entropies
 from xpo_lightning.logps import pair_logps, pair_logps_and_entropies, token_logps
 from xpo_lightning.models import LoRASpec
@@ -169,7 +169,7 @@ def assert_same_gradients(model: nn.Module, expected: nn.Module) -> None:
     assert compared > 3
 
 
-@pytest.mark.parametrize("way", [nullcontext, plainly], ids=["fast", "plain"])
+@pytest.mark.parametrize("way", [nullcontext, without_fast_paths], ids=["fast", "plain"])
 def test_entropies_and_gradients_equal_those_of_single_rows(
     arch: str, load_model: LoadModel, way: Callable[[nn.Module], AbstractContextManager[None]]
 ):
@@ -177,7 +177,7 @@ def test_entropies_and_gradients_equal_those_of_single_rows(
     model, naive, weights = load_model(arch), load_model(arch), 30 * torch.randn(5)
     expected = by_hand(naive, weights)
     with way(model):
-        assert (anatomy_of(model).head is None) == (way is plainly or arch == "gemma2_sliding")
+        assert (capabilities_of(model).head is None) == (way is without_fast_paths or arch == "gemma2_sliding")
         ours = combined(model, weights)
     torch.testing.assert_close(ours.double(), expected, rtol=0, atol=2e-5)
     assert ours.min() > 0.5

@@ -214,6 +214,7 @@ def test_padding_is_an_id_that_ends_no_row() -> None:
 def test_micro_batch_size_limits_the_rows_of_a_forward(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reward = loaded(llama, micro_batch_size=2)
     assert reward.model is not None
+    score(reward, PROMPTS, COMPLETIONS)  # its ways are tried
     shapes = []
     forward = reward.model.forward
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from xpo_lightning import Completions, InputError, Prompts, Sampling
-from xpo_lightning.forward.anatomy import anatomy_of
 from xpo_lightning.logps import token_logps
 from xpo_lightning.rollout import local as local_module
 from xpo_lightning.rollout import sampling as sampling_module
 from xpo_lightning.rollout.local import LocalRollout
+from xpo_lightning.rollout.opening import writing_of
 from xpo_lightning.rollout.sampling import TokenSampler, draw
 
 PROMPT_ROWS = random_rows([4, 9, 2, 7, 1, 6], seed=1)  # sorting these and undoing it are different orders
@@ -502,7 +502,7 @@ def test_every_position_is_computed_once(arch: str, load_model: LoadModel, check
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
-    anatomy_of(model)  # examining a model calls it
+    writing_of(model, 20)  # examining a model calls it
     calls: list[tuple[int, ...]] = []
     layer = next(module for module in model.modules() if isinstance(module, nn.ModuleList))[0]
     layer.register_forward_pre_hook(lambda _, inputs: calls.append(tuple(inputs[0].shape[:2])))
@@ -523,7 +523,7 @@ def test_logits_are_computed_where_a_token_is_drawn_and_nowhere_else(
             return super().__call__(given, *rest)
 
     monkeypatch.setattr(local_module, "TokenSampler", Recording)
-    anatomy_of(model)
+    writing_of(model, 20)
     features.clear()
     roll(model, prompts_of(PROMPT_ROWS), max_new_tokens=3)
     assert features == [32, 32, 32]
@@ -532,7 +532,7 @@ def test_logits_are_computed_where_a_token_is_drawn_and_nowhere_else(
 
 def test_decoding_stops_once_every_row_has_ended(load_model: LoadModel):
     model, calls = load_model(), []
-    anatomy_of(model)  # examining a model calls it
+    writing_of(model, 20)  # examining a model calls it
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     completions = roll(model, prompts_of(PROMPT_ROWS), list(range(VOCABULARY)), max_new_tokens=9)
     assert len(calls) == 1

@@ -11,8 +11,7 @@ from xpo_lightning.forward.call import evaluating
 from xpo_lightning.phases import PhaseTimer
 from xpo_lightning.reference_cache import Entry, missing_rows, with_kept
 from xpo_lightning.rollout.local import LocalRollout
-from xpo_lightning.rollout.plain import PlainSession
-from xpo_lightning.rollout.session import Session
+from xpo_lightning.rollout.opening import AnySession
 
 LendReference = Callable[[], AbstractContextManager[nn.Module]]
 
@@ -41,8 +40,8 @@ class Desk:
         self.rollout, self.policy, self.lend_reference = rollout, policy, lend_reference
         self.prompts, self.kept, self.timer = prompts, kept, timer
         self.device = prompts.ids.device
-        self._read_by_policy: Session | PlainSession | None = None
-        self._read_by_reference: Session | PlainSession | None = None
+        self._read_by_policy: AnySession | None = None
+        self._read_by_reference: AnySession | None = None
 
     def by_reference(self, uniforms: Sequence[Tensor]) -> list[Completions]:
         """Let the reference write, except for prompts that it wrote for before.

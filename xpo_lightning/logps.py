@@ -5,10 +5,11 @@ from torch import Tensor, nn
 
 from xpo_lightning.batch import Completions, Pair, Prompts, stack
 from xpo_lightning.forward.adapters import adapters_cast
-from xpo_lightning.forward.anatomy import anatomy_of
 from xpo_lightning.forward.call import is_checkpointing
-from xpo_lightning.forward.head import head_logps, logps_and_entropies
-from xpo_lightning.forward.prefix import plain_features, shared_features
+from xpo_lightning.forward.capabilities import Sharing, capabilities_of, refuse_untrainable, rows_of, sharing_of
+from xpo_lightning.forward.head import apply_head, head_logps, logps_and_entropies
+from xpo_lightning.forward.prefix import shared_features
+from xpo_lightning.forward.unshared import unshared_features
 from xpo_lightning.sharding import is_sharded
 
 
@@ -23,8 +24,19 @@ def token_logps(model: nn.Module, prompts: Prompts, completions: Completions) ->
     Returns:
         Natural log-probability of each completion token, in float32; 0 on padding. (B, T)
     """
-    head = anatomy_of(model).head
-    return logps_of(plain_features(model, prompts, completions, head), completions, head)
+    head = capabilities_of(model).head
+    how = rows_of(model, _width(prompts, completions))
+    return logps_of(unshared_features(model, prompts, completions, head, how), completions, head)
+
+
+@torch.no_grad()
+def next_logits(model: nn.Module, prompts: Prompts) -> Tensor:
+    """Return the logits of the token after each of B prompts, of shape (B, V)."""
+    head, one = capabilities_of(model).head, prompts.ids[:, -1:]  # any token will do: what predicts it is asked for
+    real = torch.ones_like(one, dtype=torch.bool)
+    blank = Completions(one, real, real[:, 0], ("",) * len(one), torch.zeros(one.shape, device=one.device))
+    features = unshared_features(model, prompts, blank, head, rows_of(model, _width(prompts, blank)))
+    return apply_head(features[:, 0], head)
 
 
 def pair_logps(model: nn.Module, prompts: Prompts, completions: Pair[Completions]) -> Pair[Tensor]:
@@ -38,7 +50,7 @@ def pair_logps(model: nn.Module, prompts: Prompts, completions: Pair[Completions
     Returns:
         Log-probability of each completion, summed over its tokens, in nats. (B,) a side
     """
-    both, head = _stacked(model, completions), anatomy_of(model).head
+    both, head = _stacked(model, completions), capabilities_of(model).head
     logps = logps_of(_features_of_both(model, prompts, both), both, head)
     by_policy, by_sampler = logps.sum(1).chunk(2)
     return Pair(by_policy, by_sampler)
@@ -58,7 +70,7 @@ def pair_logps_and_entropies(
         What `pair_logps` returns, and the entropy of the distribution of the next token, over the full vocabulary at
         temperature 1, in nats, as a mean over the tokens of the policy's completion. (B,)
     """
-    both, head = _stacked(model, completions), anatomy_of(model).head
+    both, head = _stacked(model, completions), capabilities_of(model).head
     features = _features_of_both(model, prompts, both)
     own, sampled = completions.by_policy, completions.by_sampler
     of_own, of_sampled = features.chunk(2)
@@ -69,10 +81,15 @@ def pair_logps_and_entropies(
     return Pair(logps.sum(1), by_sampler.sum(1)), means
 
 
-def shares_prompt(model: nn.Module) -> bool:
-    """Tell whether `pair_logps` computes each prompt once; gradient checkpointing switches caches off."""
+def shares_prompt(model: nn.Module, length: int) -> Sharing:
+    """Tell how `pair_logps` computes each prompt once; gradient checkpointing switches caches off.
+
+    Args:
+        model: As in `token_logps`.
+        length: Tokens of the longest row, prompt and completion.
+    """
     recomputes = model.training and torch.is_grad_enabled() and is_checkpointing(model)
-    return anatomy_of(model).shares_prompt and not recomputes
+    return Sharing.NOT if recomputes else sharing_of(model, length)
 
 
 def logps_of(features: Tensor, completions: Completions, head: nn.Linear | None) -> Tensor:
@@ -105,11 +122,19 @@ def _stacked(model: nn.Module, completions: Pair[Completions]) -> Completions:
 
 def _features_of_both(model: nn.Module, prompts: Prompts, both: Completions) -> Tensor:
     """Return what predicts each token of two completions a prompt, stacked: (2B, T, D), or logits (2B, T, V)."""
-    anatomy = anatomy_of(model)
+    head, length = capabilities_of(model).head, _width(prompts, both)
     with adapters_cast(model):
-        if shares_prompt(model):
-            return shared_features(model, prompts, both, anatomy.head, pads_right=anatomy.pads_right)
-        return plain_features(model, prompts.select(list(range(len(prompts))) * 2), both, anatomy.head)
+        if model.training:
+            refuse_untrainable(model)
+        sharing = shares_prompt(model, length)
+        if sharing is not Sharing.NOT:
+            return shared_features(model, prompts, both, head, pads_right=sharing is Sharing.PADDED_RIGHT)
+        twice = prompts.select(list(range(len(prompts))) * 2)
+        return unshared_features(model, twice, both, head, rows_of(model, length))
+
+
+def _width(prompts: Prompts, completions: Completions) -> int:
+    return prompts.ids.shape[1] + completions.ids.shape[1]
 
 
 def _real(features: Tensor, completions: Completions) -> tuple[Tensor, Tensor, Tensor]:

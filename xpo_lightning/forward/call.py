@@ -21,40 +21,71 @@ def last_features(
     model: nn.Module,
     ids: Tensor,
     mask: Tensor | None,
-    positions: Tensor,
+    positions: Tensor | None,
     keep: int,
     *,
-    cache: Cache | None = None,
+    cache: "Cache | OwnState | None" = None,
     head: nn.Linear | None = None,
 ) -> Tensor:
     """Run a causal language model and return what it has at the last positions: hidden states, or logits.
 
-    Position ids are always passed: with padding on the left, a model with learned positions is wrong without them.
+    With padding on the left, a model with learned positions is wrong without position ids.
 
     Args:
         model: A transformers causal language model, with or without adapters.
         ids: Token ids of the new positions. (B, L)
         mask: True on real tokens, cached positions included (B, C + L); None where each row may see all before it.
-        positions: Position ids of the new tokens. (B, L)
+        positions: Position ids of the new tokens (B, L); None leaves them to the model.
         keep: How many of the last positions to return, at least 1.
-        cache: Keys and values of C earlier positions, extended in place; None runs without a cache.
+        cache: Keys and values of C earlier positions, or the model's own state after them, extended in place; None
+            runs without a cache.
         head: The model's vocabulary head, where it is to be left out; its logits must be the model's.
 
     Returns:
         The head's inputs (B, keep, D) or, without `head`, logits (B, keep, V).
     """
-    arguments: dict[str, Any] = {"input_ids": ids, "use_cache": cache is not None}
-    arguments["attention_mask"] = None if mask is None else mask.long()
-    if cache is not None:
-        arguments["past_key_values"] = cache
     accepted = _parameters_of_forward(model)
-    if "position_ids" in accepted:
-        arguments["position_ids"] = positions
-    if "logits_to_keep" in accepted:
-        arguments["logits_to_keep"] = keep
+    possible: dict[str, Any] = {"position_ids": positions, "logits_to_keep": keep, "use_cache": cache is not None}
+    arguments = {name: value for name, value in possible.items() if name in accepted}
+    arguments |= {"input_ids": ids, "attention_mask": None if mask is None else mask.long()}
+    if isinstance(cache, OwnState):
+        arguments |= {"use_cache": True, **cache.kept}
+    elif cache is not None:
+        arguments |= {"use_cache": True, "past_key_values": cache}
     with nullcontext() if head is None else _left_out(head), _attention_for(model, ids):
-        features: Tensor = model(**arguments).logits
+        output = model(**arguments)
+    if isinstance(cache, OwnState):
+        cache.keep(output, accepted)
+    features: Tensor = output.logits
     return features[:, -keep:]
+
+
+class OwnState:
+    """What a model hands out to be called with again: keys and values, or the state of a recurrence.
+
+    Which of its outputs that is, is told by the names: whatever `forward` returns and takes.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+
+    def keep(self, output: Any, accepted: frozenset[str]) -> None:
+        """Take the state out of what a model returned.
+
+        Args:
+            output: The model's output, a mapping.
+            accepted: The parameters of its `forward`.
+
+        Raises:
+            NotImplementedError: There is none.
+        """
+        given = {name: value for name, value in output.items() if value is not None}
+        self.kept = {name: given[name] for name in given.keys() & accepted - _NO_STATE}
+        if not self.kept:
+            raise NotImplementedError("the model keeps no state to go on from")
+
+
+_NO_STATE = {"logits", "hidden_states", "attentions", "loss", "labels"}
 
 
 def base_of(model: nn.Module) -> nn.Module:

@@ -1,8 +1,7 @@
-"""Features of completions: what a causal language model has at the positions that predict each of their tokens.
+"""Features of completions where each prompt is computed once, for all of its completions.
 
-Two ways lead to the same numbers. The plain one runs prompt and completion together, once a completion. The other
-computes each prompt once, for both of its completions: their positions attend to the prompt's keys and values, and
-gradients flow back through them.
+Features are what a causal language model has at the positions that predict each token of a completion. Here these
+positions attend to the prompt's keys and values, and gradients flow back through them.
 """
 
 from typing import Any
@@ -16,39 +15,21 @@ from xpo_lightning.batch import Completions, Prompts
 from xpo_lightning.forward.call import last_features, positions_from
 
 
-def plain_features(model: nn.Module, prompts: Prompts, completions: Completions, head: nn.Linear | None) -> Tensor:
-    """Run each prompt with its completion.
-
-    Args:
-        model: A transformers causal language model on the device of the prompts.
-        prompts: B prompts.
-        completions: B completions of them.
-        head: The vocabulary head, where hidden states are wanted in place of logits.
-
-    Returns:
-        Features that predict each completion token: hidden states (B, T, D) or logits (B, T, V).
-    """
-    ids = torch.cat([prompts.ids, completions.ids], 1)  # (B, P + T)
-    mask = torch.cat([prompts.mask, completions.mask], 1)
-    length = completions.ids.shape[1]
-    # Position P - 1 + t predicts completion token t: the prompt's last position up to the last but one.
-    return last_features(model, ids, mask, positions_from(mask), length + 1, head=head)[:, :-1]
-
-
 def shared_features(
     model: nn.Module, prompts: Prompts, completions: Completions, head: nn.Linear | None, *, pads_right: bool
 ) -> Tensor:
     """Run each prompt once, and then its completions.
 
     Args:
-        model: As in `plain_features`; it must take a cache of keys and values.
+        model: A transformers causal language model on the device of the prompts; it must take a cache of keys and
+            values.
         prompts: B prompts.
         completions: K completions of each: those of row b are rows b, B + b, and so on. (K * B rows)
-        head: As in `plain_features`.
+        head: The vocabulary head, where hidden states are wanted in place of logits.
         pads_right: Whether prompts may be padded on the right, where causal attention needs no mask; it takes a `head`.
 
     Returns:
-        As `plain_features`, (K * B, T, D) or (K * B, T, V).
+        Features that predict each completion token: hidden states (K * B, T, D) or logits (K * B, T, V).
     """
     copies = len(completions) // len(prompts)
     cache = PromptCache()
@@ -66,7 +47,7 @@ def run_prompts(
         model: As in `shared_features`.
         prompts: B prompts.
         cache: Where their keys and values go.
-        head: As in `plain_features`.
+        head: As in `shared_features`.
         pads_right: As in `shared_features`.
 
     Returns:

@@ -10,14 +10,16 @@ from transformers import PreTrainedModel
 
 from xpo_lightning.batch import RawPrompt
 from xpo_lightning.errors import InputError
+from xpo_lightning.forward.lengths import context_length
 from xpo_lightning.identity import fingerprint, import_path
 from xpo_lightning.rewards.base import Reward
 from xpo_lightning.rewards.checks import as_scores
-from xpo_lightning.rewards.loading import ClassifierSource, context_length
+from xpo_lightning.rewards.loading import ClassifierSource
 from xpo_lightning.rewards.padding import score_rows, vocabulary_size
 from xpo_lightning.rewards.rendering import PromptFormat, render
 from xpo_lightning.rewards.rows import RowEncoder, Truncation
-from xpo_lightning.rewards.sharing import can_share, find_twins, score_twins
+from xpo_lightning.rewards.scoring import ScoringWays
+from xpo_lightning.rewards.sharing import find_twins, score_twins
 
 _OPTIONS = "model.reward.init_args"
 
@@ -82,7 +84,7 @@ class SequenceClassifierReward(Reward):
         self.append_eos = append_eos
         self.model: PreTrainedModel | None = None
         self.encoder: RowEncoder | None = None
-        self._can_share: bool | None = None
+        self._ways: ScoringWays | None = None
 
     def load(self) -> None:
         """Load the model and its tokenizer; a second call does nothing.
@@ -151,22 +153,19 @@ class SequenceClassifierReward(Reward):
         ]
         rows = [self.encoder(text, is_chat, row) for row, (text, is_chat) in enumerate(texts)]
         pad_ids = (getattr(self.model.config, "pad_token_id", None), tokenizer.pad_token_id)
+        ways = self._ways = self._ways or ScoringWays(self.model)  # Now the model is on its device.
+        longest = max(map(len, rows), default=0)
         twins, single = find_twins(rows, prompts)
-        if twins and not self._shares():
+        if twins and not ways.shares(longest):
             twins, single = [], list(range(len(rows)))
         scores = torch.empty(len(rows), device=self.model.device)
         if single:
-            scores[single] = score_rows(self.model, [rows[row] for row in single], self.micro_batch_size, pad_ids)
+            some, how = [rows[row] for row in single], ways.rows(longest)
+            scores[single] = score_rows(self.model, some, self.micro_batch_size, pad_ids, how)
         if twins:
             places = [twin[side] for side in (0, 1) for twin in twins]
             scores[places] = score_twins(self.model, rows, twins, self.micro_batch_size, pad_ids)
         return as_scores(scores, len(rows), f"reward model '{self.source.path}'")
-
-    def _shares(self) -> bool:
-        """Find out on first use, when the model is on its device."""
-        if self._can_share is None and self.model is not None:
-            self._can_share = can_share(self.model)
-        return bool(self._can_share)
 
 
 def _check_at_least_one(option: str, value: int | None) -> None:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from xpo_lightning.errors import InputError
@@ -90,17 +89,3 @@ class ClassifierSource:
                 **changes,
             )
         return model, sorted(info["missing_keys"])
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """Find how many tokens a model can read.
-
-    Returns:
-        The number of positions, or None where the config names no limit.
-    """
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        # RoBERTa's family numbers its positions from after the pad id.
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.num_embeddings - module.padding_idx - 1
-    return limit if limit and limit > 0 else None

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from xpo_lightning.batch import RawPrompt, left_pad
+from xpo_lightning.batch import Prompts, RawPrompt, left_pad
 from xpo_lightning.errors import InputError
-from xpo_lightning.forward.call import last_features, positions_from
 from xpo_lightning.identity import fingerprint, import_path
 from xpo_lightning.loading.causal_lm import CausalLMSource, Dtype
+from xpo_lightning.logps import next_logits
 from xpo_lightning.rewards.asking import TEMPLATE, VERDICTS, ModelJudge, as_text
 from xpo_lightning.rewards.base import OnInvalid
 from xpo_lightning.rewards.questions import QuestionEncoder, tokens_that_read
@@ -161,10 +161,10 @@ class LocalJudge(ModelJudge):
     def _log_probabilities(self, model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
         """Return log p(A) and log p(B) of the token after each row, float64 on the CPU, of shape (B, 2)."""
         device = next(model.parameters()).device
-        ids, mask = left_pad(rows, device)
+        questions = Prompts(*left_pad(rows, device), ("",) * len(rows))
         # Autocast would override the dtype that the user chose for this model.
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            logits = last_features(model, ids, mask, positions_from(mask), keep=1)[:, 0]  # (B, V)
+        with torch.autocast(device.type, enabled=False):
+            logits = next_logits(model, questions)  # (B, V)
         logps = logits.float().log_softmax(-1)
         if bool(logps.isnan().any()):
             raise InputError(f"model.reward: the judge '{self.source.path}' gave probabilities that are not numbers")

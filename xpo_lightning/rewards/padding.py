@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from xpo_lightning.batch import cut
 from xpo_lightning.forward.attention import fast_attention
+from xpo_lightning.forward.unshared import Rows, group_by_length
 
 
 def score_rows(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]], micro_batch_size: int, pad_ids: Sequence[int | None]
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    micro_batch_size: int,
+    pad_ids: Sequence[int | None],
+    how: Rows = Rows.PADDED_RIGHT,
 ) -> Tensor:
     """Score token rows in micro-batches of similar length.
 
@@ -27,6 +33,7 @@ def score_rows(
         rows: B rows of token ids, none empty.
         micro_batch_size: Most rows in one forward.
         pad_ids: Ids to pad with, best first; None entries are skipped.
+        how: How rows of unequal length go through the model.
 
     Returns:
         The scores, float32, on the model's device. (B,)
@@ -37,8 +44,10 @@ def score_rows(
     # Longest first: memory runs out at once or never.
     by_length = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
     size = min(micro_batch_size, vocabulary - 1)  # more rows could end in every id that there is
-    for start in range(0, len(rows), size):
-        chosen = by_length[start : start + size]
+    groups = [by_length]
+    if how is not Rows.PADDED_RIGHT:
+        groups = group_by_length([len(row) for row in rows], together=how is Rows.EVEN)
+    for chosen in chain.from_iterable(cut(group, size) for group in groups):
         ids, mask, pad_id = pad_right([rows[row] for row in chosen], pad_ids, vocabulary)
         scores[chosen] = forward_scores(model, ids, pad_id, attention_mask=mask.to(device))
     return scores

@@ -9,9 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xpo_lightning.batch import RawPrompt, cut
-from xpo_lightning.forward.anatomy import FAILURES, change, has_window
 from xpo_lightning.forward.prefix import PromptCache
-from xpo_lightning.rewards.padding import forward_scores, pad_right, score_rows, vocabulary_size
+from xpo_lightning.rewards.padding import forward_scores, pad_right, vocabulary_size
 
 WORTH_SHARING = 16
 """Fewest common tokens that two rows are scored together for."""
@@ -51,7 +50,7 @@ def score_twins(
     """Score pairs of rows, reading what each pair shares once.
 
     Args:
-        model: A decoder that `can_share`.
+        model: A decoder that takes a cache of keys and values.
         rows: All rows.
         twins: N pairs of them.
         micro_batch_size: Most rows in one forward.
@@ -66,23 +65,6 @@ def score_twins(
         firsts.append(both[: len(some)])
         seconds.append(both[len(some) :])
     return torch.cat(firsts + seconds)
-
-
-@torch.no_grad()
-def can_share(model: PreTrainedModel) -> bool:
-    """Find out by a small example whether a classifier gives the same scores when a common beginning is read once."""
-    if has_window(model):
-        return False  # its window would count the padding between beginning and end
-    size = vocabulary_size(model)
-    rows = [
-        [token % size for token in row] for row in ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7], [2, 3, 5, 1], [2, 3, 4, 4, 8])
-    ]
-    plain = score_rows(model, rows, 4, [0])
-    try:
-        shared = _score_some(model, rows, [(0, 1, 4), (2, 3, 2)], [0])[[0, 2, 1, 3]]
-    except FAILURES:
-        return False
-    return change(shared, plain, next(model.parameters()).dtype) is None
 
 
 def _score_some(model: PreTrainedModel, rows: Sequence[Row], twins: Sequence[Twins], pad_ids: Sequence[Any]) -> Tensor:

@@ -61,7 +61,8 @@ def most_rows(model: nn.Module, width: int) -> int:
     """
     config: Any = base_of(model).config
     text = config.get_text_config(decoder=True)
-    row = 2 * 4 * text.num_hidden_layers * text.hidden_size * width
+    layers, width_of_layer = getattr(text, "num_hidden_layers", 1), getattr(text, "hidden_size", 1)
+    row = 2 * 4 * layers * width_of_layer * width
     return max(32, int(2**27 // row))
 
 

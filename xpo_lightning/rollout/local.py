@@ -1,6 +1,7 @@
 """Sampling completions with the model at hand, in this process."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +10,15 @@ from transformers import PreTrainedTokenizerBase, StopStringCriteria
 from xpo_lightning.batch import Completions, Prompts, cut, stack
 from xpo_lightning.errors import InputError
 from xpo_lightning.forward.adapters import adapters_cast
-from xpo_lightning.forward.anatomy import anatomy_of
 from xpo_lightning.forward.call import evaluating
+from xpo_lightning.forward.capabilities import capabilities_of
 from xpo_lightning.forward.head import apply_head
-from xpo_lightning.logps import shares_prompt
+from xpo_lightning.logps import token_logps
 from xpo_lightning.rollout.cache import most_rows
 from xpo_lightning.rollout.given import given_completions
 from xpo_lightning.rollout.noise import Noise
-from xpo_lightning.rollout.plain import PlainSession
+from xpo_lightning.rollout.opening import AnySession, open_session
 from xpo_lightning.rollout.sampling import Sampling, TokenSampler
-from xpo_lightning.rollout.session import Session
 
 TOKENS_AT_ONCE = {"cpu": 2**11, "cuda": 2**16}
 """Most tokens in one call of the model, by type of device; a CPU is faster while activations fit its cache."""
@@ -57,8 +57,8 @@ class LocalRollout:
         self.stops = StopStringCriteria(tokenizer, sampling.stop_strings) if sampling.stop_strings else None
 
     def several(
-        self, model: nn.Module, prompts: Prompts, uniforms: Sequence[Tensor], session: "Session | PlainSession | None"
-    ) -> tuple["Session | PlainSession", list[Completions]]:
+        self, model: nn.Module, prompts: Prompts, uniforms: Sequence[Tensor], session: AnySession | None
+    ) -> tuple[AnySession, list[Completions]]:
         """Sample several completions for each prompt, which the model reads once where it can.
 
         Args:
@@ -127,14 +127,12 @@ class LocalRollout:
         """
         return noise.uniforms(len(prompts), self.sampling.max_new_tokens).to(prompts.ids.device)
 
-    def open(self, model: nn.Module, prompts: Prompts) -> Session | PlainSession:
+    def open(self, model: nn.Module, prompts: Prompts) -> AnySession:
         """Let a model, which must be in eval mode, read prompts."""
         at_once = TOKENS_AT_ONCE.get(prompts.ids.device.type, TOKENS_AT_ONCE["cuda"])
-        if shares_prompt(model):
-            return Session(model, prompts, self.sampling.max_new_tokens, at_once)
-        return PlainSession(model, prompts, at_once)
+        return open_session(model, prompts, self.sampling.max_new_tokens, at_once)
 
-    def sample(self, session: Session | PlainSession, uniforms: Tensor) -> Completions:
+    def sample(self, session: AnySession, uniforms: Tensor) -> Completions:
         """Write token by token until every row has ended.
 
         Args:
@@ -147,7 +145,7 @@ class LocalRollout:
         written = _Written(len(uniforms), self.sampling.max_new_tokens, uniforms.device)
         eos = torch.tensor(self.eos_token_ids, dtype=torch.long, device=uniforms.device)
         context = self._context(session)
-        head = anatomy_of(session.model).head
+        head = capabilities_of(session.model).head
         features, active = session.first, len(uniforms)
         for step in range(self.sampling.max_new_tokens):
             self.check()
@@ -164,7 +162,10 @@ class LocalRollout:
             if active == 0:
                 break
             features = session.advance(token, step)
-        return self._completions(written)
+        completions = self._completions(written)
+        if not session.scores_again:
+            return completions
+        return replace(completions, token_logps=token_logps(session.model, session.given, completions))
 
     def given(self, texts: Sequence[str], device: torch.device) -> Completions:
         """Turn texts that something else wrote into completions, see `given_completions`."""
@@ -173,7 +174,7 @@ class LocalRollout:
             texts, self.tokenizer, self.eos_token_ids, sampling.stop_strings, sampling.max_new_tokens, device
         )
 
-    def _context(self, session: Session | PlainSession) -> Tensor:
+    def _context(self, session: AnySession) -> Tensor:
         """Return what repetition penalties look at; padding must not count as a token of its own."""
         prompts = session.given
         if self.sampling.repetition_penalty == 1:

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from xpo_lightning.batch import Completions, Prompts
-from xpo_lightning.forward.anatomy import anatomy_of
-from xpo_lightning.forward.attention import cache_dtype
 from xpo_lightning.forward.call import last_features
+from xpo_lightning.forward.capabilities import capabilities_of
 from xpo_lightning.forward.prefix import run_completions, run_prompts
+from xpo_lightning.forward.unshared import Rows
 from xpo_lightning.logps import logps_of
 from xpo_lightning.rollout.cache import RolloutCache, exchange
+from xpo_lightning.rollout.writing import Writing
 
 
 class Session:
@@ -25,19 +26,23 @@ class Session:
         prompts: B prompts.
         room: Most tokens that will follow a prompt.
         tokens_at_once: Most prompt tokens, padding included, that are read in one call.
+        way: On which side prompts are padded, and the type of the cache.
     """
 
-    def __init__(self, model: nn.Module, prompts: Prompts, room: int, tokens_at_once: int) -> None:
+    scores_again = False
+    """What was written has its log-probabilities from writing."""
+
+    def __init__(self, model: nn.Module, prompts: Prompts, room: int, tokens_at_once: int, way: Writing) -> None:
         self.model, self.tokens_at_once = model, tokens_at_once
-        self.anatomy = anatomy_of(model)
+        self.head, self.pads_right = capabilities_of(model).head, way.rows is Rows.PADDED_RIGHT
         self.given = prompts
         order = sorted(range(len(prompts)), key=prompts.counts.__getitem__)
         self.prompts = prompts.select(order)
         self.places = torch.tensor(order, device=prompts.ids.device)
         self.lengths = self.prompts.lengths
         self.width = self.prompts.ids.shape[1]
-        self.cache = RolloutCache(len(prompts), self.width + room, cache_dtype(model))
-        _, mask = self.prompts.padded_right() if self.anatomy.pads_right else (None, self.prompts.mask)
+        self.cache = RolloutCache(len(prompts), self.width + room, way.cache_dtype)
+        _, mask = self.prompts.padded_right() if self.pads_right else (None, self.prompts.mask)
         self.mask = torch.nn.functional.pad(mask, (0, room), value=True)
         self.first = torch.cat([self._read(rows) for rows in self._cut(self.prompts.counts)])  # (B, F)
 
@@ -54,8 +59,8 @@ class Session:
         rows, end = slice(0, len(tokens)), self.width + step + 1
         self._place(rows, 0, end - 1)
         positions = self.lengths[rows, None] + step
-        mask, head = self.mask[rows, :end], self.anatomy.head
-        return last_features(self.model, tokens[:, None], mask, positions, 1, cache=self.cache, head=head)[:, 0]
+        mask = self.mask[rows, :end]
+        return last_features(self.model, tokens[:, None], mask, positions, 1, cache=self.cache, head=self.head)[:, 0]
 
     def retire(self, ended: Tensor) -> Tensor:
         """Take the rows that have ended out of the batch; they change places with rows that go on.
@@ -97,18 +102,21 @@ class Session:
         sums = torch.empty(len(own), device=own.ids.device)
         for rows in self._cut(own.counts):
             part = own.select(range(rows.start, rows.stop))
-            self._place(rows, 0, self.width)
-            first, mask = self.first[rows, None], self.mask[rows, : self.width]
-            features = run_completions(self.model, part, first, mask, self.cache, self.anatomy.head)
-            sums[rows] = logps_of(features, part, self.anatomy.head).sum(1)
+            sums[rows] = logps_of(self.continued(rows, part), part, self.head).sum(1)
         return sums[self.places.argsort()]
+
+    def continued(self, rows: slice, completions: Completions) -> Tensor:
+        """Return what predicts each token of completions of some rows, in the order that these have here, (N, T, F)."""
+        self._place(rows, 0, self.width)
+        first, mask = self.first[rows, None], self.mask[rows, : self.width]
+        return run_completions(self.model, completions, first, mask, self.cache, self.head)
 
     def _read(self, rows: slice) -> Tensor:
         """Run some prompts; return the features of their last tokens, of shape (N, F)."""
-        some, pads_right = self.prompts.select(range(rows.start, rows.stop)), self.anatomy.pads_right
+        some, pads_right = self.prompts.select(range(rows.start, rows.stop)), self.pads_right
         begin = 0 if pads_right else self.width - some.ids.shape[1]
         self._place(rows, begin, begin)
-        features, _ = run_prompts(self.model, some, self.cache, self.anatomy.head, pads_right=pads_right)
+        features, _ = run_prompts(self.model, some, self.cache, self.head, pads_right=pads_right)
         return features[:, 0]
 
     def _place(self, rows: slice, begin: int, length: int) -> None:

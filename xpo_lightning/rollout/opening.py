@@ -1,0 +1,61 @@
+"""Which session a model writes in: the fastest that gives what the model gives for each row alone."""
+
+import torch
+from torch import Tensor, nn
+
+from xpo_lightning.batch import Completions, Prompts
+from xpo_lightning.forward.attention import cache_dtype
+from xpo_lightning.forward.call import base_of
+from xpo_lightning.forward.capabilities import capabilities_of
+from xpo_lightning.rollout.plain import PlainSession
+from xpo_lightning.rollout.session import Session
+from xpo_lightning.rollout.writing import Writing, ways_for
+
+AnySession = Session | PlainSession
+
+
+def open_session(model: nn.Module, prompts: Prompts, room: int, tokens_at_once: int) -> AnySession:
+    """Let a model, which must be in eval mode, read prompts.
+
+    Args:
+        model: A transformers causal language model on the device of the prompts.
+        prompts: B prompts.
+        room: Most tokens that will follow a prompt.
+        tokens_at_once: Most prompt tokens, padding included, that are read in one call.
+    """
+    return _open(model, prompts, room, tokens_at_once, writing_of(model, prompts.ids.shape[1] + room))
+
+
+def writing_of(model: nn.Module, length: int) -> Writing:
+    """Tell how a model writes rows of up to so many tokens, prompt and completion."""
+    found = capabilities_of(model)
+    ways = ways_for(cache_dtype(base_of(model)), has_head=found.head is not None, is_fast=found.is_fast)
+    return found.choose("writing", ways, _written, length, is_written=True)
+
+
+def _open(model: nn.Module, prompts: Prompts, room: int, tokens_at_once: int, way: Writing) -> AnySession:
+    if way.is_shared:
+        return Session(model, prompts, room, tokens_at_once, way)
+    return PlainSession(model, prompts, tokens_at_once, way)
+
+
+def _written(
+    model: nn.Module, prompts: Prompts, completions: Completions, head: nn.Linear | None, way: Writing
+) -> Tensor:
+    """Return what predicts each token of two completions a prompt, (2B, T, F), while they are written in this way."""
+    one, other = (completions.select(range(start, start + len(prompts))) for start in (0, len(prompts)))
+    session = _open(model, prompts, completions.ids.shape[1], prompts.ids.numel(), way)
+    features = _forced(session, one)
+    if isinstance(session, PlainSession):
+        return torch.cat([features, _forced(session.again(), other)])
+    session.rest()  # The other completion is scored, as those of another model are.
+    scored = session.continued(slice(0, len(prompts)), other.select(session.places.tolist()))
+    return torch.cat([features, scored[session.places.argsort()]])
+
+
+def _forced(session: AnySession, completions: Completions) -> Tensor:
+    """Let a session write what is given; return what predicts each token, (B, T, F), in the order of the prompts."""
+    order = session.places.argsort()
+    ids = completions.ids[session.places]
+    later = [session.advance(ids[:, step], step)[order] for step in range(ids.shape[1] - 1)]
+    return torch.stack([session.first[order], *later], 1)
