@@ -11,7 +11,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_tokenizer, prompts_of
 from torch.utils.data import DataLoader
 
 from xpo_lightning import (
@@ -119,7 +119,9 @@ def engine():
 
 def test_completions_end_with_the_first_eos(engine):
     eos = engine.rollout.tokenizer.eos_token_id
-    made = engine.completions([[5, eos, 7], [5, 6, 7]], [[-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0]], "cpu")
+    made = engine.completions(
+        [[5, eos, 7], [5, 6, 7]], [[-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0]], prompts_of([[9], [9]])
+    )
     assert made.ids.tolist()[0][:2] == [5, eos]
     assert made.mask.tolist() == [[True, True, False], [True, True, True]]
     assert made.ended.tolist() == [True, False]

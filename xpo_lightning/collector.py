@@ -127,6 +127,8 @@ class Collector:
             self.memory.cache = None
             return
         sampling = {**asdict(self.rollout.sampling), "eos_token_ids": sorted(self.rollout.eos_token_ids)}
+        # Earlier versions kept texts, and scores of them, that were decoded without their prompts.
+        sampling["texts"] = "decoded behind their prompts"
         model = {"policy": reference, "sampling": sampling, "reward": self.verdicts.feedback.identity()}
         made_by = {"model": model, "trainer": {"precision": str(trainer.precision)}}
         self.memory.cache = ReferenceCache(where, made_by, trainer.global_rank)

@@ -162,7 +162,7 @@ class PythonSampler(Sampler):
             with desk.timer("reference_rollout", desk.device):
                 texts = self.function(rollout.check, prompts=list(prompts.raw), columns=columns)
             check_texts(texts, len(prompts), self.function.who)
-            written.append(rollout.given(texts, desk.device))
+            written.append(rollout.given(prompts, texts))
         return written
 
 

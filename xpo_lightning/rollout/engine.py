@@ -146,7 +146,7 @@ class RolloutEngine(ABC):
         self,
         ids: Sequence[Sequence[int]],
         logps: Sequence[Sequence[float]],
-        device: torch.device | str,
+        prompts: Prompts,
         stopped: Sequence[bool] | None = None,
     ) -> Completions:
         """Make completions of token ids; each ends with its first EOS token, and what follows is left out.
@@ -155,7 +155,7 @@ class RolloutEngine(ABC):
             ids: At least one token id for each of B prompts.
             logps: The engine's log-probability of each token, at temperature 1 over the full vocabulary. Metrics take
                 them, so they must be there.
-            device: Where they go: that of the prompts.
+            prompts: The B prompts; the completions go to their device.
             stopped: Whether each was ended by something else than EOS, a stop string; None is none.
 
         Returns:
@@ -170,8 +170,9 @@ class RolloutEngine(ABC):
         ended = torch.tensor([int(row[-1]) in eos for row in rows])
         if stopped is not None:
             ended |= torch.tensor(stopped)
-        texts = self.rollout.texts(padded, mask)
-        return Completions(padded, mask, ended, texts, pad_sequence(numbers, batch_first=True)).to(device)
+        texts = self.rollout.texts(prompts, padded, mask)
+        made = Completions(padded, mask, ended, texts, pad_sequence(numbers, batch_first=True))
+        return made.to(prompts.ids.device)
 
     def compare(self, who: Writer, written: Sequence[Completions], logps: Tensor) -> None:
         """Compare the engine's log-probabilities with those of the model at hand.

@@ -15,6 +15,7 @@ from xpo_lightning.forward.capabilities import capabilities_of
 from xpo_lightning.forward.head import apply_head
 from xpo_lightning.logps import token_logps
 from xpo_lightning.rollout.cache import most_rows
+from xpo_lightning.rollout.decoding import CompletionDecoder
 from xpo_lightning.rollout.given import given_completions
 from xpo_lightning.rollout.noise import Noise
 from xpo_lightning.rollout.opening import AnySession, open_session
@@ -54,6 +55,7 @@ class LocalRollout:
         self.rows_at_once = rows_at_once
         self.check = check
         self.sampler = TokenSampler(sampling)
+        self.decoder = CompletionDecoder(tokenizer, eos_token_ids, sampling.stop_strings)
         self.stops = StopStringCriteria(tokenizer, sampling.stop_strings) if sampling.stop_strings else None
 
     def several(
@@ -162,17 +164,14 @@ class LocalRollout:
             if active == 0:
                 break
             features = session.advance(token, step)
-        completions = self._completions(written)
+        completions = self._completions(session.given, written)
         if not session.scores_again:
             return completions
         return replace(completions, token_logps=token_logps(session.model, session.given, completions))
 
-    def given(self, texts: Sequence[str], device: torch.device) -> Completions:
+    def given(self, prompts: Prompts, texts: Sequence[str]) -> Completions:
         """Turn texts that something else wrote into completions, see `given_completions`."""
-        sampling = self.sampling
-        return given_completions(
-            texts, self.tokenizer, self.eos_token_ids, sampling.stop_strings, sampling.max_new_tokens, device
-        )
+        return given_completions(texts, prompts, self.decoder, self.sampling.max_new_tokens)
 
     def _context(self, session: AnySession) -> Tensor:
         """Return what repetition penalties look at; padding must not count as a token of its own."""
@@ -188,37 +187,15 @@ class LocalRollout:
         stopped: Tensor = self.stops(tokens, None)
         return stopped
 
-    def _completions(self, written: "_Written") -> Completions:
+    def _completions(self, prompts: Prompts, written: "_Written") -> Completions:
         width = int(written.lengths.max())
         mask = torch.arange(width, device=written.lengths.device) < written.lengths[:, None]
         ids = written.tokens[:, :width]
-        return Completions(ids, mask, written.ended, self.texts(ids, mask), written.logps[:, :width])
+        return Completions(ids, mask, written.ended, self.texts(prompts, ids, mask), written.logps[:, :width])
 
-    def texts(self, ids: Tensor, mask: Tensor) -> tuple[str, ...]:
-        """Decode completions, without special tokens and without what follows a stop string.
-
-        Args:
-            ids: Token ids. (B, T)
-            mask: True up to the last token, of which each row has one at least. (B, T)
-
-        Returns:
-            B texts.
-        """
-        lengths = mask.sum(1).tolist()
-        return tuple(self._text(row[:length]) for row, length in zip(ids.tolist(), lengths, strict=True))
-
-    def _text(self, row: list[int]) -> str:
-        """Decode a completion up to its stop string, without the EOS that ended it and without special tokens."""
-        kept = row[:-1] if row[-1] in self.eos_token_ids else row
-        # A stop string may hold special tokens, so it is looked for while they still show.
-        whole = str(self.tokenizer.decode(kept)) if self.stops else ""
-        found = [position for stop in self.sampling.stop_strings if (position := whole.find(stop)) >= 0]
-        if not found:
-            return str(self.tokenizer.decode(kept, skip_special_tokens=True))
-        text = whole[: min(found)]
-        for token in self.tokenizer.added_tokens_decoder.values():
-            text = text.replace(token.content, "") if token.special else text
-        return text
+    def texts(self, prompts: Prompts, ids: Tensor, mask: Tensor) -> tuple[str, ...]:
+        """Decode completions, see `CompletionDecoder.decode_all`."""
+        return self.decoder.decode_all(prompts, ids, mask)
 
 
 def gather(parts: Sequence[Completions], groups: Sequence[Sequence[int]]) -> Completions:

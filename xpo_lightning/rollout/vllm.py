@@ -122,7 +122,7 @@ class VLLMRollout(RolloutEngine):
         ]
         answers = self._answers(payloads)
         lists = [answers[start : start + len(rows)] for start in range(0, len(answers), len(rows))]
-        written = iter([self._completions(some, prompts.ids.device) for some in lists])
+        written = iter([self._completions(some, prompts) for some in lists])
         return [[next(written) for _ in each.uniforms] for each in asked]
 
     def close(self) -> None:
@@ -192,9 +192,9 @@ class VLLMRollout(RolloutEngine):
                 f"model.sampling.eos_token_ids, or start the server with --generation-config vllm"
             )
 
-    def _completions(self, answers: Sequence[Answer], device: torch.device) -> Completions:
+    def _completions(self, answers: Sequence[Answer], prompts: Prompts) -> Completions:
         ids, logps = ([getattr(answer, name) for answer in answers] for name in ("ids", "logps"))
-        return self.completions(ids, logps, device, [answer.stopped_by is not None for answer in answers])
+        return self.completions(ids, logps, prompts, [answer.stopped_by is not None for answer in answers])
 
 
 def _is_first() -> bool:
