@@ -19,7 +19,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from jsonargparse import ArgumentParser
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from xpo_lightning.data import PromptDataModule
@@ -320,6 +320,46 @@ def test_left_truncation_keeps_the_last_tokens(source: str, streaming: bool):
     ids = column(module.train_dataloader(), "prompt_ids")
     assert [TOKENIZER.decode(row) for row in ids] == [text[-3:] for text in TEXTS]
     assert column(module.train_dataloader()) == TEXTS
+
+
+def in_front(*tokens: str) -> PreTrainedTokenizerFast:
+    """Make a tokenizer that puts these tokens in front of any text, and EOS behind it."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"})
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (*tokens, "<eos>")]
+    template = processors.TemplateProcessing(single=" ".join([*tokens, "$A", "<eos>"]), special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("tokens", [[], ["<bos>"], ["<bos>", "<pad>"]])
+@pytest.mark.parametrize("text", ["the cat sat on the mat", "<bos>the cat sat on the mat"])
+def test_left_truncation_is_that_of_transformers(tmp_path: Path, tokens: list[str], text: str):
+    """What the tokenizer puts in front stays, as a model expects it; what a text has of that kind is text."""
+    tokenizer = in_front(*tokens)
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": text}])
+    module = set_up(path, tokenizer, max_prompt_tokens=6, truncate="left")
+    (ids,) = column(module.train_dataloader(), "prompt_ids")
+    tokenizer.truncation_side = "left"
+    cut = tokenizer(text, truncation=True, max_length=7)["input_ids"]
+    assert ids == cut[:-1]
+    assert cut[-1] == tokenizer.eos_token_id
+
+
+def test_left_truncation_of_a_chat_cuts_what_its_template_wrote(tmp_path: Path):
+    tokenizer = make_tokenizer(TEMPLATE)
+    messages = [{"role": "user", "content": "the cat sat on the mat"}]
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": messages}])
+    module = set_up(path, tokenizer, max_prompt_tokens=9, truncate="left")
+    (ids,) = column(module.train_dataloader(), "prompt_ids")
+    whole = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert ids == whole[-9:]
+
+
+def test_left_truncation_must_leave_room_for_text(tmp_path: Path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "the cat"}])
+    with pytest.raises(InputError, match=r"x\.jsonl, line 1: data\.max_prompt_tokens=2 .* set it to 3 or more"):
+        set_up(path, in_front("<bos>", "<pad>"), max_prompt_tokens=2, truncate="left")
 
 
 @both_ways

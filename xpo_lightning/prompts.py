@@ -115,11 +115,14 @@ class PromptEncoder:
             self.fitting(row, f"prompt {number} of a batch")
         return rows
 
-    def truncate(self, ids: list[int], max_tokens: int | None, rule: Truncation, where: str) -> list[int] | None:
+    def truncate(
+        self, prompt: RawPrompt, ids: list[int], max_tokens: int | None, rule: Truncation, where: str
+    ) -> list[int] | None:
         """Apply the length limits to one prompt.
 
         Args:
-            ids: Token ids of the prompt.
+            prompt: Text or chat messages.
+            ids: Its token ids.
             max_tokens: Most tokens to keep, `data.max_prompt_tokens`; None where only the context limits.
             rule: What to do with a longer prompt.
             where: File and row, for errors.
@@ -128,7 +131,8 @@ class PromptEncoder:
             The ids to use, or None where the prompt is dropped.
 
         Raises:
-            InputError: The prompt is too long and the rule is "error", or no `max_tokens` is set.
+            InputError: The prompt is too long and the rule is "error", or no `max_tokens` is set; or nothing of the
+                text would be left.
         """
         if max_tokens is not None and len(ids) > max_tokens:
             if rule == "drop":
@@ -138,7 +142,7 @@ class PromptEncoder:
                     f"{where}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens={max_tokens}; "
                     f"shorten it, or set data.truncate to left or drop"
                 )
-            ids = ids[-max_tokens:]
+            ids = self._cut_left(prompt, ids, max_tokens, where)
         return self.fitting(ids, where)
 
     def fitting(self, ids: list[int], where: str) -> list[int]:
@@ -154,6 +158,23 @@ class PromptEncoder:
                 f"with data.truncate left or drop, or lower model.sampling.max_new_tokens"
             )
         return ids
+
+    def _cut_left(self, prompt: RawPrompt, ids: list[int], max_tokens: int, where: str) -> list[int]:
+        """Keep the end of a prompt, and what the tokenizer puts in front of any text, such as BOS.
+
+        The special tokens of a chat template are part of the text.
+        """
+        head = self._count_added_in_front(prompt) if isinstance(prompt, str) else 0
+        if head >= max_tokens:
+            raise InputError(
+                f"{where}: data.max_prompt_tokens={max_tokens} leaves no room for text beside the {head} special "
+                f"tokens that the tokenizer puts in front of it; set it to {head + 1} or more"
+            )
+        return [*ids[:head], *ids[head - max_tokens :]]
+
+    def _count_added_in_front(self, text: str) -> int:
+        encoded = self.tokenizer(text, return_special_tokens_mask=True, verbose=False)
+        return [*encoded["special_tokens_mask"], 0].index(0)
 
     def _encode_text(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text)["input_ids"])

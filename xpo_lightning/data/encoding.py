@@ -80,7 +80,7 @@ class Encoding:
             check_prompt(prompt, where)
             return [], False
         ids = self.encoder(prompt, where)
-        fitting = self.encoder.truncate(ids, self.max_tokens, self.truncate, where)
+        fitting = self.encoder.truncate(prompt, ids, self.max_tokens, self.truncate, where)
         return fitting, fitting is not None and len(fitting) < len(ids)
 
     def _checked(self, rows: Iterable[Located]) -> Iterator[Located]:

@@ -43,7 +43,8 @@ class PromptDataModule(LightningDataModule):
             validation.
         prompt_column: Column that holds the prompt: text, or a list of chat messages.
         max_prompt_tokens: Most tokens of a prompt.
-        truncate: What to do with a longer prompt. Keep its end (left), leave the row out (drop), or stop (error).
+        truncate: What to do with a longer prompt. Keep its end (left), leave the row out (drop), or stop (error). The
+            special tokens that the tokenizer puts in front of a text (BOS) are kept too, and count.
         batch_size: Prompts of one rollout, on each device.
         validation_batch_size: The same for validation and prediction. The default is `batch_size`.
         max_prompts: Train on the first so many rows only; counted after `validation_size` held rows out.
