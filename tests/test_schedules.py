@@ -110,6 +110,31 @@ def test_learning_rate_factor_over_8_steps(options: dict[str, Any], expected: li
     assert [learning_rate_factor(step, **options) for step in range(len(expected))] == pytest.approx(expected, abs=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "steps", "expected"),
+    [
+        (0.07, 100, 7),  # 7.000000000000001 in floats
+        (0.07, 101, 8),
+        (0.1, 30, 3),
+        (0.29, 100, 29),
+        (0.14, 50, 7),  # 7.000000000000001
+        (0.55, 100, 55),  # 55.00000000000001
+        (0.56, 100, 56),  # 56.00000000000001
+        (3 * 0.1, 10, 3),  # 0.30000000000000004, as a script may work it out
+        (1 / 3, 99, 33),
+        (1 / 3, 100, 34),
+        (2 / 3, 99, 66),
+        (1e-6, 10, 1),
+        (0.0, 10, 0),
+    ],
+)
+def test_warmup_steps_are_exact(ratio: float, steps: int, expected: int):
+    """The peak is reached at the last step of the warm-up, not after it."""
+    factors = [learning_rate_factor(step, "constant", ratio, None, steps) for step in range(steps)]
+    assert sum(factor < 1 for factor in factors) == max(expected - 1, 0)
+    assert factors[0] == (1 / expected if expected else 1.0)
+
+
 def test_learning_rate_factor_of_an_endless_constant_run():
     options = {"shape": "constant", "warmup_ratio": 0.0, "warmup_steps": 2, "total_steps": None}
     assert [learning_rate_factor(step, **options) for step in (0, 1, 2, 10_000)] == [0.5, 1.0, 1.0, 1.0]

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from xpo_lightning.errors import InputError
@@ -211,13 +212,21 @@ def learning_rate_factor(
         A factor in (0, 1], or 0 past the end.
     """
     if warmup_steps is None:
-        warmup_steps = math.ceil(warmup_ratio * total_steps) if total_steps and warmup_ratio else 0
+        warmup_steps = count_warmup_steps(warmup_ratio, total_steps or 0)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if shape == "constant" or total_steps is None:
         return 1.0
     share = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
     return 1 - share if shape == "linear" else (1 + math.cos(math.pi * share)) / 2
+
+
+def count_warmup_steps(warmup_ratio: float, total_steps: int) -> int:
+    """Return a share of a run, rounded up to whole steps.
+
+    In floats 0.07 * 100 is above 7. So the ratio is taken for the fraction that it stands for: 7/100.
+    """
+    return math.ceil(Fraction(warmup_ratio).limit_denominator(10**12) * total_steps)
 
 
 def _share_done(progress: Progress, steps: int | None) -> float:
