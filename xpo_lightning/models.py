@@ -12,6 +12,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from xpo_lightning.errors import InputError
+from xpo_lightning.forward.randomness import keep_all_layers, set_dropout
 from xpo_lightning.loading.causal_lm import CausalLMSource, Dtype
 
 
@@ -31,7 +32,8 @@ class ModelSpec(CausalLMSource):
         tokenizer: Where the tokenizer is, if not with the model.
         chat_template: Jinja chat template, as text or as a file, in place of the tokenizer's own.
         dropout: Probability of every dropout in the policy while it trains, adapters' own excepted; null keeps what the
-            checkpoint says. Sampling and the reference never use dropout.
+            checkpoint says. 0 leaves no other noise in training either, such as random routing to experts. Sampling and
+            the reference never use dropout.
         gradient_checkpointing: Recompute activations in the backward pass, for less memory and more time.
         quantize: Keep the matrices of layers in `4bit` (NF4, as QLoRA does; Dettmers et al. 2023, arXiv 2305.14314),
             for `model.lora`; null keeps them in `dtype`. Needs the package bitsandbytes.
@@ -59,8 +61,9 @@ class ModelSpec(CausalLMSource):
     def load_model(self) -> nn.Module:
         """Load the weights, in train mode, with dropout and checkpointing as specified."""
         model: Any = super().load_model()
+        keep_all_layers(model)
         if self.dropout is not None:
-            _set_dropout(model, self.dropout)
+            set_dropout(model, self.dropout)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return cast("nn.Module", model.train())
@@ -233,13 +236,3 @@ def context_length(config: Any) -> int | None:
     """Return the most tokens that a model takes, or None where its configuration names no limit."""
     length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return int(length) if length else None
-
-
-def _set_dropout(model: nn.Module, probability: float) -> None:
-    """Set every dropout module, and every dropout probability that attention layers keep as a number."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = probability
-        for name, value in list(vars(module).items()):
-            if "dropout" in name and isinstance(value, int | float) and not isinstance(value, bool):
-                setattr(module, name, probability)

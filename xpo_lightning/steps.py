@@ -5,16 +5,19 @@ from typing import Any, cast
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from xpo_lightning.batch import Experience
 from xpo_lightning.collector import Collector
 from xpo_lightning.combinations import refuse_own_steps
+from xpo_lightning.forward.randomness import stop_random_draws
 from xpo_lightning.gradient import add_gradients
 from xpo_lightning.guard.guarding import Guard, check_rollout
 from xpo_lightning.memory import Memory
 from xpo_lightning.metrics import PairAverages, rollout_metrics
+from xpo_lightning.models import LoadedModel, ModelSpec
 from xpo_lightning.objective import Objective
 from xpo_lightning.optimization import Optimization, WarmupThenDecay, total_steps
 from xpo_lightning.phases import PhaseTimer
@@ -32,6 +35,7 @@ class PreferenceSteps(LightningModule):
     """The steps; `XPOLightningModule` sets the attributes."""
 
     policy: nn.Module
+    policy_spec: ModelSpec | LoadedModel
     collect: Collector
     memory: Memory
     objective: Objective
@@ -46,6 +50,7 @@ class PreferenceSteps(LightningModule):
         self.run_state = RunState(self.guard)
         self.rollout_averages, self.update_averages = PairAverages(), PairAverages()
         self.eval_rollout_averages, self.eval_averages = PairAverages(), PairAverages()
+        self._is_quiet = False
 
     @property
     def prompt_encoder(self) -> PromptEncoder:
@@ -76,6 +81,7 @@ class PreferenceSteps(LightningModule):
 
     def _updates(self, experience: Experience, noise: Noise) -> dict[str, Any]:
         """Take the optimizer steps of a batch; return what the last was taken with, nothing where none was."""
+        self._stop_noise()
         self.update_averages.reset()
         buffer = self.memory.buffer
         pairs: Pairs = experience if buffer is None else self.guard.run(lambda: buffer.add(experience))
@@ -173,7 +179,20 @@ class PreferenceSteps(LightningModule):
         Returns:
             The objective of each pair, with gradient (B,), and each metric (B,) by name.
         """
+        self._stop_noise()
         return self.objective(self.policy, experience, **self._weights())
+
+    def _stop_noise(self) -> None:
+        """Before the first gradient, when the policy is where it trains: honour a dropout of 0 in every module."""
+        if self._is_quiet or getattr(self.policy_spec, "dropout", None) != 0:
+            return
+        self._is_quiet = True
+        names = stop_random_draws(self.policy)
+        if names:
+            rank_zero_info(
+                f"model.policy.dropout=0: {', '.join(names)} would draw random numbers in training, and so stays in "
+                f"eval mode"
+            )
 
     def _collect(self, batch: Any, noise: Noise, training: bool = False) -> Experience:
         prompts = as_prompts(batch, self.prompt_encoder, self.device)
