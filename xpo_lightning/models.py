@@ -8,10 +8,12 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from xpo_lightning.errors import InputError
+from xpo_lightning.forward.adapters import find_unsuitable_linears
 from xpo_lightning.forward.randomness import keep_all_layers, set_dropout
 from xpo_lightning.loading.causal_lm import CausalLMSource, Dtype
 
@@ -114,7 +116,8 @@ class LoRASpec:
         r: Rank.
         alpha: The adapters' output is scaled by alpha / r.
         dropout: Dropout on the adapters' input while training.
-        target_modules: Names of the modules that get adapters, or `all-linear`.
+        target_modules: Names of the modules that get adapters, or `all-linear`: all linear layers that can have some,
+            except for the vocabulary head, and experts whose weights are one parameter.
         rslora: Scale by alpha / sqrt(r) instead (Kalajdzievski 2023).
     """
 
@@ -148,18 +151,50 @@ class LoRASpec:
         widest = max(max(weight.shape, default=1) for weight in model.parameters())
         if self.r > widest:
             raise InputError(f"model.lora.r={self.r} is above every dimension of the model ({widest}); lower it")
+        unsuitable = find_unsuitable_linears(model)
+        takes_all = self.target_modules == "all-linear"
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=self.r,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
             target_modules=self.target_modules,
+            exclude_modules=sorted(unsuitable) if takes_all and unsuitable else None,
             use_rslora=self.rslora,
         )
+        advice = _named_projections(model)
         try:
-            return get_peft_model(model, config)
+            wrapped = get_peft_model(model, config)
         except (ValueError, re.error) as error:
+            if self.dropout and "ParamWrapper" in str(error):
+                raise InputError(
+                    f"model.lora.dropout={self.dropout}: experts whose weights are one parameter can have adapters "
+                    f"only without dropout; set it to 0, or name model.lora.target_modules without them{advice}"
+                ) from error
             raise InputError(f"model.lora.target_modules: {error}") from error
+        adapted = {name.removeprefix("base_model.model.") for name, layer in wrapped.named_modules() if _is_lora(layer)}
+        for name in sorted(adapted & unsuitable.keys()):
+            raise InputError(
+                f"model.lora.target_modules: {name!r} cannot have adapters, because {unsuitable[name]}; leave it out"
+                f"{advice}"
+            )
+        return wrapped
+
+
+def _is_lora(layer: nn.Module) -> bool:
+    return isinstance(layer, LoraLayer)
+
+
+def _named_projections(model: nn.Module) -> str:
+    """Name the linear layers of a model's attention, which all can have adapters, as the end of an advice."""
+    names = {
+        name
+        for parent in model.modules()
+        if "attention" in type(parent).__name__.lower()
+        for name, layer in parent.named_children()
+        if type(layer) is nn.Linear
+    }
+    return f", such as {sorted(names)}" if names else ""
 
 
 def check_loaded(model: nn.Module, tokenizer: PreTrainedTokenizerBase, eos_token_ids: list[int] | None) -> None:

@@ -3,6 +3,7 @@
 import copy
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +61,7 @@ def check_exportable(policy: Any, merge_adapters: bool, who: str = CALLBACK, apa
         apart: How to have the adapters alone saved, for the errors.
 
     Raises:
-        InputError: It is no transformers model, adapters on tied embeddings would have to be merged, or transformers
+        InputError: It is no transformers model, adapters on tied weights would have to be merged, or transformers
             refuses the generation config.
     """
     if not hasattr(policy, "save_pretrained"):
@@ -70,11 +71,11 @@ def check_exportable(policy: Any, merge_adapters: bool, who: str = CALLBACK, apa
             raise InputError(
                 f"{who} cannot merge adapters into quantized weights (model.policy.quantize) without a loss; {apart}"
             )
-        ends = (policy.get_input_embeddings(), policy.get_output_embeddings())
-        if policy.config.tie_word_embeddings and any(isinstance(layer, BaseTunerLayer) for layer in ends):
+        if _shares_adapted_weights(policy):
             raise InputError(
-                f"model.lora.target_modules: adapters on embeddings that the model ties to its output cannot be "
-                f"merged, which {who} is to do; {apart}, or leave the embeddings out"
+                f"model.lora.target_modules: adapters on weights that the model has in several places, as embeddings "
+                f"that are tied to its output, cannot be merged, which {who} is to do; {apart}, or leave those layers "
+                f"out"
             )
     with tempfile.TemporaryDirectory() as folder, _cached_generation(policy):
         try:
@@ -82,6 +83,13 @@ def check_exportable(policy: Any, merge_adapters: bool, who: str = CALLBACK, apa
         except ValueError as error:
             reason = " ".join(str(error).split())
             raise InputError(f"model.policy: transformers will not save the generation config ({reason})") from error
+
+
+def _shares_adapted_weights(policy: nn.Module) -> bool:
+    """Tell whether a weight that has adapters is a weight of another layer too."""
+    owners = Counter(id(weight) for module in policy.modules() for weight in module.parameters(recurse=False))
+    layers = [layer.get_base_layer() for layer in policy.modules() if isinstance(layer, BaseTunerLayer)]
+    return any(owners[id(weight)] > 1 for layer in layers for weight in layer.parameters(recurse=False))
 
 
 @contextmanager

@@ -1,10 +1,13 @@
-"""LoRA adapters in the type of the weights that they adapt, for the time of a computation."""
+"""LoRA adapters: which layers can have them, and their type for the time of a computation."""
 
+import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -20,13 +23,14 @@ def adapters_cast(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: Any model; without adapters, with ones of its own type, or with ones that are spread over processes,
-            nothing is done.
+            nothing is done. Nor is it where one parameter holds many experts: peft adds adapters to that parameter
+            itself, and converts no activations.
     """
     swapped: list[tuple[nn.Module, nn.Parameter]] = []
     # What is computed again in the backward pass must find the same adapters there.
     again = torch.is_grad_enabled() and is_checkpointing(model)
     for layer in [] if again else model.modules():
-        if isinstance(layer, LoraLayer):
+        if not isinstance(layer, ParamWrapper) and isinstance(layer, LoraLayer):
             dtype = layer.get_base_layer().get_parameter("weight").dtype
             for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
                 weight = matrix._parameters["weight"]
@@ -40,6 +44,54 @@ def adapters_cast(model: nn.Module) -> Iterator[None]:
     finally:
         for matrix, weight in swapped:
             matrix._parameters["weight"] = weight
+
+
+def find_unsuitable_linears(model: nn.Module) -> dict[str, str]:
+    """Find linear layers whose adapters would fail or be passed by.
+
+    Args:
+        model: A model without adapters.
+
+    Returns:
+        The full name of each, and why.
+    """
+    reasons = {}
+    fits: dict[type[nn.Module], bool] = {}
+    for prefix, parent in model.named_modules():
+        for name, layer in parent.named_children():
+            if not isinstance(layer, nn.Linear):
+                continue
+            kind, full = type(layer), f"{prefix}.{name}".removeprefix(".")
+            if kind not in fits:
+                fits[kind] = _maps_rows(layer)
+            if not fits[kind]:
+                reasons[full] = f"{kind.__name__} returns something else than a linear layer does"
+            elif _is_passed_by(parent, name):
+                reasons[full] = f"{type(parent).__name__} multiplies with its weight itself"
+    return reasons
+
+
+@torch.no_grad()
+def _maps_rows(layer: nn.Linear) -> bool:
+    """Try whether a class that is built on a linear layer maps rows as one does; a router returns several things."""
+    if type(layer).forward is nn.Linear.forward or not layer.weight.is_floating_point():
+        return True  # Weights that are no floats are quantized, by a library that peft knows.
+    rows = torch.zeros(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+    try:
+        with torch.random.fork_rng([rows.device] if rows.device.type == "cuda" else []):
+            mapped = layer(rows)
+    except Exception:  # Whatever it is that it cannot do with rows, it is no linear layer.
+        return False
+    return isinstance(mapped, torch.Tensor) and mapped.shape == (1, layer.out_features)
+
+
+def _is_passed_by(parent: nn.Module, name: str) -> bool:
+    """Tell whether the code of a module uses a layer's weight itself, as the fused kernels of Mamba do."""
+    try:
+        code = inspect.getsource(type(parent))
+    except (OSError, TypeError):
+        return False
+    return re.search(rf"self\.{name}\.weight\b(?!\[|\.(dtype|device|shape)\b)", code) is not None
 
 
 def _converted(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
