@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "forward": {"batch", "errors", "sharding"},
     "logps": {"batch", "errors", "forward", "sharding"},
     "objective": {"batch", "errors", "logps", "losses", "metrics", "preference_losses", "schedules"},
-    "loading": {"errors"},
+    "loading": {"errors", "forward"},
     "identity": set(),
     "phases": set(),
     "versions": set(),

@@ -22,6 +22,7 @@ from conftest import (
     randomize_adapters,
 )
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import SGD
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -414,6 +415,17 @@ def test_adapter_folder_is_loaded_with_its_base_model_and_merged(adapter: tuple[
     torch.testing.assert_close(logits_of(model.eval()), logits_of(adapted), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits_of(model), logits_of(load_model()), atol=0.1)
     assert spec.load_config().model_type == "llama"
+
+
+def test_adapter_folder_that_lacks_a_layer_is_refused(adapter: tuple[str, nn.Module]):
+    """peft fills it up with an untrained adapter, which would be another policy than the one that was saved."""
+    file = Path(adapter[0]) / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.policy\.path: .* cannot be read back: .*up_proj.*") as error:
+        ModelSpec(adapter[0]).load_model()
+    one_line(error)
 
 
 def test_merged_adapter_folder_is_trained_as_any_other_model(adapter: tuple[str, nn.Module]):

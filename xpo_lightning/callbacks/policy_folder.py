@@ -3,17 +3,16 @@
 import copy
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from xpo_lightning.errors import InputError
+from xpo_lightning.forward.adapters import shares_adapted_weights
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 CALLBACK, APART = "trainer.callbacks: PolicyExport", "set merge_adapters to false"
@@ -71,7 +70,7 @@ def check_exportable(policy: Any, merge_adapters: bool, who: str = CALLBACK, apa
             raise InputError(
                 f"{who} cannot merge adapters into quantized weights (model.policy.quantize) without a loss; {apart}"
             )
-        if _shares_adapted_weights(policy):
+        if shares_adapted_weights(policy):
             raise InputError(
                 f"model.lora.target_modules: adapters on weights that the model has in several places, as embeddings "
                 f"that are tied to its output, cannot be merged, which {who} is to do; {apart}, or leave those layers "
@@ -83,13 +82,6 @@ def check_exportable(policy: Any, merge_adapters: bool, who: str = CALLBACK, apa
         except ValueError as error:
             reason = " ".join(str(error).split())
             raise InputError(f"model.policy: transformers will not save the generation config ({reason})") from error
-
-
-def _shares_adapted_weights(policy: nn.Module) -> bool:
-    """Tell whether a weight that has adapters is a weight of another layer too."""
-    owners = Counter(id(weight) for module in policy.modules() for weight in module.parameters(recurse=False))
-    layers = [layer.get_base_layer() for layer in policy.modules() if isinstance(layer, BaseTunerLayer)]
-    return any(owners[id(weight)] > 1 for layer in layers for weight in layer.parameters(recurse=False))
 
 
 @contextmanager

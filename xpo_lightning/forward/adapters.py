@@ -2,12 +2,14 @@
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -44,6 +46,13 @@ def adapters_cast(model: nn.Module) -> Iterator[None]:
     finally:
         for matrix, weight in swapped:
             matrix._parameters["weight"] = weight
+
+
+def shares_adapted_weights(model: nn.Module) -> bool:
+    """Tell whether a weight that has adapters is a weight of another layer too, so that merging would change both."""
+    owners = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    layers = [layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    return any(owners[id(weight)] > 1 for layer in layers for weight in layer.parameters(recurse=False))
 
 
 def find_unsuitable_linears(model: nn.Module) -> dict[str, str]:

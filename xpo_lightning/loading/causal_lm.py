@@ -1,5 +1,8 @@
 """The one place that reads causal language models and their tokenizers: folders, hub ids, adapters and GGUF files."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -10,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from xpo_lightning.errors import InputError
+from xpo_lightning.forward.adapters import shares_adapted_weights
 from xpo_lightning.loading.chat_template import read_chat_template
 from xpo_lightning.loading.gguf import gguf_pre_tokenizer, unpacked
 from xpo_lightning.loading.sources import existing_path, explaining_hub_errors, is_local, resolve
@@ -89,7 +93,7 @@ class CausalLMSource:
         if self.attn_implementation is not None:
             arguments["attn_implementation"] = self.attn_implementation
         arguments |= self._more_arguments()
-        with explaining_hub_errors(source, f"{self.key}.path"):
+        with explaining_hub_errors(source, f"{self.key}.path"), self._refusing_missing_adapters():
             model: Any = loader.from_pretrained(
                 source,
                 dtype="auto" if self.dtype == "auto" else getattr(torch, self.dtype),
@@ -98,6 +102,11 @@ class CausalLMSource:
                 **arguments,
             )
         if loader is AutoPeftModelForCausalLM:
+            if shares_adapted_weights(model):
+                raise InputError(
+                    f"{self.key}.path: the adapter in '{self.path}' is on weights that the model has in several "
+                    f"places, so it cannot be merged; give a model without an adapter"
+                )
             model = model.merge_and_unload().requires_grad_(True)
         if getattr(model, "_hf_peft_config_loaded", False):
             raise InputError(
@@ -105,6 +114,19 @@ class CausalLMSource:
                 f"to start from the base model with the adapter merged"
             )
         return cast("nn.Module", model)
+
+    @contextmanager
+    def _refusing_missing_adapters(self) -> Iterator[None]:
+        """Refuse an adapter that peft finds only in part, and would fill up with an untrained one."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="(?s).*missing adapter keys", category=UserWarning)
+            try:
+                yield
+            except UserWarning as missing:
+                raise InputError(
+                    f"{self.key}.path: the adapter in '{self.path}' cannot be read back: {missing!s:.200}; save it "
+                    f"merged into its model instead"
+                ) from missing
 
     def _more_arguments(self) -> dict[str, Any]:
         """Return what else transformers is told when it loads the weights."""
