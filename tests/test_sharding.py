@@ -34,7 +34,8 @@ def assert_same_steps(one: Path, two: Path, states: tuple[dict[str, torch.Tensor
     for single, double in zip(metrics(one), metrics(two), strict=True):
         for name, value in single.items():
             if "loss/" in name or "scores" in name or "length" in name or name == "grad_norm":
-                assert double[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+                # The norm sums what five steps have rounded, each in another order: 2.5e-5 on an Intel processor.
+                assert double[name] == pytest.approx(value, rel=1e-4 if name == "grad_norm" else 1e-5, abs=1e-6), name
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=1e-5, atol=1e-6, msg=name)

@@ -31,6 +31,7 @@ from xpo_lightning.resume.standing import before_training, settle
 from xpo_lightning.rewards.base import Feedback
 from xpo_lightning.rollout.engine import RolloutEngine
 from xpo_lightning.rollout.local import LocalRollout
+from xpo_lightning.rollout.opening import try_ways
 from xpo_lightning.rollout.sampling import Sampling
 from xpo_lightning.samplers import PreviousPolicySampler, ReferenceSampler, Sampler
 from xpo_lightning.schedules import LearningRateShape, Schedule
@@ -187,6 +188,7 @@ class XPOLightningModule(PreferenceSteps):
         self.reference_identity = self.reference.identity(self.policy_spec)
         if self.device_mesh is not None:
             self._refuse_sharded()
+            try_ways(*(model for model in (self.policy, self.reference.frozen) if model is not None))
             shard_all([self.policy, self.reference, self.reward], self.device_mesh)
         if self.rollout is not None:
             if self.device_mesh is not None:

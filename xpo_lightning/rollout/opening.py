@@ -4,9 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from xpo_lightning.batch import Completions, Prompts
+from xpo_lightning.errors import InputError
 from xpo_lightning.forward.attention import cache_dtype
 from xpo_lightning.forward.call import base_of
-from xpo_lightning.forward.capabilities import capabilities_of
+from xpo_lightning.forward.capabilities import capabilities_of, rows_of, sharing_of
+from xpo_lightning.forward.truth import name_of
+from xpo_lightning.forward.unshared import Rows
 from xpo_lightning.rollout.plain import PlainSession
 from xpo_lightning.rollout.session import Session
 from xpo_lightning.rollout.writing import Writing, ways_for
@@ -24,6 +27,27 @@ def open_session(model: nn.Module, prompts: Prompts, room: int, tokens_at_once: 
         tokens_at_once: Most prompt tokens, padding included, that are read in one call.
     """
     return _open(model, prompts, room, tokens_at_once, writing_of(model, prompts.ids.shape[1] + room))
+
+
+def try_ways(*models: nn.Module) -> None:
+    """Find out how models are computed while their weights are together; spread ones are tried no further.
+
+    Args:
+        models: Transformers causal language models, the same on each process.
+
+    Raises:
+        InputError: One goes row by row: processes with other rows would take other numbers of passes over its layers.
+    """
+    for model in models:
+        sharing_of(model, 1)
+        writing_of(model, 1)
+        rows_of(model, 1)
+        how = capabilities_of(model).surest("scoring")
+        if how not in (Rows.PADDED_LEFT, Rows.PADDED_RIGHT):
+            raise InputError(
+                f"trainer.strategy spreads the weights over processes, and rows go through {name_of(model)} {how}, so "
+                f"that processes would wait for each other; use ddp"
+            )
 
 
 def writing_of(model: nn.Module, length: int) -> Writing:
