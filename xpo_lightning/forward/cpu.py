@@ -95,6 +95,8 @@ class OneDNNLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name)
         """See `nn.Linear`."""
         if takes_onednn(input, self.weight):
+            if not torch.is_grad_enabled():
+                return _onednn(input, self.weight, self.bias)
             product: Tensor = _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
             return product
         return super().forward(input)
@@ -105,6 +107,7 @@ def takes_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and x.numel() > 0  # oneDNN cannot multiply no rows.
         and not torch.is_autocast_enabled("cpu")
         and prefers_onednn()
     )
@@ -151,7 +154,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _onednn(x, weight, bias)
+        product = _onednn(x.reshape(-1, x.shape[-1]), weight, bias)
+        # A view of what is made in here must not be changed in place, as some models do (`clamp_`). So rows are given
+        # their shape in the way of `torch.nn.functional.linear`: nothing else holds them, and autograd sees no view.
+        return torch.ops.aten._unsafe_view(product, [*x.shape[:-1], weight.shape[0]])  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
