@@ -31,8 +31,9 @@ def token_logps(model: nn.Module, prompts: Prompts, completions: Completions) ->
 
 @torch.no_grad()
 def next_logits(model: nn.Module, prompts: Prompts) -> Tensor:
-    """Return the logits of the token after each of B prompts, of shape (B, V)."""
-    head, one = capabilities_of(model).head, prompts.ids[:, -1:]  # any token will do: what predicts it is asked for
+    """Return the logits of the token after each of B prompts, of shape (B, V), under a judge."""
+    found, one = capabilities_of(model), prompts.ids[:, -1:]  # any token will do: what predicts it is asked for
+    head, found.key = found.head, "model.reward"
     real = torch.ones_like(one, dtype=torch.bool)
     blank = Completions(one, real, real[:, 0], ("",) * len(one), torch.zeros(one.shape, device=one.device))
     features = unshared_features(model, prompts, blank, head, rows_of(model, _width(prompts, blank)))

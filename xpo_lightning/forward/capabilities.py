@@ -54,6 +54,7 @@ class Capabilities:
 
     def __init__(self, model: nn.Module, *, is_fast: bool = True) -> None:
         self.is_fast, self.is_trainable = is_fast, False
+        self.key = "model.policy"  # in errors
         with at_rest(model):
             self.head = _plain_head(model) if is_fast else None
         self.longest = context_length(model)
@@ -117,7 +118,7 @@ class Capabilities:
         if (reach, seed) not in self._probes:
             while len(self._probes) >= 2 * SEEDS:  # a search for a limit goes through many
                 self._probes.pop(next(iter(self._probes)))
-            self._probes[reach, seed] = Probe(self.model, self.head, reach, seed)
+            self._probes[reach, seed] = Probe(self.model, self.head, reach, seed, self.key)
         return self._probes[reach, seed]
 
 

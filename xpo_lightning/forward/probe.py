@@ -36,13 +36,16 @@ class Probe:
         head: Its vocabulary head, where features are hidden states in place of logits.
         reach: Tokens of the longest row, prompt and completion.
         seed: Which tokens to draw.
+        key: The config's key of the model, for errors.
 
     Raises:
         InputError: The model cannot compute a row alone, or what it predicts depends on later tokens.
     """
 
-    def __init__(self, model: nn.Module, head: nn.Linear | None, reach: int, seed: int = 0) -> None:
-        self.model, self.head = model, head
+    def __init__(
+        self, model: nn.Module, head: nn.Linear | None, reach: int, seed: int = 0, key: str = "model.policy"
+    ) -> None:
+        self.model, self.head, self.key = model, head, key
         steps = max(1, min(STEPS, reach // 2))
         rows = draw_rows(model, prompt_lengths(model, reach, steps), seed)
         self.prompts = _prompts(model, rows)
@@ -50,7 +53,7 @@ class Probe:
         lengths = [max(1, steps - 2 * ((row // len(rows) + row) % 2)) for row in range(2 * len(rows))]
         self.completions = _completions(model, draw_rows(model, lengths, seed + 1000))
         self.repeated = self.prompts.select(list(range(len(rows))) * 2)
-        self.truth = Truth(model, lambda: self._features(self.repeated, self.completions)[self.completions.mask])
+        self.truth = Truth(model, lambda: self._features(self.repeated, self.completions)[self.completions.mask], key)
         self._refuse_what_looks_ahead()
 
     def fault(self, compute: Compute, *, is_written: bool = False) -> str | None:
@@ -94,7 +97,7 @@ class Probe:
                 rows += [last_features(self.model, one, None, None, 1, head=self.head)[0, -1] for one in prefixes]
             return torch.stack(rows)
 
-        return Truth(self.model, alone)
+        return Truth(self.model, alone, self.key)
 
     def _refuse_what_looks_ahead(self) -> None:
         """Compare what predicts a token in a row that is cut there and in one that goes on."""
@@ -108,8 +111,8 @@ class Probe:
             ):
                 return
         raise InputError(
-            f"model: {name_of(self.model)} is no causal language model as it is configured: what it predicts depends "
-            f"on the tokens that follow, or on chance; give another model, or mend its config (is_decoder: true?)"
+            f"{self.key}: {name_of(self.model)} is no causal language model as it is configured: what it predicts "
+            f"depends on the tokens that follow, or on chance; give another model, or mend its config (is_decoder: true?)"
         )
 
     def _features(self, prompts: Prompts, completions: Completions) -> Tensor:

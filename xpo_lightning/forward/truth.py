@@ -28,6 +28,7 @@ class Truth:
     Args:
         model: The model, on its device.
         alone: Computes the truth with it: each row alone, unpadded, without a cache.
+        key: The config's key of the model, for errors.
 
     Raises:
         InputError: The model cannot do that.
@@ -36,8 +37,8 @@ class Truth:
     is_shortened: bool
     """Whether the first layers stand for all."""
 
-    def __init__(self, model: nn.Module, alone: Compute) -> None:
-        self.model, self.alone = model, alone
+    def __init__(self, model: nn.Module, alone: Compute, key: str) -> None:
+        self.model, self.alone, self.key = model, alone, key
         try:
             self._compute(is_shortened=True)
         except torch.OutOfMemoryError:
@@ -87,7 +88,8 @@ class Truth:
             raise
         except FAILURES as error:
             raise InputError(
-                f"model: {name_of(self.model)} cannot compute a row of text ({described(error)}); give another model"
+                f"{self.key}: {name_of(self.model)} cannot compute a row of text ({described(error)}); "
+                f"give another model"
             ) from error
 
     def _fault(self, compute: Compute) -> str | None:

@@ -66,4 +66,4 @@ class _Pairs:
         ends = draw_rows(model, [min(steps, 1 + 2 * (row % 4)) for row in range(2 * len(begins))], seed=1)
         self.rows = [begin + end for begin, end in zip(begins * 2, ends, strict=True)]
         self.twins = [(row, row + len(begins), len(begin)) for row, begin in enumerate(begins)]
-        self.truth = Truth(model, lambda: score_rows(model, self.rows, 1, [0], Rows.ALONE))
+        self.truth = Truth(model, lambda: score_rows(model, self.rows, 1, [0], Rows.ALONE), "model.reward")
