@@ -112,7 +112,7 @@ class Probe:
                 return
         raise InputError(
             f"{self.key}: {name_of(self.model)} is no causal language model as it is configured: what it predicts "
-            f"depends on the tokens that follow, or on chance; give another model, or set is_decoder: true in its config"
+            f"depends on the tokens that follow, or on chance; give another model, or is_decoder: true in its config"
         )
 
     def _features(self, prompts: Prompts, completions: Completions) -> Tensor:
