@@ -56,8 +56,10 @@ def last_features(
         output = model(**arguments)
     if isinstance(cache, OwnState):
         cache.keep(output, accepted)
-    features: Tensor = output.logits
-    return features[:, -keep:]
+    features: Tensor = output.logits[:, -keep:]
+    # Some models turn logits, here the head's inputs, into float32 in the end.
+    has_grown = head is not None and features.dtype == torch.float32 and not torch.is_autocast_enabled(ids.device.type)
+    return features.to(head.weight.dtype) if head is not None and has_grown else features
 
 
 class OwnState:

@@ -7,7 +7,7 @@ from xpo_lightning.forward.lengths import context_length, first_reach, named_len
 from xpo_lightning.forward.probe import STEPS, draw_rows, prompt_lengths
 from xpo_lightning.forward.truth import Truth, name_of
 from xpo_lightning.forward.unshared import Rows
-from xpo_lightning.rewards.padding import score_rows
+from xpo_lightning.rewards.padding import score_rows, vocabulary_size
 from xpo_lightning.rewards.sharing import score_twins
 
 _WAYS = (Rows.PADDED_RIGHT, Rows.EVEN, Rows.ALONE)
@@ -64,6 +64,9 @@ class _Pairs:
         begins = draw_rows(model, prompt_lengths(model, reach, steps), seed=0)
         # Some end right after what they share: a narrow window would not look back to it otherwise.
         ends = draw_rows(model, [min(steps, 1 + 2 * (row % 4)) for row in range(2 * len(begins))], seed=1)
-        self.rows = [begin + end for begin, end in zip(begins * 2, ends, strict=True)]
+        # Encoder-decoders read their score at EOS.
+        eos = getattr(model.config, "eos_token_id", None)
+        close = [eos] if isinstance(eos, int) and 0 <= eos < vocabulary_size(model) else []
+        self.rows = [begin + end[len(close) :] + close for begin, end in zip(begins * 2, ends, strict=True)]
         self.twins = [(row, row + len(begins), len(begin)) for row, begin in enumerate(begins)]
         self.truth = Truth(model, lambda: score_rows(model, self.rows, 1, [0], Rows.ALONE), "model.reward")

@@ -79,7 +79,9 @@ def _score_some(model: PreTrainedModel, rows: Sequence[Row], twins: Sequence[Twi
     forward_scores(model, ids, pad_id, past_key_values=cache, use_cache=True, **everything)
     cache.copies = 2
     end_ids, end_mask, pad_id = pad_right(ends, pad_ids, vocabulary)
-    positions = mask.sum(1).repeat(2)[:, None] + _positions(end_ids)
+    # Padding gets the position of the row's last token: its own might lie beyond the context.
+    places = torch.minimum(_positions(end_ids), end_mask.sum(1, keepdim=True) - 1)
+    positions = mask.sum(1).repeat(2)[:, None] + places
     seen = {
         "attention_mask": torch.cat([mask.repeat(2, 1), end_mask], 1).to(device),
         "position_ids": positions.to(device),
