@@ -270,4 +270,4 @@ def prompt_limit(config: Any, max_new_tokens: int) -> int | None:
 def context_length(config: Any) -> int | None:
     """Return the most tokens that a model takes, or None where its configuration names no limit."""
     length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return int(length) if length else None
+    return int(length) if length and length > 0 else None

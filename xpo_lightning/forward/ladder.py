@@ -53,17 +53,18 @@ class Ladder(Generic[W]):
     @torch.inference_mode(False)
     def extend(self, reach: int) -> None:
         """Try ways on rows of up to so many tokens, until one is right; with gradients even within a validation."""
-        verified, first = self._reach, ""
+        verified, first = self._reach, None
         while len(self._ways) > 1 and (reason := self.fault(self._ways[0], reach)) is not None:
             limit = self._last_right(verified, reach)
             failed = self._ways.pop(0)
             if limit:
                 self._found.append((limit, failed))
             rows = f"rows of over {limit} tokens" if limit else "rows"
-            first, verified = first or f"{{}}, for {failed} {rows} are wrong: {reason}", 0
+            first, verified = first or (rows, f"{failed} they would be wrong ({reason})"), 0
         self._reach = reach
-        if first:
-            rank_zero_info(f"{self.title}: {first.format(self._ways[0])}")
+        if first is not None:
+            rows, why = first
+            rank_zero_info(f"{self.title}: {rows} go through {self._ways[0]}, which is slower; {why}")
 
     def _last_right(self, right: int, wrong: int) -> int:
         """Find the mark up to which the first way is right, where that is further than a faster one is."""

@@ -15,7 +15,7 @@ class Memory(Enum):
     OWN_STATE = "with the model's own state"
     IN_MODULES = "with transformers' cache and what the model's layers keep"
     READ_AGAIN = "with transformers' cache, read again at lengths that the config names"
-    NOTHING = "reading all again for each token"
+    NOTHING = "reading all again for each token, a pass over a row for each new token"
 
 
 @dataclass(frozen=True)
