@@ -36,11 +36,15 @@ def _facts(problem: str, _written: int) -> dict[str, Any]:
 def reward(
     prompts: Sequence[str], completions: Sequence[str], columns: dict[str, list[Any]], problem: str
 ) -> list[float]:
-    """Look up the reward of each completion for the seed that its prompt names."""
+    """Look up the reward of each completion for the seed that its prompt names.
+
+    A completion begins with the space that its first word follows the prompt with.
+    """
     known = facts(problem)
     rewards, places = known["rewards"], known["places"]
     return [
-        rewards[seed_of(prompt)][places[completion]] for prompt, completion in zip(prompts, completions, strict=True)
+        rewards[seed_of(prompt)][places[completion.strip()]]
+        for prompt, completion in zip(prompts, completions, strict=True)
     ]
 
 
@@ -142,7 +146,7 @@ class Regret(Callback):
         prompts, completions, _columns = arguments
         rare = self.known["rare"]
         for prompt, completion in zip(prompts, completions, strict=True):
-            if completion.startswith(rare) and completion[len(rare) : len(rare) + 1].strip() == "":
+            if f"{completion.strip()} ".startswith(f"{rare} "):
                 seed = seed_of(prompt)
                 if self.first[seed] is None:
                     self.first[seed] = (self.batches + 1) * self.known["pairs"]
