@@ -22,7 +22,9 @@ def main() -> None:
     spec = read_spec()
     warmup, timed = read_prompts(spec)
     torch.manual_seed(0)
-    measured = measure(make_module(spec), warmup[:WARM_UP_PROMPTS], timed, spec.get("accelerator", "cpu"))
+    measured = measure(
+        make_module(spec), warmup[: spec.get("warm_up_prompts", WARM_UP_PROMPTS)], timed, spec.get("accelerator", "cpu")
+    )
     if measured.lengths and measured.lengths != {spec["new_tokens"]}:
         raise RuntimeError(f"expected completions of {spec['new_tokens']} tokens, but got {sorted(measured.lengths)}")
     counted = measured.lengths.pop() if measured.lengths else None
