@@ -146,7 +146,8 @@ def assert_same_steps(one: Path, two: Path) -> None:
         for name, value in single.items():
             if name.endswith("accuracies") and single["step"] == 1:
                 continue  # the sign of a margin that is 0 but for rounding: the policy is still its reference
-            assert double[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+            # A KL is a difference of sums of some 30 nats, which float32 rounds at 2e-6.
+            assert double[name] == pytest.approx(value, rel=1e-5, abs=1e-5 if "kl" in name else 1e-6), name
     for (name, value), other in zip(weights(one).items(), weights(two).values(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-7, msg=name)
 

@@ -222,7 +222,8 @@ def test_a_real_run_takes_the_memory_that_is_worked_out(
     watched = take_steps({**spec, "tensors": True}, tmp_path / "tensors")
     assert len(watched) == processes
     for each in watched:
-        assert each["tensors"] == pytest.approx(expected, rel=0.1)
+        # How many layers two processes hold at once depends on which of them is ahead.
+        assert each["tensors"] == pytest.approx(expected, rel=0.1 if processes == 1 else 0.15)
     for each in take_steps({**spec, "tensors": False}, tmp_path / "process"):
         assert 0.9 * expected < each["process"] < expected + 0.8 * GIB
 

@@ -146,7 +146,10 @@ def draw_rows(model: nn.Module, lengths: Sequence[int], seed: int) -> list[list[
 def vocabulary_size(model: nn.Module) -> int:
     """Count the token ids that a model knows; where it does not tell, those that its largest table is for."""
     own = getattr(base_of(model), "get_input_embeddings", None)
-    table: Any = None if own is None else own()
+    try:
+        table: Any = None if own is None else own()
+    except NotImplementedError:  # transformers', where a model has no one table
+        table = None
     if hasattr(table, "num_embeddings"):
         return int(table.num_embeddings)
     weight = getattr(table, "weight", None)

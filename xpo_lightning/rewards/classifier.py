@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from xpo_lightning.batch import RawPrompt
 from xpo_lightning.errors import InputError
 from xpo_lightning.forward.lengths import context_length
+from xpo_lightning.forward.probe import vocabulary_size
 from xpo_lightning.identity import fingerprint, import_path
 from xpo_lightning.rewards.base import Reward
 from xpo_lightning.rewards.checks import as_scores
 from xpo_lightning.rewards.loading import ClassifierSource
-from xpo_lightning.rewards.padding import score_rows, vocabulary_size
+from xpo_lightning.rewards.padding import score_rows
 from xpo_lightning.rewards.rendering import PromptFormat, render
 from xpo_lightning.rewards.rows import RowEncoder, Truncation
 from xpo_lightning.rewards.scoring import ScoringWays

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from xpo_lightning.batch import cut
 from xpo_lightning.forward.attention import fast_attention
+from xpo_lightning.forward.probe import vocabulary_size
 from xpo_lightning.forward.unshared import Rows, group_by_length
 
 
@@ -61,11 +62,6 @@ def forward_scores(model: PreTrainedModel, ids: Tensor, pad_id: int, **arguments
         logits = model(input_ids=ids.to(device), **arguments).logits  # (B, 1)
     scores: Tensor = logits[:, 0].float()
     return scores
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """Count the token ids that a model knows."""
-    return model.get_input_embeddings().get_parameter("weight").shape[0]
 
 
 def pad_right(

@@ -4,10 +4,10 @@ from transformers import PreTrainedModel
 
 from xpo_lightning.forward.ladder import Ladder
 from xpo_lightning.forward.lengths import context_length, first_reach, named_lengths
-from xpo_lightning.forward.probe import STEPS, draw_rows, prompt_lengths
+from xpo_lightning.forward.probe import STEPS, draw_rows, prompt_lengths, vocabulary_size
 from xpo_lightning.forward.truth import Truth, name_of
 from xpo_lightning.forward.unshared import Rows
-from xpo_lightning.rewards.padding import score_rows, vocabulary_size
+from xpo_lightning.rewards.padding import score_rows
 from xpo_lightning.rewards.sharing import score_twins
 
 _WAYS = (Rows.PADDED_RIGHT, Rows.EVEN, Rows.ALONE)

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from xpo_lightning.batch import RawPrompt, cut
 from xpo_lightning.forward.prefix import PromptCache
-from xpo_lightning.rewards.padding import forward_scores, pad_right, vocabulary_size
+from xpo_lightning.forward.probe import vocabulary_size
+from xpo_lightning.rewards.padding import forward_scores, pad_right
 
 WORTH_SHARING = 16
 """Fewest common tokens that two rows are scored together for."""
