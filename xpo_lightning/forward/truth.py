@@ -30,6 +30,8 @@ class Truth:
         model: The model, on its device.
         alone: Computes the truth with it: each row alone, unpadded, without a cache.
         key: The config's key of the model, for errors.
+        may_shorten: Whether the first layers may stand for all; not where padding is far from what is read, since it
+            comes nearer with each layer.
 
     Raises:
         InputError: The model cannot do that.
@@ -38,10 +40,10 @@ class Truth:
     is_shortened: bool
     """Whether the first layers stand for all."""
 
-    def __init__(self, model: nn.Module, alone: Compute, key: str) -> None:
+    def __init__(self, model: nn.Module, alone: Compute, key: str, *, may_shorten: bool = True) -> None:
         self.model, self.alone, self.key = model, alone, key
         try:
-            self._compute(is_shortened=True)
+            self._compute(is_shortened=may_shorten)
         except torch.OutOfMemoryError:
             raise
         except FAILURES:

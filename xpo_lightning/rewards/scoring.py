@@ -69,4 +69,6 @@ class _Pairs:
         close = [eos] if isinstance(eos, int) and 0 <= eos < vocabulary_size(model) else []
         self.rows = [begin + end[len(close) :] + close for begin, end in zip(begins * 2, ends, strict=True)]
         self.twins = [(row, row + len(begins), len(begin)) for row, begin in enumerate(begins)]
-        self.truth = Truth(model, lambda: score_rows(model, self.rows, 1, [0], Rows.ALONE), "model.reward")
+        self.truth = Truth(
+            model, lambda: score_rows(model, self.rows, 1, [0], Rows.ALONE), "model.reward", may_shorten=False
+        )
