@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from xpo_lightning.batch import Experience
 from xpo_lightning.collector import Collector
 from xpo_lightning.combinations import refuse_own_steps
+from xpo_lightning.forward.capabilities import refuse_untrainable
 from xpo_lightning.forward.randomness import stop_random_draws
 from xpo_lightning.gradient import add_gradients
 from xpo_lightning.guard.guarding import Guard, check_rollout
@@ -187,6 +188,7 @@ class PreferenceSteps(LightningModule):
         if self._is_quiet or getattr(self.policy_spec, "dropout", None) != 0:
             return
         self._is_quiet = True
+        refuse_untrainable(self.policy)
         names = stop_random_draws(self.policy)
         if names:
             rank_zero_info(

@@ -136,19 +136,6 @@ YARN = {**ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embed
 LONGROPE = {**ROPE, "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
 SLIDING = {"use_sliding_window": True, "max_window_layers": 1, "layer_types": ["full_attention", "sliding_attention"]}
 
-BUILDABLE = {
-    "gemma3n": "its vision tower needs the package timm",
-    "gemma4_assistant": "drafts from the keys and values of another model",
-    "gemma4_unified_assistant": "drafts from the keys and values of another model",
-    "musicgen": "writes audio codes, several a step",
-    "musicgen_melody": "writes audio codes, several a step",
-}
-
-ROPE = {"rope_theta": 1e4}
-YARN = {**ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2 * MARK}
-LONGROPE = {**ROPE, "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
-SLIDING = {"use_sliding_window": True, "max_window_layers": 1, "layer_types": ["full_attention", "sliding_attention"]}
-
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert (reading both ways)": ("bert", {"is_decoder": False}),
     "dots1 (sliding)": ("dots1", {"layer_types": SLIDING["layer_types"]}),

@@ -90,10 +90,7 @@ def _find_drawing(model: nn.Module) -> list[nn.Module]:
     mask = torch.ones_like(ids, dtype=torch.bool)
     found: dict[nn.Module, None] = {}
     with torch.random.fork_rng([device] if device.type == "cuda" else []), _watched(model, device, found):
-        try:
-            last_features(model, ids, mask, positions_from(mask), 1)
-        except (RuntimeError, ValueError) as error:
-            raise InputError(f"model.policy: {type(model).__name__} cannot be trained on any row ({error})") from error
+        last_features(model, ids, mask, positions_from(mask), 1)
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     wanted = {module for layer in layers for module in layer.lora_dropout.modules()}
     return [module for module in found if module not in wanted]
