@@ -1,4 +1,4 @@
-"""Measures optimizer steps on a CUDA device: their memory beside the arithmetic, and their time beside TRL's.
+"""Measures on a CUDA device: optimizer steps' memory beside the arithmetic, a token's time, a step's beside TRL's.
 
     python benchmarks/gpu.py --json gpu.json
 
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from environments import HERE, run
 from gpu_assets import make_assets
+from gpu_decode import DECODE_CASES, measure_decoding
 from gpu_memory import MEMORY_CASES, measure_memory
 from suites import LORA, SHARED
 
@@ -32,11 +33,16 @@ def main() -> None:
     """Measure what is asked for, and print the tables."""
     args = _arguments()
     properties = torch.cuda.get_device_properties(0)
-    record: Run = {"device": properties.name, "torch": torch.__version__, "memory": [], "time": []}
+    record: Run = {"device": properties.name, "torch": torch.__version__, "memory": [], "decode": [], "time": []}
     print(f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, torch {torch.__version__}", flush=True)
     for case in MEMORY_CASES if args.only in (None, "memory") else ():
         record["memory"].append(measure_memory(case))
         print(memory_row(record["memory"][-1]), flush=True)
+        _write(record, args.json)
+    for name, rows in DECODE_CASES if args.only in (None, "decode") else ():
+        record["decode"] += measure_decoding(name, rows)
+        for row in record["decode"][-2:]:
+            print(decode_row(row), flush=True)
         _write(record, args.json)
     with tempfile.TemporaryDirectory() as folder:
         for name in ("smollm2", "1b") if args.only in (None, "time") else ():
@@ -55,7 +61,7 @@ def _write(record: Run, file: Path | None) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["memory", "time"], help="one of the two")
+    parser.add_argument("--only", choices=["memory", "decode", "time"], help="one of the three")
     parser.add_argument("--trl-batches", type=int, nargs="*", default=[16, 64], help="batch sizes to try of TRL")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
     return parser.parse_args()
@@ -81,19 +87,17 @@ def time_specs(name: str, assets: Path, trl_batches: list[int]) -> list[tuple[st
         "new_tokens": NEW_TOKENS,
         "lora": None,
     }
-    # Kernels are loaded for each new shape, so both sides warm up on as many prompts.
-    warm_up = {"warm_up_prompts": max(trl_batches, default=8)}
-    ours = {**shared, **warm_up, "system": "ours", "options": {"micro_batch_size": 16}}
-    best = {**shared, "system": "trl-best", "options": TRL_FAST}
-    shipped = {**shared, "system": "trl-shipped", "options": {}, "timed_prompts": SHIPPED_PROMPTS}
+    # Kernels are loaded for each new shape, so both sides warm up by a whole step of other prompts.
+    ours = {**shared, "system": "ours", "options": {"micro_batch_size": 16}, "warm_up_prompts": PROMPTS}
+    best = {**shared, "system": "trl-best", "options": TRL_FAST, "warm_up_prompts": PROMPTS}
+    few = {"timed_prompts": SHIPPED_PROMPTS, "warm_up_prompts": SHIPPED_PROMPTS, "batch": SHIPPED_BATCH}
+    shipped = {**shared, **few, "system": "trl-shipped", "options": {}}
     specs = [(f"{name}, ours", "worker_ours.py", ours)]
     specs += [(f"{name}, ours, LoRA", "worker_ours.py", {**ours, "lora": LORA})]
     for batch in trl_batches:
-        spec = {**best, "batch": batch, "warm_up_prompts": batch}
-        specs.append((f"{name}, TRL, best settings, batch {batch}", "worker_trl.py", spec))
+        specs.append((f"{name}, TRL, best settings, batch {batch}", "worker_trl.py", {**best, "batch": batch}))
     if trl_batches:
-        spec = {**shipped, "batch": SHIPPED_BATCH, "warm_up_prompts": SHIPPED_BATCH}
-        specs.append((f"{name}, TRL as shipped, batch {SHIPPED_BATCH}", "worker_trl.py", spec))
+        specs.append((f"{name}, TRL as shipped, batch {SHIPPED_BATCH}", "worker_trl.py", shipped))
     return specs
 
 
@@ -112,6 +116,12 @@ def memory_row(result: Run) -> str:
     gib = [result[name] / GIB for name in ("standing", "peak", "measured_standing", "measured_peak", "reserved")]
     ratio = result["peak"] / result["measured_peak"]
     return "| " + " | ".join([result["name"], *(f"{each:.2f}" for each in gib), f"{ratio:.2f}"]) + " |"
+
+
+def decode_row(result: Run) -> str:
+    """Write a line of the decoding table: milliseconds a token, and of reading the prompts."""
+    numbers = (f"{1000 * result['token_seconds']:.2f}", f"{1000 * result['read_seconds']:.0f}")
+    return "| " + " | ".join([f"{result['model']}, {result['rows']} rows, {result['way']}", *numbers]) + " |"
 
 
 def time_row(result: Run) -> str:

@@ -19,7 +19,7 @@ from xpo_lightning.footprint.shape import Shape
 
 SHAPES = {"smollm2": SMOLLM2, "1b": LLAMA_1B, "8b": LLAMA_8B}
 SHORTEST, LONGEST = 64, 448
-WARM_UP_PROMPTS = 64
+WARM_UP_PROMPTS = 128
 
 
 def config_of(shape: Shape, **more: Any) -> LlamaConfig:

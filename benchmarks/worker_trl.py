@@ -25,9 +25,9 @@ def main() -> None:
     timer = StepTimer()
     lengths: set[int] = set()
     watch(trainer, timer, lengths)
-    _take_step(trainer, warmup[: spec["warm_up_prompts"]], accumulate=1)
+    _take_step(trainer, warmup[: spec["warm_up_prompts"]], spec["batch"])
     timer.reset()
-    _take_step(trainer, timed, accumulate=-(-len(timed) // spec["batch"]))
+    _take_step(trainer, timed, spec["batch"])
     if lengths != {spec["new_tokens"]}:
         raise RuntimeError(f"expected completions of {spec['new_tokens']} tokens, but TRL wrote {sorted(lengths)}")
     print(json.dumps(result(spec, timer.wall_seconds, timer.seconds, loaded_gib, lengths.pop())))
@@ -81,9 +81,9 @@ def _check_same_tokens(tokenizer: Any, rows: list[Prompt]) -> None:
             raise RuntimeError(f"TRL reads other tokens than we do in the prompt that begins {row['prompt']!r:.60}")
 
 
-def _take_step(trainer: XPOTrainer, rows: list[Prompt], accumulate: int) -> None:
+def _take_step(trainer: XPOTrainer, rows: list[Prompt], batch: int) -> None:
     trainer.train_dataset = _dataset(rows)
-    trainer.args.gradient_accumulation_steps = accumulate
+    trainer.args.gradient_accumulation_steps = -(-len(rows) // batch)
     begun = time.perf_counter()
     trainer.train()
     print(f"{len(rows)} prompts: {time.perf_counter() - begun:.1f} s with TRL's set-up", flush=True)

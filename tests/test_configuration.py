@@ -525,7 +525,7 @@ def test_every_option_of_the_algorithm_is_on_the_page():
     parameters = set(XPOLightningModule.__init__.__annotations__) - {"return"}
     elsewhere = {"policy", "lora", "sampling", "learning_rate", "optimizer", "lr_schedule", "lr_scheduler"}
     elsewhere |= {"warmup_ratio", "warmup_steps", "max_grad_norm", "micro_batch_size", "micro_batch_tokens"}
-    elsewhere |= {"rollout_batch_size", "max_skipped_steps", "reference_cache", "rollout"}
+    elsewhere |= {"rollout_batch_size", "rollout_graphs", "max_skipped_steps", "reference_cache", "rollout"}
     in_blocks = {key for text in blocks(PAGE, "yaml") for key in yaml.safe_load(text).get("model", {})}
     assert parameters - elsewhere == in_blocks
     for options in (LabelRule, Candidates, BufferOptions, ReferenceRefresh):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import PROMPTS, Recorder, fit_quietly, make_tokenizer, quiet_trainer
+from conftest import PROMPTS, Recorder, fit_quietly, make_tokenizer, prompts_of, quiet_trainer, random_rows
 from test_quickstart import CONFIG, metrics
 from test_resume import Tape
 from transformers import (
@@ -29,6 +30,9 @@ from xpo_lightning import (
     XPOLightningModule,
 )
 from xpo_lightning.cli import main
+from xpo_lightning.rollout import opening, replay
+from xpo_lightning.rollout.local import LocalRollout
+from xpo_lightning.rollout.noise import Noise
 
 pytestmark = pytest.mark.gpu
 GPU: dict[str, Any] = {"accelerator": "gpu"}
@@ -184,3 +188,29 @@ def test_stop_strings_and_ends_of_several_lengths(make_module: MakeModule):
         lengths.append(recorder.of("completions/model_length"))
     assert lengths[0] == pytest.approx(lengths[1], abs=0.5)
     assert lengths[0][0] < 12
+
+
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.5, "top_p": 0.9, "top_k": 50, "min_p": 0.01}])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_replayed_steps_write_what_is_written_without(
+    arch: str,
+    precision: str,
+    settings: dict[str, Any],
+    load_model: Callable[..., torch.nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    prompts = prompts_of(random_rows([4, 9, 2, 7, 1, 6] * 6, seed=1))
+    prompts = replace(prompts, ids=prompts.ids.cuda(), mask=prompts.mask.cuda())
+    written, captured = [], []
+    plainly = replay.capture
+    monkeypatch.setattr(replay, "capture", lambda step: captured.append(step) or plainly(step))
+    for devices in (set(), {"cuda"}):
+        monkeypatch.setattr(opening, "REPLAYING", devices)
+        model = load_model(arch, dtype=precision).to("cuda")
+        sampling = Sampling(max_new_tokens=24, **settings)
+        written.append(LocalRollout(make_tokenizer(), sampling, list(range(0, 304, 20)))(model, prompts, Noise(3)))
+    assert captured
+    same = (written[0].ids[:, :4] == written[1].ids[:, :4]).all(1).float().mean()
+    assert same > (0.99 if precision == "float32" else 0.8)  # rounding may decide between two tokens
+    if precision == "float32":
+        torch.testing.assert_close(written[0].token_logps[:, 0], written[1].token_logps[:, 0], atol=1e-3, rtol=0)

@@ -85,6 +85,8 @@ class XPOLightningModule(PreferenceSteps):
             optimizer step sees.
         micro_batch_tokens: Most tokens per forward and backward pass, padding included; null sets no limit.
         rollout_batch_size: Most prompts sampled together; null is the whole batch, fewer on a CPU.
+        rollout_graphs: On a GPU, replay each token's step as a CUDA graph, and keep the buffers for it; false saves
+            their memory. Elsewhere nothing is replayed.
         rollout: Has a server write the completions, see `docs/vllm.md`; null samples in this process.
         reference_cache: Keeps the reference's completion of each training prompt, its log-probabilities and its score,
             and uses them again in later epochs, so that every epoch compares with the same completion of a prompt:
@@ -130,6 +132,7 @@ class XPOLightningModule(PreferenceSteps):
         micro_batch_size: int = 8,
         micro_batch_tokens: int | None = None,
         rollout_batch_size: int | None = None,
+        rollout_graphs: bool = True,
         rollout: RolloutEngine | None = None,
         reference_cache: str | None = None,
         reference_refresh: ReferenceRefresh | None = None,
@@ -147,8 +150,8 @@ class XPOLightningModule(PreferenceSteps):
         self.optimization = Optimization(
             learning_rate, optimizer, lr_schedule, warmup_ratio, warmup_steps, lr_scheduler, max_grad_norm
         )
-        self.rollout_batch_size, self.reference_cache = rollout_batch_size, reference_cache
-        self.rollout = rollout
+        self.rollout_batch_size, self.rollout_graphs, self.rollout = rollout_batch_size, rollout_graphs, rollout
+        self.reference_cache = reference_cache
         self.reference_refresh, self.buffer_options = reference_refresh, buffer
         self.missing_eos_penalty = check_penalty(missing_eos_penalty)
         self.plan = UpdatePlan(micro_batch_size, micro_batch_tokens, updates_per_rollout, epochs_per_rollout)
@@ -184,7 +187,14 @@ class XPOLightningModule(PreferenceSteps):
         self.memory = Memory(self.reference, self.sampler)
         self.reward.load()
         self.reward.set_check(self.guard.stop.check)
-        rollout = LocalRollout(self.tokenizer, self.sampling, ends, self.rollout_batch_size, self.guard.stop.check)
+        rollout = LocalRollout(
+            self.tokenizer,
+            self.sampling,
+            ends,
+            self.rollout_batch_size,
+            self.guard.stop.check,
+            replays=self.rollout_graphs,
+        )
         self.reference_identity = self.reference.identity(self.policy_spec)
         if self.device_mesh is not None:
             self._refuse_sharded()

@@ -15,6 +15,7 @@ from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.rewards import SequenceClassifierReward
 from xpo_lightning.rollout.cache import most_rows
 from xpo_lightning.rollout.local import TOKENS_AT_ONCE
+from xpo_lightning.rollout.opening import REPLAYING
 from xpo_lightning.snapshot import Snapshot
 
 
@@ -64,6 +65,7 @@ def plan_of(
         prompt_tokens=longest,
         new_tokens=new,
         micro_batch_size=_pairs(module, batch_size, longest),
+        replays=device in REPLAYING and module.rollout_graphs and module.device_mesh is None,
         read_tokens=TOKENS_AT_ONCE.get(device, TOKENS_AT_ONCE["cuda"]),
         policy_weights=sum(map(torch.numel, base)),
         trained_weights=sum(weight.numel() for weight in module.trained_parameters()),

@@ -7,6 +7,7 @@ on a CPU, what its heap does not give back, 0.3 to 0.5 GiB.
 from dataclasses import dataclass
 
 from xpo_lightning.footprint.shape import Shape, adapter_count, weight_count
+from xpo_lightning.forward.buckets import columns_of_bucket, rows_of_bucket
 from xpo_lightning.forward.head import KEPT
 
 FLOAT32 = 4
@@ -33,6 +34,7 @@ class Plan:
         new_tokens: `model.sampling.max_new_tokens`.
         micro_batch_size: `model.micro_batch_size`, in pairs.
         reward_rows: Rows that the reward model reads together.
+        replays: Whether each token's step is replayed, whose buffers are there all the time.
         read_tokens: Most prompt tokens that are read in one call: 65536 on a GPU, 2048 on a CPU.
         policy_weights: Weights of the policy without adapters, where they have been counted; so the next two.
         trained_weights: Trained weights.
@@ -54,6 +56,7 @@ class Plan:
     new_tokens: int = 64
     micro_batch_size: int = 8
     reward_rows: int = 16
+    replays: bool = False
     read_tokens: int = 2**16
     policy_weights: int | None = None
     trained_weights: int | None = None
@@ -71,6 +74,7 @@ class Footprint:
         copies: Copies of the trained weights.
         gradients: One number a trained weight.
         optimizer: What the optimizer keeps.
+        replayed: What replayed steps keep: keys and values, logits, and what drawing from them needs.
         rollout: While completions are sampled: keys and values, and what a call of the model needs.
         scoring: While the reward model reads.
         micro_batch: While a micro-batch goes forward and backward.
@@ -83,6 +87,7 @@ class Footprint:
     copies: int
     gradients: int
     optimizer: int
+    replayed: int
     rollout: int
     scoring: int
     micro_batch: int
@@ -91,7 +96,8 @@ class Footprint:
     @property
     def standing(self) -> int:
         """What is there all the time."""
-        return self.policy + self.reference + self.reward + self.copies + self.gradients + self.optimizer
+        models = self.policy + self.reference + self.reward + self.copies
+        return models + self.gradients + self.optimizer + self.replayed
 
     @property
     def peak(self) -> int:
@@ -119,6 +125,7 @@ def estimate(plan: Plan) -> Footprint:
         copies=int(plan.copies * own),
         gradients=int(own),
         optimizer=int(plan.optimizer_states * own),
+        replayed=replayed_bytes(plan) if plan.replays else 0,
         rollout=rollout_bytes(plan),
         scoring=scoring_bytes(plan),
         micro_batch=micro_batch_bytes(plan, trains_head=not adapted, cast_weights=count),
@@ -166,10 +173,21 @@ def head_bytes(shape: Shape, tokens: int, number_bytes: float, *, trained: bool)
 def rollout_bytes(plan: Plan) -> int:
     """Count what sampling needs: the reference's prompts stay until the policy has written."""
     shape, rows = plan.policy, plan.rows
-    caches = cache_bytes(shape, rows * (2 * plan.prompt_tokens + plan.new_tokens), plan.cache_bytes)
+    written = 0 if plan.replays else plan.prompt_tokens + plan.new_tokens
+    caches = cache_bytes(shape, rows * (plan.prompt_tokens + written), plan.cache_bytes)
     read = reading_bytes(shape, min(rows * plan.prompt_tokens, plan.read_tokens), plan.compute_bytes)
-    drawn = 3 * rows * shape.vocabulary * FLOAT32  # logits, probabilities, and what drawing from them needs
-    return caches + max(read, drawn)
+    return caches + (read if plan.replays else max(read, drawing_bytes(shape, rows)))
+
+
+def replayed_bytes(plan: Plan) -> int:
+    """Count what replayed steps keep, with the rows and columns that they round up to."""
+    rows, columns = rows_of_bucket(plan.rows), columns_of_bucket(plan.prompt_tokens + plan.new_tokens)
+    return cache_bytes(plan.policy, rows * columns, plan.cache_bytes) + drawing_bytes(plan.policy, rows)
+
+
+def drawing_bytes(shape: Shape, rows: int) -> int:
+    """Count what drawing a token for each of so many rows needs: logits, probabilities, and their sums."""
+    return 3 * rows * shape.vocabulary * FLOAT32
 
 
 def scoring_bytes(plan: Plan) -> int:

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from xpo_lightning.forward.call import is_checkpointing
@@ -40,7 +41,7 @@ def adapters_cast(model: nn.Module) -> Iterator[None]:
                     continue
                 if weight.dtype != dtype and dtype.is_floating_point:
                     swapped.append((matrix, weight))
-                    matrix._parameters["weight"] = _converted(weight, dtype)
+                    matrix._parameters["weight"] = _converted(matrix, weight, dtype)
     try:
         yield
     finally:
@@ -103,5 +104,15 @@ def _is_passed_by(parent: nn.Module, name: str) -> bool:
     return re.search(rf"self\.{name}\.weight\b(?!\[|\.(dtype|device|shape)\b)", code) is not None
 
 
-def _converted(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
-    return weight.to(dtype)  # type: ignore[return-value]  # a tensor with a history, where a leaf is expected
+_copies: "weakref.WeakKeyDictionary[nn.Module, Tensor]" = weakref.WeakKeyDictionary()
+
+
+def _converted(matrix: nn.Module, weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """Convert a weight; where no gradient flows, into a place of its own, which captured steps may read."""
+    if torch.is_grad_enabled():
+        return weight.to(dtype)  # type: ignore[return-value]  # a tensor with a history, where a leaf is expected
+    copy = _copies.get(matrix)
+    if copy is None or (copy.dtype, copy.shape, copy.device) != (dtype, weight.shape, weight.device):
+        with torch.inference_mode(False):
+            _copies[matrix] = copy = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+    return copy.copy_(weight)  # type: ignore[return-value]

@@ -1,7 +1,9 @@
-"""Attention in bfloat16 on a CPU, where torch's kernel multiplies in float32 and computes what causality hides.
+"""Attention where torch's own is slow: of the last position alone, and in bfloat16 on a CPU.
 
-Queries are taken in blocks, each with the keys that it may see; scores of a block are computed again for gradients. On
-other devices, in other types, and for what it does not know, transformers' own function is called.
+Heads that share a key head attend from the last position together, so that no key is copied for them. In bfloat16 on a
+CPU torch's kernel multiplies in float32 and computes what causality hides; here queries are taken in blocks, each with
+the keys that it may see, and scores of a block are computed again for gradients. On other devices, in other types, and
+for what it does not know, transformers' own function is called.
 """
 
 from collections.abc import Iterator
@@ -23,8 +25,8 @@ HIDDEN = -1e30
 
 @contextmanager
 def fast_attention(device: torch.device) -> Iterator[None]:
-    """Put our attention in the place of the one that transformers calls `sdpa`, for a while, where there is a CPU."""
-    if device.type != "cpu" or not _is_transformers_own():
+    """Put our attention in the place of the one that transformers calls `sdpa`, for a while."""
+    if device.type not in ("cpu", "cuda") or not _is_transformers_own():
         yield
         return
     ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_forward
@@ -77,9 +79,13 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """Have the signature that transformers gives attention functions."""
     rest = (attention_mask, dropout, scaling, is_causal)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    known = dropout == 0 and all(option is None or name in _HARMLESS for name, option in kwargs.items())
+    if query.shape[2] == 1 and known and (attention_mask is None or attention_mask.shape[1:3] == (1, 1)):
+        return _attended_from_last(query, key, value, attention_mask, scale).transpose(1, 2).contiguous(), None
     if query.device.type != "cpu" or query.dtype != torch.bfloat16:
         return _transformers(module, query, key, value, *rest, **kwargs)
-    if query.shape[2] == 1:  # a product with a vector is fast in float32 alone
+    if query.shape[2] == 1:
         with torch.autocast("cpu", enabled=False):
             out, _ = _transformers(module, query.float(), key.float(), value.float(), *rest, **kwargs)
         return out.to(query.dtype), None
@@ -89,11 +95,31 @@ def _attention_forward(
         simple = causal and query.shape[2] == key.shape[2]
     else:
         simple = attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
-    known = all(option is None or name in _HARMLESS for name, option in kwargs.items())
-    if not (simple and known and dropout == 0 and query.shape[3] == value.shape[3]):
+    if not (simple and known and query.shape[3] == value.shape[3]):
         return _transformers(module, query, key, value, *rest, **kwargs)
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
     return attention(query, key, value, attention_mask, scale).transpose(1, 2).contiguous(), None
+
+
+def _attended_from_last(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attend from one position, (B, H, 1, D)."""
+    dtype = query.dtype
+    if query.device.type == "cpu":  # a product with a vector is fast in float32 alone
+        query, key, value = query.float(), key.float(), value.float()
+    elif mask is not None and mask.dtype == torch.bool:
+        mask = _added(mask, query.dtype)
+    grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])  # heads of a key head are queries of it
+    with torch.autocast("cpu", enabled=False):
+        out = nn.functional.scaled_dot_product_attention(grouped, key, value, mask, scale=scale)
+    return out.reshape(*query.shape[:3], -1).to(dtype)
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a mask into what is added to scores, once for all layers: torch would do it in each."""
+    known: Tensor | None = getattr(mask, "_added", None)
+    if known is None or known.dtype != dtype:
+        known = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+        mask._added = known  # type: ignore[attr-defined]
+    return known
 
 
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "sliding_window", "cache_position"}

@@ -53,7 +53,7 @@ class Capabilities:
     """
 
     def __init__(self, model: nn.Module, *, is_fast: bool = True) -> None:
-        self.is_fast, self.is_trainable = is_fast, False
+        self.is_fast, self.is_trainable, self.has_refused_replays = is_fast, False, False
         self.key = "model.policy"  # in errors
         with at_rest(model):
             self.head = _plain_head(model) if is_fast else None
@@ -88,6 +88,11 @@ class Capabilities:
     def surest(self, title: str) -> Any:
         """Return the way of the longest rows that were tried for something that was chosen before."""
         return self._ladders[title].surest
+
+    @property
+    def may_replay(self) -> bool:
+        """Whether steps may be captured: none was refused, and no process waits for others in them."""
+        return not self.has_refused_replays and not is_sharded(self.model)
 
     @property
     def model(self) -> nn.Module:

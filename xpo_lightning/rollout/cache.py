@@ -16,18 +16,23 @@ class RolloutCache(Cache):
 
     A call of the model sees the rows `rows` from column `begin` on, and writes its own keys and values at column
     `length`. Whoever calls sets the three, so that prompts can be read a few at a time, each group with its own
-    padding, and be continued all together.
+    padding, and be continued all together. With `column` set, the rows see all columns, those to come too, which the
+    model's mask has to hide, and write at that one: nothing then depends on numbers of this process.
 
     Args:
         batch_size: Rows of the buffers, B.
         width: Columns of the buffers, for padded prompts and all that will follow them, L.
         dtype: Type of the buffers; None is that of the model's keys and values.
+
+    Attributes:
+        column: Where one token of each row goes, (1,); None goes by `begin` and `length`.
     """
 
     def __init__(self, batch_size: int, width: int, dtype: torch.dtype | None = None) -> None:
         super().__init__(layers=[])
         self.shape, self.dtype = (batch_size, width), dtype
         self.rows, self.begin, self.length = slice(0, batch_size), 0, 0
+        self.column: Tensor | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -48,10 +53,18 @@ class RolloutCache(Cache):
         """The layers, by the type that they have here."""
         return cast("list[_BufferLayer]", self.layers)
 
-    def crop(self, length: int) -> None:
-        """Keep the first columns alone, in the model's own type; later keys and values are then not stored."""
+    def clear(self) -> None:
+        """Put zeros everywhere: attention multiplies what a mask hides by 0, and 0 times garbage may be NaN."""
         for layer in self.buffers:
-            layer.keys, layer.values = layer.cropped(layer.keys, length), layer.cropped(layer.values, length)
+            layer.keys.zero_()
+            layer.values.zero_()
+
+    def copied(self, rows: int, length: int) -> "RolloutCache":
+        """Copy the first rows and columns alone, in the model's own type; what comes later is then not stored."""
+        copy = RolloutCache(rows, length)
+        for layer in self.buffers:
+            copy.layers.append(layer.copied(copy))
+        return copy
 
 
 def most_rows(model: nn.Module, width: int) -> int:
@@ -80,12 +93,12 @@ class _BufferLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.cache: RolloutCache = weakref.proxy(cache)  # a circle would keep the buffers until garbage is collected
 
+    @torch.inference_mode(False)  # A workspace's buffers outlive a validation.
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch_size, width = self.cache.shape
         self.own_dtype = key_states.dtype
 
         def buffer(states: Tensor) -> Tensor:
-            # Zeros, because attention multiplies what a mask hides by 0, and 0 times garbage may be NaN.
             return states.new_zeros(batch_size, states.shape[1], width, states.shape[3], dtype=self.cache.dtype)
 
         self.keys, self.values = buffer(key_states), buffer(value_states)
@@ -98,18 +111,36 @@ class _BufferLayer(CacheLayerMixin):
 
     def _stored(self, buffer: Tensor, states: Tensor) -> Tensor:
         cache, end = self.cache, self.cache.length + states.shape[2]
+        if cache.column is not None:
+            return buffer[cache.rows].index_copy_(2, cache.column, states.to(buffer.dtype))
         if end > buffer.shape[2]:
             return torch.cat([buffer[cache.rows, :, cache.begin : cache.length], states], 2)
         buffer[cache.rows, :, cache.length : end] = states
         return states if cache.begin == cache.length else buffer[cache.rows, :, cache.begin : end]
 
-    def cropped(self, buffer: Tensor, length: int) -> Tensor:
-        return buffer[:, :, :length].to(self.own_dtype, memory_format=torch.contiguous_format, copy=True)
+    def copied(self, cache: RolloutCache) -> "_BufferLayer":
+        rows, length = cache.shape
+        copy = _BufferLayer(cache)
+        copy.own_dtype, copy.is_initialized = self.own_dtype, True
+        copy.keys, copy.values = (
+            buffer[:rows, :, :length].to(self.own_dtype, memory_format=torch.contiguous_format, copy=True)
+            for buffer in (self.keys, self.values)
+        )
+        return copy
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Whether masks are made whatever they hold: nothing else hides the columns to come."""
+        return self.cache.column is not None
 
     def get_seq_length(self) -> int:
+        if self.cache.column is not None:
+            return self.cache.column[0]  # type: ignore[return-value]  # as transformers' own static layers do
         return self.cache.length - self.cache.begin
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.cache.column is not None:
+            return self.cache.shape[1], 0
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:

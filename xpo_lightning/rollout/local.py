@@ -19,12 +19,16 @@ from xpo_lightning.rollout.decoding import CompletionDecoder
 from xpo_lightning.rollout.given import given_completions
 from xpo_lightning.rollout.noise import Noise
 from xpo_lightning.rollout.opening import AnySession, open_session
+from xpo_lightning.rollout.replay import Replay
 from xpo_lightning.rollout.sampling import Sampling, TokenSampler
+from xpo_lightning.rollout.session import Session
+from xpo_lightning.rollout.workspace import Workspaces
+from xpo_lightning.rollout.written import Written
 
 TOKENS_AT_ONCE = {"cpu": 2**11, "cuda": 2**16}
 """Most tokens in one call of the model, by type of device; a CPU is faster while activations fit its cache."""
-CHECK_EVERY = {"cpu": 1}
-"""Tokens between two looks at which rows have ended, by type of device; a GPU has to be waited for, so 8 there."""
+CHECK_EVERY = {"cpu": 1, "cuda": 8}
+"""Tokens between two looks at which rows have ended, by type of device; a GPU has to be waited for."""
 
 
 class LocalRollout:
@@ -37,6 +41,7 @@ class LocalRollout:
         rows_at_once: Most prompts that are decoded together; None is all of them, or on a CPU, where many are no
             faster, `most_rows`. Less needs less memory.
         check: Called before each token; may raise, to break a rollout off.
+        replays: Whether a GPU replays each token's step, with buffers that are kept between rollouts.
     """
 
     def __init__(
@@ -46,6 +51,8 @@ class LocalRollout:
         eos_token_ids: list[int],
         rows_at_once: int | None = None,
         check: Callable[[], None] = lambda: None,
+        *,
+        replays: bool = True,
     ) -> None:
         if rows_at_once is not None and rows_at_once < 1:
             raise InputError(f"model.rollout_batch_size must be at least 1 or null, but is {rows_at_once}")
@@ -55,6 +62,7 @@ class LocalRollout:
         self.rows_at_once = rows_at_once
         self.check = check
         self.sampler = TokenSampler(sampling)
+        self.workspaces = Workspaces(self._empty) if replays else None
         self.decoder = CompletionDecoder(tokenizer, eos_token_ids, sampling.stop_strings)
         self.stops = StopStringCriteria(tokenizer, sampling.stop_strings) if sampling.stop_strings else None
 
@@ -132,7 +140,7 @@ class LocalRollout:
     def open(self, model: nn.Module, prompts: Prompts) -> AnySession:
         """Let a model, which must be in eval mode, read prompts."""
         at_once = TOKENS_AT_ONCE.get(prompts.ids.device.type, TOKENS_AT_ONCE["cuda"])
-        return open_session(model, prompts, self.sampling.max_new_tokens, at_once)
+        return open_session(model, prompts, self.sampling.max_new_tokens, at_once, self.workspaces)
 
     def sample(self, session: AnySession, uniforms: Tensor) -> Completions:
         """Write token by token until every row has ended.
@@ -144,54 +152,75 @@ class LocalRollout:
         Returns:
             B completions, in the order that the prompts were given in.
         """
-        written = _Written(len(uniforms), self.sampling.max_new_tokens, uniforms.device)
-        eos = torch.tensor(self.eos_token_ids, dtype=torch.long, device=uniforms.device)
-        context = self._context(session)
-        head = capabilities_of(session.model).head
-        features, active = session.first, len(uniforms)
-        for step in range(self.sampling.max_new_tokens):
-            self.check()
-            places = session.places[:active]
-            so_far = torch.cat([context[places], written.tokens[places, :step]], 1)
-            token, logp = self.sampler(apply_head(features, head), so_far, uniforms[places, step])
-            written.add(places, step, token, logp)
-            written.ended[places] |= torch.isin(token, eos) | self._stopped(written.tokens[places, : step + 1])
-            if step + 1 == self.sampling.max_new_tokens:
-                break
-            if step % CHECK_EVERY.get(token.device.type, 8) == 0:
-                staying = session.retire(written.ended[places])
-                token, active = token[staying], len(staying)
-            if active == 0:
-                break
-            features = session.advance(token, step)
+        if isinstance(session, Session) and session.workspace is not None:
+            written = self._replayed(session, uniforms)
+        else:
+            written = self._written(session, uniforms)
         completions = self._completions(session.given, written)
         if not session.scores_again:
             return completions
         return replace(completions, token_logps=token_logps(session.model, session.given, completions))
 
+    def _written(self, session: AnySession, uniforms: Tensor) -> Written:
+        """Write, with as many rows in each call of the model as go on."""
+        most, head = self.sampling.max_new_tokens, capabilities_of(session.model).head
+        written = self._empty(len(uniforms), session.given.ids.shape[1] + most, uniforms.device)
+        written.begin(session.given, uniforms)
+        features, active = session.first, len(uniforms)
+        for step in range(most):
+            self.check()
+            places = session.places[:active]
+            written.step.fill_(step)
+            token = written.draw(apply_head(features, head), places, self.sampler)
+            self._stop(written, places, step)
+            if step + 1 == most:
+                break
+            if step % CHECK_EVERY.get(token.device.type, CHECK_EVERY["cuda"]) == 0:
+                staying = session.retire(written.ended[places])
+                token, active = token[staying], len(staying)
+            if active == 0:
+                break
+            features = session.advance(token, step)
+        return written
+
+    def _replayed(self, session: Session, uniforms: Tensor) -> Written:
+        """Write, with a number of rows in each call of the model for which the call can be replayed."""
+        replay = Replay(session, uniforms, self.sampler)
+        most = self.sampling.max_new_tokens
+        for step in range(most - 1):
+            self.check()
+            replay.advance()
+            self._stop(replay.written, session.places[: replay.active], step)
+            if step % CHECK_EVERY["cuda"] == 0:
+                replay.retire()
+            if replay.active == 0:
+                return replay.written
+        replay.draw()
+        self._stop(replay.written, session.places[: replay.active], most - 1)
+        return replay.written
+
     def given(self, prompts: Prompts, texts: Sequence[str]) -> Completions:
         """Turn texts that something else wrote into completions, see `given_completions`."""
         return given_completions(texts, prompts, self.decoder, self.sampling.max_new_tokens)
 
-    def _context(self, session: AnySession) -> Tensor:
-        """Return what repetition penalties look at; padding must not count as a token of its own."""
-        prompts = session.given
-        if self.sampling.repetition_penalty == 1:
-            return prompts.ids[:, :0]
-        return torch.where(prompts.mask, prompts.ids, prompts.ids[:, -1:])
+    def _empty(self, rows: int, columns: int, device: torch.device) -> Written:
+        """Make buffers for so many rows, of so many tokens each with their prompts."""
+        looks_back = self.sampling.repetition_penalty != 1
+        return Written(rows, self.sampling.max_new_tokens, columns if looks_back else 0, self.eos_token_ids, device)
 
-    def _stopped(self, tokens: Tensor) -> Tensor:
-        if self.stops is None:
-            return torch.zeros_like(tokens[:, 0], dtype=torch.bool)
-        # Completion tokens alone: a stop string that began in the prompt is not the completion's.
-        stopped: Tensor = self.stops(tokens, None)
-        return stopped
+    def _stop(self, written: Written, places: Tensor, step: int) -> None:
+        """End rows in which a stop string came up, or which have one."""
+        if self.stops is not None:
+            # Completion tokens alone: a stop string that began in the prompt is not the completion's.
+            stopped: Tensor = self.stops(written.tokens[places, : step + 1], None)
+            written.ended[places] |= stopped
 
-    def _completions(self, prompts: Prompts, written: "_Written") -> Completions:
-        width = int(written.lengths.max())
-        mask = torch.arange(width, device=written.lengths.device) < written.lengths[:, None]
-        ids = written.tokens[:, :width]
-        return Completions(ids, mask, written.ended, self.texts(prompts, ids, mask), written.logps[:, :width])
+    def _completions(self, prompts: Prompts, written: Written) -> Completions:
+        lengths, ended = written.lengths[: len(prompts)], written.ended[: len(prompts)]
+        width = int(lengths.max())
+        mask = torch.arange(width, device=lengths.device) < lengths[:, None]
+        ids, logps = (buffer[: len(prompts), :width].clone() for buffer in (written.tokens, written.logps))
+        return Completions(ids, mask, ended.clone(), self.texts(prompts, ids, mask), logps)
 
     def texts(self, prompts: Prompts, ids: Tensor, mask: Tensor) -> tuple[str, ...]:
         """Decode completions, see `CompletionDecoder.decode_all`."""
@@ -207,20 +236,3 @@ def order_of(groups: Sequence[Sequence[int]]) -> list[int]:
     """Tell where each row is, once groups of rows stand one behind the other."""
     places = [row for rows in groups for row in rows]
     return sorted(range(len(places)), key=places.__getitem__)
-
-
-class _Written:
-    """What has been written so far: B rows, in the order of the prompts."""
-
-    def __init__(self, batch_size: int, most: int, device: torch.device) -> None:
-        self.tokens = torch.zeros(batch_size, most, dtype=torch.long, device=device)
-        self.logps = torch.zeros(batch_size, most, device=device)
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
-
-    def add(self, places: Tensor, step: int, token: Tensor, logp: Tensor) -> None:
-        """Append a token to each of these rows, except to those that have ended."""
-        ended = self.ended[places]
-        self.tokens[places, step] = torch.where(ended, 0, token)
-        self.logps[places, step] = torch.where(ended, 0.0, logp)
-        self.lengths[places] += ~ended

@@ -1,5 +1,7 @@
 """Which session a model writes in: the fastest that gives what the model gives for each row alone."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -12,12 +14,17 @@ from xpo_lightning.forward.truth import name_of
 from xpo_lightning.forward.unshared import Rows
 from xpo_lightning.rollout.plain import PlainSession
 from xpo_lightning.rollout.session import Session
+from xpo_lightning.rollout.workspace import Workspaces
 from xpo_lightning.rollout.writing import Writing, ways_for
 
+REPLAYING = {"cuda"}
+"""Types of devices that replay steps."""
 AnySession = Session | PlainSession
 
 
-def open_session(model: nn.Module, prompts: Prompts, room: int, tokens_at_once: int) -> AnySession:
+def open_session(
+    model: nn.Module, prompts: Prompts, room: int, tokens_at_once: int, workspaces: Workspaces | None = None
+) -> AnySession:
     """Let a model, which must be in eval mode, read prompts.
 
     Args:
@@ -25,8 +32,12 @@ def open_session(model: nn.Module, prompts: Prompts, room: int, tokens_at_once: 
         prompts: B prompts.
         room: Most tokens that will follow a prompt.
         tokens_at_once: Most prompt tokens, padding included, that are read in one call.
+        workspaces: Where a GPU replays steps; None replays none.
     """
-    return _open(model, prompts, room, tokens_at_once, writing_of(model, prompts.ids.shape[1] + room))
+    way = writing_of(model, prompts.ids.shape[1] + room)
+    if way.is_static and (workspaces is None or not capabilities_of(model).may_replay):
+        way = replace(way, is_static=False)
+    return _open(model, prompts, room, tokens_at_once, way, workspaces)
 
 
 def try_ways(*models: nn.Module) -> None:
@@ -53,13 +64,22 @@ def try_ways(*models: nn.Module) -> None:
 def writing_of(model: nn.Module, length: int) -> Writing:
     """Tell how a model writes rows of up to so many tokens, prompt and completion."""
     found = capabilities_of(model)
-    ways = ways_for(cache_dtype(base_of(model)), has_head=found.head is not None, is_fast=found.is_fast)
+    is_static = next(model.parameters()).device.type in REPLAYING
+    dtype, has_head = cache_dtype(base_of(model)), found.head is not None
+    ways = ways_for(dtype, has_head=has_head, is_fast=found.is_fast, is_static=is_static)
     return found.choose("writing", ways, _written, length, is_written=True)
 
 
-def _open(model: nn.Module, prompts: Prompts, room: int, tokens_at_once: int, way: Writing) -> AnySession:
+def _open(
+    model: nn.Module,
+    prompts: Prompts,
+    room: int,
+    tokens_at_once: int,
+    way: Writing,
+    workspaces: Workspaces | None = None,
+) -> AnySession:
     if way.is_shared:
-        return Session(model, prompts, room, tokens_at_once, way)
+        return Session(model, prompts, room, tokens_at_once, way, workspaces)
     return PlainSession(model, prompts, tokens_at_once, way)
 
 

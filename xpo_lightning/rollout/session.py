@@ -12,7 +12,9 @@ from xpo_lightning.forward.prefix import run_completions, run_prompts
 from xpo_lightning.forward.unshared import Rows
 from xpo_lightning.logps import logps_of
 from xpo_lightning.rollout.cache import RolloutCache, exchange
+from xpo_lightning.rollout.workspace import Workspace, Workspaces
 from xpo_lightning.rollout.writing import Writing
+from xpo_lightning.rollout.written import Written
 
 
 class Session:
@@ -26,14 +28,27 @@ class Session:
         prompts: B prompts.
         room: Most tokens that will follow a prompt.
         tokens_at_once: Most prompt tokens, padding included, that are read in one call.
-        way: On which side prompts are padded, and the type of the cache.
+        way: On which side prompts are padded, the type of the cache, and whether steps are static.
+        workspaces: Where static steps have their buffers; None makes new ones.
+
+    Attributes:
+        workspace: Has this session's buffers, where steps are static, until `rest`.
     """
 
     scores_again = False
     """What was written has its log-probabilities from writing."""
 
-    def __init__(self, model: nn.Module, prompts: Prompts, room: int, tokens_at_once: int, way: Writing) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Prompts,
+        room: int,
+        tokens_at_once: int,
+        way: Writing,
+        workspaces: Workspaces | None = None,
+    ) -> None:
         self.model, self.tokens_at_once = model, tokens_at_once
+        self.room, self.way, self.workspaces, self.is_resting = room, way, workspaces, False
         self.head, self.pads_right = capabilities_of(model).head, way.rows is Rows.PADDED_RIGHT
         self.given = prompts
         order = sorted(range(len(prompts)), key=prompts.counts.__getitem__)
@@ -41,10 +56,24 @@ class Session:
         self.places = torch.tensor(order, device=prompts.ids.device)
         self.lengths = self.prompts.lengths
         self.width = self.prompts.ids.shape[1]
-        self.cache = RolloutCache(len(prompts), self.width + room, way.cache_dtype)
         _, mask = self.prompts.padded_right() if self.pads_right else (None, self.prompts.mask)
         self.mask = torch.nn.functional.pad(mask, (0, room), value=True)
+        self.workspace = self._enter() if way.is_static else None
+        if self.workspace is None:
+            self.cache = RolloutCache(len(prompts), self.width + room, way.cache_dtype)
         self.first = torch.cat([self._read(rows) for rows in self._cut(self.prompts.counts)])  # (B, F)
+
+    def _enter(self) -> Workspace:
+        """Take a workspace, which has what static steps read; it is this session's own until it rests."""
+        count = len(self.prompts)
+        workspaces = self.workspaces
+        if workspaces is None:  # Nothing is drawn then.
+            workspaces = Workspaces(lambda rows, _, device: Written(rows, self.room, 0, [], device))
+        workspace = workspaces.find(self.model, count, self.width + self.room, self.way.cache_dtype)
+        workspace.enter(self, self.places, self.lengths, self.mask)
+        self.places, self.lengths = workspace.places[:count], workspace.lengths[:count]
+        self.mask, self.cache = workspace.mask[:count], workspace.cache
+        return workspace
 
     def advance(self, tokens: Tensor, step: int) -> Tensor:
         """Append a token to each of the first rows.
@@ -57,6 +86,10 @@ class Session:
             The features that predict the next one. (N, F)
         """
         rows, end = slice(0, len(tokens)), self.width + step + 1
+        if self.workspace is not None:
+            self.workspace.written.step.fill_(step)
+            self.workspace.column.fill_(end - 1)
+            return self.workspace.advance(self.model, self.head, tokens)
         self._place(rows, 0, end - 1)
         positions = self.lengths[rows, None] + step
         mask = self.mask[rows, :end]
@@ -76,18 +109,28 @@ class Session:
         here, there = ended[:staying].nonzero()[:, 0], (~ended[staying:]).nonzero()[:, 0] + staying
         if len(here):
             self.cache.swap(here, there)
-            for state in (self.mask, self.lengths, self.places, self.first):
+            others = [] if self.workspace is None else [self.workspace.features]
+            for state in (self.mask, self.lengths, self.places, self.first, *others):
                 exchange(state, here, there)
             order[here] = there
         return order
 
     def again(self) -> "Session":
-        """Return the prompts, ready to be continued once more; not after `rest`."""
-        return self
+        """Return the prompts, ready to be continued once more; those that rest are read anew."""
+        if not self.is_resting:
+            return self
+        return Session(self.model, self.given, self.room, self.tokens_at_once, self.way, self.workspaces)
 
     def rest(self) -> None:
         """Give back the memory of what was sampled, and keep what the prompts need for `logps`."""
-        self.cache.crop(self.width)
+        if self.is_resting:
+            return
+        self.is_resting = True
+        self.cache = self.cache.copied(len(self.prompts), self.width)
+        if self.workspace is not None:
+            self.mask, self.lengths, self.places = self.mask.clone(), self.lengths.clone(), self.places.clone()
+            self.workspace.leave()
+            self.workspace = None
 
     def logps(self, completions: Completions) -> Tensor:
         """Score a completion of each prompt.
