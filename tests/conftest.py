@@ -3,7 +3,8 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from xpo_lightning import LoadedModel, ModelSpec, Prompts, Sampling, XPOLightningModule
 from xpo_lightning.batch import Completions, left_pad
 from xpo_lightning.rewards.function import PythonReward
+from xpo_lightning.rollout import opening, replay
 from xpo_lightning.rollout.noise import Noise
 
 torch.set_num_threads(1)
@@ -162,6 +164,35 @@ class ChainModel(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool, **_: Any) -> CausalLMOutputWithPast:
         return CausalLMOutputWithPast(logits=self.table(input_ids))
+
+
+class Captures:
+    """Takes a step again where a GPU would replay it, and counts.
+
+    By then it knows no more than a graph does: the buffers of its workspace, and the model's weights.
+    """
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
+        self.captured += 1
+
+        def replayed() -> None:
+            self.replayed += 1
+            step()
+
+        return replayed
+
+
+@contextmanager
+def replaying_on_a_cpu() -> Iterator[Captures]:
+    """Let a CPU take the steps that a GPU replays."""
+    captures = Captures()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "REPLAYING", {"cpu"})
+        patch.setattr(replay, "capture", captures)
+        yield captures
 
 
 # ---- batches ----

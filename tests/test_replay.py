@@ -1,15 +1,24 @@
 """Replayed decoding steps: what they write is what is written without, and few of them are captured.
 
-A CPU cannot capture. Here a step that was "captured" is called again instead, and by then knows no more than a graph
-does: the buffers of its workspace, and the model's weights.
+A CPU cannot capture: `replaying_on_a_cpu` takes the step again instead. `python tests/zoo --modes "float32 replayed"`
+compares every family with the naive loop in that way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from conftest import fit_quietly, make_tokenizer, noise, prompts_of, random_rows, randomize_adapters
+from conftest import (
+    Captures,
+    fit_quietly,
+    make_tokenizer,
+    noise,
+    prompts_of,
+    random_rows,
+    randomize_adapters,
+    replaying_on_a_cpu,
+)
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -24,29 +33,11 @@ LoadModel = Callable[..., nn.Module]
 ROWS = random_rows([4, 9, 2, 7, 1, 6], seed=1)
 
 
-class Captures:
-    """Counts what is captured and replayed."""
-
-    def __init__(self) -> None:
-        self.captured = self.replayed = 0
-
-    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
-        self.captured += 1
-
-        def replayed() -> None:
-            self.replayed += 1
-            step()
-
-        return replayed
-
-
 @pytest.fixture
-def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
+def captures() -> Iterator[Captures]:
     """Let a CPU replay steps."""
-    captures = Captures()
-    monkeypatch.setattr(opening, "REPLAYING", {"cpu"})
-    monkeypatch.setattr(replay, "capture", captures)
-    return captures
+    with replaying_on_a_cpu() as captures:
+        yield captures
 
 
 def roller(eos: list[int] | None = None, rows: int | None = None, **settings: Any) -> LocalRollout:
@@ -72,16 +63,12 @@ def same(one: Completions, other: Completions) -> None:
         {"eos": list(range(0, 304, 30)), "stop_strings": ["e", "th"]},
     ],
 )
-def test_replays_write_what_is_written_without(
-    arch: str, settings: dict[str, Any], load_model: LoadModel, monkeypatch: pytest.MonkeyPatch
-):
+def test_replays_write_what_is_written_without(arch: str, settings: dict[str, Any], load_model: LoadModel):
     expected = roller(max_new_tokens=12, **settings)(load_model(arch), prompts_of(ROWS), noise())
-    captures = Captures()
-    monkeypatch.setattr(opening, "REPLAYING", {"cpu"})
-    monkeypatch.setattr(replay, "capture", captures)
     model = load_model(arch)
-    same(roller(max_new_tokens=12, **settings)(model, prompts_of(ROWS), noise()), expected)
-    assert writing_of(model, 21).is_static
+    with replaying_on_a_cpu() as captures:
+        same(roller(max_new_tokens=12, **settings)(model, prompts_of(ROWS), noise()), expected)
+        assert writing_of(model, 21).is_static
     assert captures.replayed > captures.captured > 0
 
 

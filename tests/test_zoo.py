@@ -30,6 +30,7 @@ COARSE = {
     "float32 LoRA": ["llama", "mixtral", "llama4_text", "mamba2", "gpt_neo"],
     "bfloat16": ["llama", "mpt", "falcon", "deepseek_v3", "mamba2"],
     "bfloat16 LoRA": ["gpt2", "mixtral", "falcon"],
+    "float32 replayed": ["llama", "gemma3n_text", "deepseek_v3", "gpt_oss", "mpt", "bloom", "falcon"],
     "float32 dropout": ["gpt2", "phimoe", "opt", "biogpt", "dbrx"],
 }
 CLASSIFIERS = ["llama", "gpt2", "gpt_neo", "mistral", "phi3", "bert", "roberta", "t5", "bart", "fnet", "nystromformer"]

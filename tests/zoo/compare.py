@@ -112,10 +112,12 @@ def compare(build: Build, mode: Mode = FULL) -> Outcome:
 def path_of(model: nn.Module) -> str:
     """Name the way that rows of the zoo's longest go through a model.
 
-    `fast` shares prompts, `plain` pads rows, `even` puts rows of equal length together; the last two of them write with
-    a cache or a state. `row by row` reads everything again for each token.
+    `static` writes as a GPU replays it. `fast` shares prompts, `plain` pads rows, `even` puts rows of equal length
+    together; the last two of them write with a cache or a state. `row by row` reads everything again for each token.
     """
     writing = writing_of(model, LONGEST)
+    if writing.is_static:
+        return "static"
     if writing.memory is Memory.NOTHING:
         return "row by row"
     if writing.is_shared and sharing_of(model, LONGEST) is not Sharing.NOT:

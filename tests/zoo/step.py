@@ -3,12 +3,20 @@
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from conftest import Recorder, longer_is_better, make_tokenizer, quiet_trainer, randomize_adapters
+from conftest import (
+    Recorder,
+    longer_is_better,
+    make_tokenizer,
+    quiet_trainer,
+    randomize_adapters,
+    replaying_on_a_cpu,
+)
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader
@@ -36,22 +44,33 @@ Build = Callable[..., nn.Module]
 
 @dataclass(frozen=True)
 class Mode:
-    """How a policy is trained: in which type, with adapters or whole, and with dropout in its config or without."""
+    """How a policy is trained: in which type, with adapters or whole, with dropout in its config or without.
+
+    `replayed`: each token's step is taken as a GPU replays it, where the model allows it.
+    """
 
     dtype: torch.dtype = torch.float32
     lora: bool = False
     dropout: bool = False
+    replayed: bool = False
 
     def __str__(self) -> str:
         """Name the mode."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return dtype + " LoRA" * self.lora + " dropout" * self.dropout
+        return dtype + " LoRA" * self.lora + " dropout" * self.dropout + " replayed" * self.replayed
 
 
 FULL = Mode()
 MODES = {
     str(mode): mode
-    for mode in (FULL, Mode(lora=True), Mode(torch.bfloat16), Mode(torch.bfloat16, lora=True), Mode(dropout=True))
+    for mode in (
+        FULL,
+        Mode(lora=True),
+        Mode(torch.bfloat16),
+        Mode(torch.bfloat16, lora=True),
+        Mode(dropout=True),
+        Mode(replayed=True),
+    )
 }
 
 
@@ -75,7 +94,8 @@ class Taken:
 def take_module_step(build: Build, mode: Mode) -> Taken:
     """Train a module for one step; a model with dropout is saved first."""
     recorder = Recorder()
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    captures = replaying_on_a_cpu() if mode.replayed else nullcontext()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), captures:
         warnings.filterwarnings("ignore", module=r"lightning\.")
         torch.manual_seed(0)
         module = _Captured(

@@ -49,8 +49,9 @@ def context_length(model: nn.Module) -> int | None:
     """Return the most tokens that a model takes, or None where its config names no limit."""
     for name, module in model.named_modules():
         # RoBERTa's family numbers its positions from after the pad id.
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.num_embeddings - module.padding_idx - 1
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            return len(module.get_parameter("weight")) - int(padding) - 1
     config: Any = getattr(base_of(model), "config", None)
     length = None if config is None else getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return int(length) if length and length > 0 else None
