@@ -31,7 +31,7 @@ from xpo_lightning import logps as logps_module
 from xpo_lightning.forward import cpu as cpu_module
 from xpo_lightning.forward import head as head_module
 from xpo_lightning.forward.adapters import adapters_cast
-from xpo_lightning.forward.attention import attention, fast_attention
+from xpo_lightning.forward.attention import attention, fast_attention, for_any_shape
 from xpo_lightning.forward.capabilities import (
     Sharing,
     capabilities_of,
@@ -568,3 +568,13 @@ def test_a_saved_model_knows_nothing_of_the_layers_that_were_swapped(load_model:
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert {type(module) for module in again.modules() if isinstance(module, nn.Linear)} == {nn.Linear}
+
+
+def test_attention_that_plans_for_each_shape_is_left_out_and_comes_back():
+    device, before = torch.device("cuda"), torch.backends.cuda.cudnn_sdp_enabled()
+    for was in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(was)
+        with for_any_shape(device):
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.cudnn_sdp_enabled() is was
+    torch.backends.cuda.enable_cudnn_sdp(before)

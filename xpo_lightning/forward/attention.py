@@ -7,7 +7,7 @@ for what it does not know, transformers' own function is called.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,16 +24,34 @@ HIDDEN = -1e30
 
 
 @contextmanager
-def fast_attention(device: torch.device) -> Iterator[None]:
-    """Put our attention in the place of the one that transformers calls `sdpa`, for a while."""
-    if device.type not in ("cpu", "cuda") or not _is_transformers_own():
-        yield
-        return
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_forward
+def fast_attention(device: torch.device, *, is_shape_fixed: bool = False) -> Iterator[None]:
+    """Put our attention in the place of the one that transformers calls `sdpa`, for a while.
+
+    Args:
+        device: Where the model is.
+        is_shape_fixed: Whether the same shapes come again and again.
+    """
+    with nullcontext() if is_shape_fixed else for_any_shape(device):
+        if device.type not in ("cpu", "cuda") or not _is_transformers_own():
+            yield
+            return
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_forward
+        try:
+            yield
+        finally:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = _transformers
+
+
+@contextmanager
+def for_any_shape(device: torch.device) -> Iterator[None]:
+    """Leave out cuDNN's attention for a while: it makes a plan for each new shape, which takes a GPU half a second."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = _transformers
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

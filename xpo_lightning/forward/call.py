@@ -52,7 +52,7 @@ def last_features(
         arguments |= {"use_cache": True, **cache.kept}
     elif cache is not None:
         arguments |= {"use_cache": True, "past_key_values": cache}
-    with nullcontext() if head is None else _left_out(head), _attention_for(model, ids):
+    with nullcontext() if head is None else _left_out(head), _attention_for(model, ids, cache):
         output = model(**arguments)
     if isinstance(cache, OwnState):
         cache.keep(output, accepted)
@@ -117,10 +117,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _attention_for(model: nn.Module, ids: Tensor) -> AbstractContextManager[None]:
+def _attention_for(model: nn.Module, ids: Tensor, cache: "Cache | OwnState | None") -> AbstractContextManager[None]:
     """Choose the attention; layers that will be computed again in the backward pass must find the same then."""
     again = torch.is_grad_enabled() and is_checkpointing(model)
-    return nullcontext() if again else fast_attention(ids.device)
+    is_shape_fixed = getattr(cache, "column", None) is not None
+    return nullcontext() if again else fast_attention(ids.device, is_shape_fixed=is_shape_fixed)
 
 
 @contextmanager
