@@ -47,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("smollm2", "1b") if args.only in (None, "time") else ():
             assets = make_assets(Path(folder) / name, name, PROMPTS)
-            for label, worker, spec in time_specs(name, assets, args.trl_batches):
+            for label, worker, spec in time_specs(name, assets, args.trl_batches, is_shipped_timed=args.shipped):
                 record["time"].append({"run": label, **_measure(worker, spec)})
                 print(time_row(record["time"][-1]), flush=True)
                 _write(record, args.json)
@@ -63,17 +63,21 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["memory", "decode", "time"], help="one of the three")
     parser.add_argument("--trl-batches", type=int, nargs="*", default=[16, 64], help="batch sizes to try of TRL")
+    parser.add_argument("--shipped", action="store_true", help="time TRL as shipped, too")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
     return parser.parse_args()
 
 
-def time_specs(name: str, assets: Path, trl_batches: list[int]) -> list[tuple[str, str, Run]]:
+def time_specs(
+    name: str, assets: Path, trl_batches: list[int], *, is_shipped_timed: bool
+) -> list[tuple[str, str, Run]]:
     """Describe the timed runs of a model to their workers: ours, TRL at its best, TRL as shipped.
 
     Args:
         name: The model.
         assets: Its folder.
         trl_batches: Batch sizes to try of TRL at its best.
+        is_shipped_timed: Whether TRL as shipped is timed too, which takes minutes.
     """
     shared = {
         **SHARED,
@@ -96,7 +100,7 @@ def time_specs(name: str, assets: Path, trl_batches: list[int]) -> list[tuple[st
     specs += [(f"{name}, ours, LoRA", "worker_ours.py", {**ours, "lora": LORA})]
     for batch in trl_batches:
         specs.append((f"{name}, TRL, best settings, batch {batch}", "worker_trl.py", {**best, "batch": batch}))
-    if trl_batches:
+    if is_shipped_timed:
         specs.append((f"{name}, TRL as shipped, batch {SHIPPED_BATCH}", "worker_trl.py", shipped))
     return specs
 

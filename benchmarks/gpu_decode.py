@@ -13,7 +13,7 @@ from xpo_lightning.rollout.local import LocalRollout
 from xpo_lightning.rollout.noise import Noise
 
 NEW_TOKENS, SHORTEST, LONGEST, REPEATS = 64, 64, 448, 3
-DECODE_CASES = tuple((name, rows) for name in ("smollm2", "1b") for rows in (1, 32, 128, 512))
+DECODE_CASES = tuple((name, rows) for rows in (128, 1, 512, 32) for name in ("smollm2", "1b"))
 
 
 @torch.no_grad()
