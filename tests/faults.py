@@ -1,7 +1,8 @@
-"""Has one of two processes fail at each place of a run, sees how all of them end, and resumes the run.
+"""Has one of several processes fail at each place of a run, sees how all of them end, and resumes the run.
 
     python tests/faults.py
     python tests/faults.py --strategies fsdp --weights lora --faults kill --ranks 1
+    python tests/faults.py --only "ddp, full, nan in process 1, step: loss"
 
 Each process is forked from one with everything imported, so that a run costs a second, not ten. Each must end within a
 minute, with the right status and one line from the process that failed; and the run, started again by the same command,
@@ -39,6 +40,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from xpo_lightning.callbacks import CompletionsTable, PredictionsWriter, RunCheckpoint, RunContinuation
 from xpo_lightning.cli import main
 from xpo_lightning.data.loading import PromptDataset
+from xpo_lightning.guard import lifeline
 from xpo_lightning.memory import Memory
 from xpo_lightning.metrics import PairAverages
 from xpo_lightning.objective import Objective
@@ -91,7 +93,7 @@ class Place:
     occurrence: int = 2
     spoil: Callable[[Any], Any] | None = None
     when: Callable[..., bool] = lambda *args, **options: True
-    ranks: tuple[int, ...] = (0, 1)
+    ranks: tuple[int, ...] = (0, 1, 2, 3)
     statuses: tuple[tuple[str, int], ...] = ()
     is_common: bool = False
 
@@ -147,7 +149,7 @@ def places() -> list[Place]:
         Place("step: the reward", here, "letters", "training", spoil=nan_first, statuses=user),
         timer(name="step: forward", when=phase("policy_forward"), occurrence=3, **trains),
         Place("step: loss", Objective, "__call__", "training", 3, spoil=nan_loss),
-        Place("step: in the forward", LlamaMLP, "forward", "training", 2, when=lambda *_: torch.is_grad_enabled()),
+        Place("step: in the forward", LlamaMLP, "forward", "training", 30, when=lambda *_: torch.is_grad_enabled()),
         Place(
             "step: in the backward",
             here,
@@ -157,7 +159,7 @@ def places() -> list[Place]:
             spoil=lambda value: value * math.nan,
             is_common=True,
         ),
-        Place("step: gradient is clipped", Optimization, "clip", spoil=lambda value: value * math.nan, is_common=True),
+        Place("step: gradient is clipped", Optimization, "clip", spoil=lambda value: value * math.nan),
         Place("step: optimizer", torch.optim.AdamW, "step"),
         Place("step: learning rate", WarmupThenDecay, "step", "training"),
         Place("step: averages", PairAverages, "compute", "training", 3),
@@ -175,9 +177,9 @@ def places() -> list[Place]:
         Place("validation: a batch is shown", CompletionsTable, "on_validation_batch_end"),
         Place("validation: averages", PairAverages, "compute", "validation end", 3),
         Place("validation: ends", CompletionsTable, "on_validation_end"),
-        timer(name="predict: the reference writes", when=phase("reference_rollout"), stage="prediction"),
-        timer(name="predict: the policy writes", when=phase("policy_rollout"), stage="prediction"),
-        Place("predict: the reward", here, "letters", "prediction", spoil=nan_first, statuses=user),
+        timer(name="predict: the reference writes", when=phase("reference_rollout"), stage="prediction", occurrence=1),
+        timer(name="predict: the policy writes", when=phase("policy_rollout"), stage="prediction", occurrence=1),
+        Place("predict: the reward", here, "letters", "prediction", 1, spoil=nan_first, statuses=user),
         Place("predict: writing", PredictionsWriter, "write_on_batch_end", occurrence=1),
     ]
 
@@ -229,7 +231,7 @@ def strike(fault: str) -> None:
 
 def fail_at(place: Place, fault: str) -> None:
     """Have this process fail at a place."""
-    note_stages()
+    hasten()
     function, left = getattr(place.owner, place.function), [place.occurrence]
 
     @wraps(function)
@@ -245,13 +247,20 @@ def fail_at(place: Place, fault: str) -> None:
     setattr(place.owner, place.function, failing)
 
 
+def hasten() -> None:
+    """Give processes less time to end by themselves: tries are many."""
+    lifeline.GRACE = 2.0
+    note_stages()
+
+
 # ---- runs ----
 
 
 def write_config(folder: Path, model: str, strategy: str, weights: str, processes: int = 2) -> Path:
     """Write the config of a run of 2 epochs of 2 steps, a validation after each, and a checkpoint at each step."""
     prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"the cat sat on mat {n}"}) + "\n" for n in range(12)))
+    prompts.write_text("".join(json.dumps({"prompt": f"the cat sat on mat {n}"}) + "\n" for n in range(14)))
+    batches = {"batch_size": 4 // processes, "validation_batch_size": 1}
     config = {
         "seed_everything": 1,
         "model": {
@@ -262,7 +271,7 @@ def write_config(folder: Path, model: str, strategy: str, weights: str, processe
             "micro_batch_size": 1,
             **WEIGHTS[weights],
         },
-        "data": {"source": str(prompts), "validation_size": 4, "batch_size": 4 // processes},
+        "data": {"source": str(prompts), "validation_size": 6, **batches},
         "trainer": {
             "accelerator": "cpu",
             "strategy": STRATEGIES[strategy],
@@ -388,56 +397,84 @@ def whole_digest(folder: Path, command: str) -> dict[str, str]:
     return {file.name: file.read_text() for file in files}
 
 
-def try_fault(folder: Path, make: Callable[[Path], Any], place: Place, fault: str, rank: int, whole: Any) -> list[str]:
-    """Have a run fail, resume it, and say what is wrong."""
-    folder.mkdir(parents=True)
-    make(folder)
-    broken = run(folder, place.command, failing=rank, prepare=partial(fail_at, place, fault))
-    wrong = list(complaints(broken, rank, place, fault))
-    resumed = run(folder, place.command)
-    if resumed.statuses != [0, 0]:
+@dataclass(frozen=True)
+class Case:
+    """A fault of one process of a run.
+
+    Args:
+        strategy: A key of `STRATEGIES`.
+        weights: A key of `WEIGHTS`.
+        fault: One of `FAULTS`.
+        rank: The process that fails.
+        place: Where it fails.
+        processes: Processes of the run.
+    """
+
+    strategy: str
+    weights: str
+    fault: str
+    rank: int
+    place: Place
+    processes: int
+
+    def __str__(self) -> str:
+        """Name it."""
+        return f"{self.strategy}, {self.weights}, {self.fault} in process {self.rank}, {self.place.name}"
+
+    @property
+    def has_meaning(self) -> bool:
+        """Whether there is such a fault."""
+        return (self.fault != "nan" or self.place.spoil is not None) and self.rank in self.place.ranks
+
+    def run(self, folder: Path, model: str, *, fails: bool = False) -> Outcome:
+        """Run all processes in a folder, to the end or until the fault."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder, model, self.strategy, self.weights, self.processes)
+        failing = self.rank if fails else -1
+        return run(folder, self.place.command, self.processes, failing, partial(fail_at, self.place, self.fault))
+
+
+def try_fault(case: Case, folder: Path, model: str, whole: dict[str, str]) -> list[str]:
+    """Have a run fail, resume it, and say how long it took to end, and what is wrong."""
+    broken = case.run(folder, model, fails=True)
+    wrong = list(complaints(broken, case.rank, case.place, case.fault))
+    resumed = case.run(folder, model)
+    if any(resumed.statuses):
         wrong.append(f"the resumed run ended with {resumed.statuses}: {resumed.printed}")
-    elif whole_digest(folder, place.command) != whole:
+    elif whole_digest(folder, case.place.command) != whole:
         wrong.append("the resumed run has another end")
     if wrong:
         wrong += broken.printed
     return [f"{broken.seconds:.1f} s", *wrong]
 
 
-def cases(arguments: argparse.Namespace) -> list[tuple[str, str, Place, str, int]]:
+def cases(arguments: argparse.Namespace) -> list[Case]:
     """List the faults to try."""
-    every = [
-        (strategy, weights, place, fault, rank)
-        for strategy, weights, place, fault, rank in itertools.product(
-            arguments.strategies, arguments.weights, PLACES, arguments.faults, arguments.ranks
-        )
-        if (fault != "nan" or place.spoil) and rank in place.ranks and re.search(arguments.places, place.name)
-    ]
-    some = random.Random(arguments.seed).sample(every, min(arguments.sample or len(every), len(every)))
-    return [case for case in every if case in some]
+    chosen = itertools.product(
+        arguments.strategies, arguments.weights, arguments.faults, arguments.ranks, PLACES, [arguments.processes]
+    )
+    every = [case for case in itertools.starmap(Case, chosen) if case.has_meaning]
+    every = [case for case in every if re.search(arguments.places, case.place.name)]
+    if arguments.only:
+        return [case for case in every if str(case) in arguments.only]
+    some = random.Random(arguments.seed).sample(range(len(every)), min(arguments.sample or len(every), len(every)))
+    return [every[number] for number in sorted(some)]
 
 
-def sweep(work: Path, model: str, arguments: argparse.Namespace) -> int:
+def sweep(work: Path, model: str, chosen: list[Case]) -> int:
     """Try all; return how many went wrong."""
-    wholes: dict[tuple[str, str, str], Any] = {}
+    wholes: dict[tuple[str, str, str], dict[str, str]] = {}
     failures = 0
-    chosen = cases(arguments)
-    for number, (strategy, weights, place, fault, rank) in enumerate(chosen):
-        make = partial(write_config, model=model, strategy=strategy, weights=weights)
-        key = (strategy, weights, place.command)
+    for number, case in enumerate(chosen):
+        key = (case.strategy, case.weights, case.place.command)
         if key not in wholes:
-            folder = work / "-".join(key)
-            folder.mkdir()
-            make(folder)
-            outcome = run(folder, place.command)
-            if outcome.statuses != [0, 0]:
+            outcome = case.run(work / "-".join(key), model)
+            if any(outcome.statuses):
                 raise RuntimeError(f"{outcome.statuses}\n" + "\n".join(outcome.printed))
-            wholes[key] = whole_digest(folder, place.command)
-        took, *wrong = try_fault(work / str(number), make, place, fault, rank, wholes[key])
+            wholes[key] = whole_digest(work / "-".join(key), case.place.command)
+        took, *wrong = try_fault(case, work / str(number), model, wholes[key])
         failures += bool(wrong)
-        print(
-            f"{strategy}, {weights}, {fault} in process {rank}, {place.name}: {'WRONG' if wrong else 'right'} ({took})"
-        )
+        print(f"{case}: {'WRONG' if wrong else 'right'} ({took})")
         for text in wrong:
             print(textwrap.indent(text[-3000:], "    "))
         sys.stdout.flush()
@@ -453,9 +490,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=WEIGHTS)
     parser.add_argument("--faults", nargs="+", default=list(FAULTS), choices=FAULTS)
     parser.add_argument("--ranks", nargs="+", type=int, default=[0, 1], help="which process fails")
+    parser.add_argument("--processes", type=int, default=2, help="processes of a run")
     parser.add_argument("--places", default="", help="a regular expression for names of places")
     parser.add_argument("--sample", type=int, help="how many of all that is left to try, chosen at random")
     parser.add_argument("--seed", type=int, default=0, help="decides which")
+    parser.add_argument("--only", nargs="+", help="these faults alone, by the names that they are listed with")
     return parser.parse_args()
 
 
@@ -471,7 +510,7 @@ if __name__ == "__main__":
         torch.manual_seed(1)
         AutoModelForCausalLM.from_config(CONFIGS["llama"]()).save_pretrained(f"{work}/model")
         make_tokenizer().save_pretrained(f"{work}/model")
-        failures = sweep(Path(work), f"{work}/model", arguments)
+        failures = sweep(Path(work), f"{work}/model", cases(arguments))
     finally:
         shutil.rmtree(work)
     sys.exit(bool(failures))

@@ -1,5 +1,6 @@
 """Weights spread over two processes: the steps of one, checkpoints of both kinds, exact resume, and the export."""
 
+import json
 import pickle
 import shutil
 import zipfile
@@ -11,7 +12,7 @@ import torch
 from test_processes import Begin, begin, ended, metrics, weights
 from transformers import AutoModelForCausalLM
 
-from xpo_lightning import InputError
+from xpo_lightning import InputError, sharding
 from xpo_lightning.run_folder.sharded_files import read_folder
 
 __all__ = ["begin"]
@@ -103,6 +104,37 @@ def test_a_distributed_checkpoint_that_would_run_code_is_refused_and_runs_none(t
     assert not marker.exists()
     with zipfile.ZipFile(tmp_path / "meta.pt") as file:
         assert file.namelist()
+
+
+@pytest.mark.timeout(300)
+def test_prompts_that_do_not_divide_evenly_are_predicted_as_by_one_process(begin: Begin, tmp_path: Path):
+    for name, processes in {"one": 1, "two": 2}.items():
+        options = {"strategy": FILE, "command": "predict", "validation_size": 3, "sampling": ENDING}
+        ended(begin(tmp_path, processes, name=name, **options))
+    one, first, second = (
+        [json.loads(line) for line in file.open()]
+        for name in ("one", "two")
+        for file in sorted((tmp_path / name / "version_0").glob("predictions*.jsonl"))
+    )
+    assert [len(one), len(first), len(second)] == [3, 2, 1]
+    assert [row["policy"] for row in (first[0], second[0], first[1])] == [row["policy"] for row in one]
+
+
+class Part:
+    """A weight that is spread, and may be put together but not copied."""
+
+    def full_tensor(self) -> "Part":
+        return self
+
+    def cpu(self) -> None:
+        raise AssertionError("a process that does not want the weights copies them")
+
+
+def test_processes_that_do_not_want_the_weights_copy_none(monkeypatch: pytest.MonkeyPatch):
+    model = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(model, "state_dict", lambda: {"weight": Part()})
+    monkeypatch.setattr(sharding, "is_sharded", lambda model: True)
+    assert sharding.assembled(model, torch.nn.Identity, here=False) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -62,7 +62,7 @@ class Lifeline:
         self.rank = rank
         self._ends = dict(ends)
         self._failure: Failure | None = None
-        self._lock = threading.Lock()
+        self._lock, self._ending = threading.Lock(), threading.Lock()
         self._failed, self._left, self._deserted, self._exits = (threading.Event() for _ in range(4))
         for peer, end in ends.items():
             threading.Thread(target=self._listen, args=(peer, end), daemon=True, name="lifeline").start()
@@ -159,6 +159,7 @@ class Lifeline:
 
     def _end(self, failure: Failure) -> None:
         """End the process as it is; the main thread may be blocked in what cannot be broken off."""
+        self._ending.acquire()  # Two threads may come here, and one of them is enough.
         first_left = failure.is_gone and self.rank == (1 if failure.rank == 0 else 0)
         if failure.rank == self.rank or first_left or speaks_for_host(failure.host):
             write_line(failure.line)
