@@ -60,7 +60,7 @@ def begin(model_folder: Callable[..., str]) -> Begin:
         prompts.write_text('{"prompt": "the cat sat on the mat"}\n' * changes.pop("rows", 16))
         arguments = {"folder": str(folder), **changes.pop("arguments", {})}
         reward = {"function": f"{__name__}.{function}", "arguments": arguments}
-        callbacks = changes.pop("callbacks", [])
+        callbacks, validation_size = changes.pop("callbacks", []), changes.pop("validation_size", 4)
         if "reward" in changes:
             changes["reward"]["init_args"]["path"] = model_folder("llama")
         config = {
@@ -76,7 +76,7 @@ def begin(model_folder: Callable[..., str]) -> Begin:
             },
             "data": {
                 "source": str(prompts),
-                "validation_size": changes.pop("validation_size", 4),
+                "validation_size": validation_size,
                 "batch_size": 4 // processes,
             },
             "trainer": {

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from socket import SHUT_RDWR, socket
+from socket import socket
 
 from xpo_lightning.errors import write_line
 from xpo_lightning.guard.processes import host, speaks_for_host
@@ -60,9 +60,9 @@ class Lifeline:
 
     def __init__(self, rank: int, ends: Mapping[int, socket]) -> None:
         self.rank = rank
-        self._ends = dict(ends)
+        self._ends, self._here = list(ends.values()), set(ends)
         self._failure: Failure | None = None
-        self._lock, self._ending = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
         self._failed, self._left, self._deserted, self._exits = (threading.Event() for _ in range(4))
         for peer, end in ends.items():
             threading.Thread(target=self._listen, args=(peer, end), daemon=True, name="lifeline").start()
@@ -74,7 +74,7 @@ class Lifeline:
         return self._left.is_set()
 
     def fail(self, status: int, message: str, *, at_once: bool = False) -> None:
-        """Tell the others that this process has failed alone; end it here, if another failed before.
+        """Tell the others that this process has failed alone; does not return, if another failed before.
 
         Args:
             status: Exit status of all others.
@@ -90,26 +90,26 @@ class Lifeline:
             else:
                 self._send(json.dumps(asdict(own)).encode() + b"\n")
                 self._failed.wait(GRACE)
-        if self._failure is not None and self._failure.rank != self.rank:
-            self._end(self._failure)
+        self._wait_if_another_failed()
         atexit.register(self._exits.set)
 
     def leave(self, patience: float | None = None) -> None:
-        """Say goodbye; the first process waits until all others have, or are gone.
+        """Say goodbye, and wait for that of the first process, which says it when all others have, or are gone.
 
         Args:
-            patience: For how many seconds it does; None is without end.
+            patience: For how many seconds to wait; None is without end.
         """
         if self._left.is_set():
             return
+        if self.rank:
+            self._send(GOODBYE)
+        self._deserted.wait(patience)
+        if patience is None:
+            self._wait_if_another_failed()
         if self.rank == 0:
-            self._deserted.wait(patience)
+            self._send(GOODBYE)
         self._left.set()
-        self._send(GOODBYE)
         self._failed.set()
-        for end in list(self._ends.values()) if self.rank == 0 else []:
-            with suppress(OSError):
-                end.shutdown(SHUT_RDWR)
 
     def _listen(self, peer: int, end: socket) -> None:
         said_goodbye = False
@@ -124,8 +124,8 @@ class Lifeline:
             gone = "is gone: it was killed, or its machine is down; go on with `--ckpt_path last`"
             self._settle(Failure(peer, 1, gone, host(), is_gone=True))
         with self._lock:
-            del self._ends[peer]
-            if not self._ends:
+            self._here.discard(peer)
+            if not self._here:
                 self._deserted.set()
 
     def _settle(self, failure: Failure) -> None:
@@ -138,11 +138,14 @@ class Lifeline:
         self._failed.set()
 
     def _send(self, message: bytes) -> None:
-        with self._lock:
-            ends = list(self._ends.values())
-        for end in ends:
+        for end in self._ends:
             with suppress(OSError):
                 end.sendall(message)
+
+    def _wait_if_another_failed(self) -> None:
+        """Keep the main thread from going on, until this process is ended."""
+        if self._failure is not None and self._failure.rank != self.rank:
+            threading.Event().wait()
 
     def _end_in_time(self) -> None:
         self._failed.wait()
@@ -159,7 +162,6 @@ class Lifeline:
 
     def _end(self, failure: Failure) -> None:
         """End the process as it is; the main thread may be blocked in what cannot be broken off."""
-        self._ending.acquire()  # Two threads may come here, and one of them is enough.
         first_left = failure.is_gone and self.rank == (1 if failure.rank == 0 else 0)
         if failure.rank == self.rank or first_left or speaks_for_host(failure.host):
             write_line(failure.line)

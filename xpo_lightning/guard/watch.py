@@ -54,7 +54,7 @@ class _Leaving(Callback):
         self.line = line
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.line.leave(patience=2 * GRACE)
+        self.line.leave(patience=0 if trainer.global_rank else 2 * GRACE)  # The first process is the last to end.
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.line.leave()
