@@ -341,8 +341,7 @@ def run(folder: Path, command: str, processes: int = 2, failing: int = -1, prepa
     words += ["--ckpt_path", "last"] if command == "fit" else []
     logs, port, begun = [folder / f"log{rank}" for rank in range(processes)], free_port(), time.monotonic()
     children = {
-        rank: start(rank, port, words, log, prepare if rank == failing else note_stages)
-        for rank, log in enumerate(logs)
+        rank: start(rank, port, words, log, prepare if rank == failing else hasten) for rank, log in enumerate(logs)
     }
     statuses: list[int | None] = [None] * processes
     while children and time.monotonic() < begun + LIMIT:

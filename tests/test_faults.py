@@ -17,7 +17,6 @@ SAMPLE = [
     "fsdp, lora, memory in process 0, step: in the backward",
     "ddp, full, memory in process 1, step: in the backward",
     "ddp, full, nan in process 1, step: loss",
-    "ddp, full, kill in process 1, step: optimizer",
     "ddp, full, exception in process 1, validation: objective",
     "ddp, full, exception in process 0, saving: file",
     "ddp, full, kill in process 0, predict: the policy writes",

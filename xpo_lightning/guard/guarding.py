@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from xpo_lightning.batch import Experience, RawPrompt
+from xpo_lightning.complaints import explanation
 from xpo_lightning.errors import ConsequentError, InputError, NonFiniteError
 from xpo_lightning.guard.midway import Midway
 from xpo_lightning.guard.processes import Origin, gathered, host, own_rank, set_origin
@@ -195,7 +196,7 @@ def _reports(own: Report | None) -> list[Report | None]:
 
 
 def _report(problem: Problem) -> Report:
-    return _severity(problem), str(problem), host()
+    return _severity(problem), explanation(problem) or str(problem), host()
 
 
 def _error_of_another(rank: int, report: Report) -> Problem:
@@ -212,7 +213,7 @@ def _severity(problem: Problem) -> int:
         return NOT_FINITE
     if isinstance(problem, StopAsked):
         return STOP
-    return BAD_INPUT if isinstance(problem, InputError) else BROKEN
+    return BROKEN if explanation(problem) is None else BAD_INPUT
 
 
 def _worst(reports: list[Report | None]) -> int:
