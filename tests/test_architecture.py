@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "phases": set(),
     "versions": set(),
     "environment": {"errors"},
-    "guard": {"batch", "errors"},
+    "guard": {"batch", "complaints", "errors"},
     "sharding": {"errors"},
     "run_folder": {"errors"},
     "strategies": {"run_folder"},

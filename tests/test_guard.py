@@ -14,6 +14,7 @@ from torch import Tensor
 from xpo_lightning import InputError, PythonReward, SigmoidLoss, XPOLightningModule
 from xpo_lightning.callbacks import RunCheckpoint
 from xpo_lightning.errors import NonFiniteError
+from xpo_lightning.guard.guarding import StopAsked
 
 MakeModule = Callable[..., XPOLightningModule]
 CALLS_BEFORE = 2
@@ -154,3 +155,11 @@ def test_stop_iteration_anywhere_in_a_step_is_an_error(make_module: MakeModule):
     module.objective.weights = weights  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="StopIteration was raised in a training step: no more"):
         fit_quietly(module, PROMPTS)
+
+
+def test_prediction_stops_when_asked(make_module: MakeModule):
+    module = make_module()
+    module.guard.stop.status = 143
+    with pytest.raises(StopAsked) as stopped:
+        quiet_trainer().predict(module, torch.utils.data.DataLoader(PROMPTS, collate_fn=list))
+    assert stopped.value.code == 143

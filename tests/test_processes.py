@@ -51,6 +51,7 @@ def begin(model_folder: Callable[..., str]) -> Begin:
         resume: bool = False,
         strategy: Any = "ddp",
         name: str | None = None,
+        command: str = "fit",
         **changes: Any,
     ) -> subprocess.Popen[str]:
         folder = where / (name or str(processes))
@@ -59,7 +60,7 @@ def begin(model_folder: Callable[..., str]) -> Begin:
         prompts.write_text('{"prompt": "the cat sat on the mat"}\n' * changes.pop("rows", 16))
         arguments = {"folder": str(folder), **changes.pop("arguments", {})}
         reward = {"function": f"{__name__}.{function}", "arguments": arguments}
-        callbacks = changes.pop("callbacks", [])
+        callbacks, validation_size = changes.pop("callbacks", []), changes.pop("validation_size", 4)
         if "reward" in changes:
             changes["reward"]["init_args"]["path"] = model_folder("llama")
         config = {
@@ -73,7 +74,11 @@ def begin(model_folder: Callable[..., str]) -> Begin:
                 "micro_batch_tokens": 40,
                 **changes,
             },
-            "data": {"source": str(prompts), "validation_size": 4, "batch_size": 4 // processes},
+            "data": {
+                "source": str(prompts),
+                "validation_size": validation_size,
+                "batch_size": 4 // processes,
+            },
             "trainer": {
                 "accelerator": "cpu",
                 "devices": processes,
@@ -92,10 +97,10 @@ def begin(model_folder: Callable[..., str]) -> Begin:
             },
         }
         (folder / "run.yaml").write_text(yaml.safe_dump(config))
-        command = [sys.executable, "-m", "xpo_lightning", "fit", "--config", str(folder / "run.yaml")]
+        words = [sys.executable, "-m", "xpo_lightning", command, "--config", str(folder / "run.yaml")]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
-            [*command, *(["--ckpt_path", "last"] if resume else [])],
+            [*words, *(["--ckpt_path", "last"] if resume else [])],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -178,7 +183,8 @@ def test_two_processes_take_the_steps_of_one_and_sample_what_it_samples(ended_ru
 
 def test_trouble_in_one_process_stops_both_with_its_message(begin: Begin, tmp_path: Path):
     output = ended(begin(tmp_path, 2, "nan_on_rank_1"), status=2)
-    assert "process 1: " in output
+    assert output.count("xpo: error: ") == 1
+    assert "xpo: error: process 1: " in output
     assert "nan" in output
     assert "the cat sat on the mat" in output
     assert "Traceback" not in output
@@ -190,18 +196,42 @@ def test_a_step_that_is_not_finite_in_one_process_is_left_out_by_both(begin: Beg
     assert [row["step"] for row in metrics(tmp_path / "2") if "loss/dpo" in row] == [1, 2]
 
 
+def second_process(run: subprocess.Popen[str], note: Path) -> int:
+    """Wait until the second process of a run is in its second step, and return its number."""
+    while not note.exists() or len(note.read_text().splitlines()) < 2:
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.02)
+    child, *_ = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    return int(child)
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Compare two runs bit for bit."""
+    assert metrics(other) == metrics(one)
+    for (name, value), same in zip(weights(one).items(), weights(other).values(), strict=True):
+        assert torch.equal(value, same), name
+
+
 def test_sigterm_to_one_process_stops_both_and_the_resumed_run_ends_the_same(
     begin: Begin, ended_runs: Path, tmp_path: Path
 ):
     process = begin(tmp_path, 2, arguments={"pause": 0.5})
-    note = tmp_path / "2" / "rank1.jsonl"
-    while not note.exists() or len(note.read_text().splitlines()) < 2:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    child, *_ = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(child), signal.SIGTERM)
+    os.kill(second_process(process, tmp_path / "2" / "rank1.jsonl"), signal.SIGTERM)
     assert "Stopped at step 1" in ended(process, status=143)
     ended(begin(tmp_path, 2, resume=True))
-    assert metrics(tmp_path / "2") == metrics(ended_runs / "2")
-    for (name, value), other in zip(weights(ended_runs / "2").items(), weights(tmp_path / "2").values(), strict=True):
-        assert torch.equal(value, other), name
+    assert_same_end(ended_runs / "2", tmp_path / "2")
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_process_ends_the_run_with_one_line_and_the_resumed_run_ends_the_same(
+    begin: Begin, ended_runs: Path, tmp_path: Path
+):
+    process = begin(tmp_path, 2, arguments={"pause": 0.5})
+    os.kill(second_process(process, tmp_path / "2" / "rank1.jsonl"), signal.SIGKILL)
+    begun = time.monotonic()
+    output = ended(process, status=1)
+    assert time.monotonic() - begun < 60
+    assert output.count("xpo: error: ") == output.count("xpo: error: process 1 is gone") == 1
+    assert "Traceback" not in output
+    ended(begin(tmp_path, 2, resume=True))
+    assert_same_end(ended_runs / "2", tmp_path / "2")

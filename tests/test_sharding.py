@@ -11,7 +11,7 @@ import torch
 from test_processes import Begin, begin, ended, metrics, weights
 from transformers import AutoModelForCausalLM
 
-from xpo_lightning import InputError
+from xpo_lightning import InputError, sharding
 from xpo_lightning.run_folder.sharded_files import read_folder
 
 __all__ = ["begin"]
@@ -103,6 +103,31 @@ def test_a_distributed_checkpoint_that_would_run_code_is_refused_and_runs_none(t
     assert not marker.exists()
     with zipfile.ZipFile(tmp_path / "meta.pt") as file:
         assert file.namelist()
+
+
+@pytest.mark.timeout(300)
+def test_prompts_that_do_not_divide_evenly_are_predicted(begin: Begin, tmp_path: Path):
+    ended(begin(tmp_path, 2, strategy=FILE, command="predict", validation_size=5, sampling=ENDING))
+    files = sorted((tmp_path / "2" / "version_0").glob("predictions*"))
+    assert [file.name for file in files] == ["predictions.jsonl", "predictions.rank1.jsonl"]
+    assert [len(file.read_text().splitlines()) for file in files] == [3, 2]
+
+
+class Part:
+    """A weight that is spread, and may be put together but not copied."""
+
+    def full_tensor(self) -> "Part":
+        return self
+
+    def cpu(self) -> None:
+        raise AssertionError("a process that does not want the weights copies them")
+
+
+def test_processes_that_do_not_want_the_weights_copy_none(monkeypatch: pytest.MonkeyPatch):
+    model = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(model, "state_dict", lambda: {"weight": Part()})
+    monkeypatch.setattr(sharding, "is_sharded", lambda model: True)
+    assert sharding.assembled(model, torch.nn.Identity, here=False) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -23,8 +23,9 @@ from xpo_lightning.complaints import (
     refuse_values_for_groups,
 )
 from xpo_lightning.data import PromptDataModule
-from xpo_lightning.errors import InputError, input_error_in, stop
+from xpo_lightning.errors import InputError, input_error_in, stop, write_line
 from xpo_lightning.forward.cpu import limit_threads
+from xpo_lightning.guard.processes import named, origin_of, speaks_for_host
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.parsing import OneLineErrors
 from xpo_lightning.recipes import with_config_files
@@ -198,7 +199,11 @@ def main(args: ArgsType = None) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
-        message = explanation(error)
+        message, origin = explanation(error), origin_of(error)
+        if origin is not None and not origin.is_here:  # That process says it.
+            if speaks_for_host(origin.host):
+                write_line(str(error))
+            raise SystemExit(1 if message is None else 2) from None
         if message is None or os.environ.get("XPO_DEBUG"):
             raise
-        stop(message)
+        stop(named(message))

@@ -32,6 +32,10 @@ class NonFiniteError(InputError):
         self.rows = list(rows)
 
 
+class ConsequentError(NonFiniteError):
+    """Numbers that are not finite or not there, maybe because of another process, whose own error then comes first."""
+
+
 def input_error_in(error: BaseException | None) -> InputError | None:
     """Find the bad input that an error began with."""
     while error is not None and not isinstance(error, InputError):
@@ -41,10 +45,15 @@ def input_error_in(error: BaseException | None) -> InputError | None:
 
 def stop(message: str) -> NoReturn:
     """End the program with one line."""
+    write_line(message)
+    raise SystemExit(2) from None
+
+
+def write_line(message: str) -> None:
+    """Write an error in one line."""
     line = " ".join(message.split())
     line = line if len(line) <= LONGEST else f"{line[: LONGEST - 300]} ... {line[-290:]}"
     sys.stderr.write(f"xpo: error: {line}\n")
-    raise SystemExit(2) from None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

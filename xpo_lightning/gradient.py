@@ -1,6 +1,7 @@
 """The gradient of an optimizer step, added up micro-batch by micro-batch."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -9,9 +10,9 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from xpo_lightning.batch import RawPrompt
-from xpo_lightning.errors import NonFiniteError
+from xpo_lightning.errors import ConsequentError
 from xpo_lightning.guard.guarding import Stop, check_finite, shown
-from xpo_lightning.guard.midway import gathered_midway
+from xpo_lightning.guard.processes import gathered, several
 from xpo_lightning.objective import Objective
 from xpo_lightning.optimization import Optimization
 from xpo_lightning.phases import PhaseTimer
@@ -40,10 +41,41 @@ class Trained(Protocol):
         """Return the weights that are trained."""
 
 
+@dataclass(frozen=True)
+class Summands:
+    """What was added up in this process.
+
+    Args:
+        numbers: The metrics of each micro-batch.
+        prompts: The prompts, in the same order.
+    """
+
+    numbers: list[dict[str, Tensor]] = field(default_factory=list)
+    prompts: list[RawPrompt] = field(default_factory=list)
+
+    def check(self, norm: Tensor) -> Tensor:
+        """Refuse losses or a gradient that are not finite; give its norm back otherwise.
+
+        Raises:
+            NonFiniteError: Some are not; the message shows their prompts.
+        """
+        losses = torch.cat([measured["loss/total"] for measured in self.numbers])
+        check_finite([("the loss", losses)], self.prompts, CONSEQUENCE)
+        if not norm.isfinite():
+            others = " and prompts of the other processes" * several()
+            raise ConsequentError(
+                f"the norm of the gradient is {float(norm)} for {shown(self.prompts)}{others}; {CONSEQUENCE}"
+            )
+        return norm
+
+
 def add_gradients(
     module: Trained, pairs: Pairs, micro_batches: list[list[int]], weights: dict[str, float], stop: Stop | None
-) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Add up the gradient of the mean objective of some pairs.
+) -> Summands:
+    """Add up the gradient of the mean objective of some pairs, over micro-batches and processes.
+
+    Processes wait for each other inside, so it must not be given to the guard. The result is to be checked once the
+    gradient is clipped, for which they wait for each other too.
 
     Args:
         module: What is trained.
@@ -53,19 +85,16 @@ def add_gradients(
         stop: Looked at between micro-batches, unless it is None.
 
     Returns:
-        The gradient's norm before it was clipped, and the metrics of each micro-batch.
+        What was added up here.
 
     Raises:
-        NonFiniteError: The objective of a pair or the gradient is not finite.
         StopAsked: The run is asked to stop.
     """
     timer, trainer = module.timer, module.trainer
     count, most = sum(map(len, micro_batches)), len(micro_batches)
-    sharded = is_sharded(module.policy)
-    if sharded:  # Each pass gathers weights, so all processes must take as many.
-        most = max(gathered_midway(most))
-    numbers: list[dict[str, Tensor]] = []
-    prompts: list[RawPrompt] = []
+    if is_sharded(module.policy):  # Each pass gathers weights, so all processes must take as many.
+        most = max(gathered(most))
+    added = Summands()
     # A process alone must not break off between gradients that all processes add up.
     alone = trainer.world_size == 1
     for place in range(most):
@@ -79,15 +108,20 @@ def add_gradients(
         with timer("backward", device), _together(module.policy, trainer, place == most - 1):
             module.manual_backward(losses.sum() / count * counts)
         if counts:
-            numbers.append(measured)
-            prompts += experience.prompts.raw
-    losses = torch.cat([measured["loss/total"] for measured in numbers])
-    check_finite([("the loss", losses)], prompts, CONSEQUENCE)
-    with timer("optimizer", losses.device):
-        norm = module.optimization.clip(module.trained_parameters())
-    if not norm.isfinite():
-        raise NonFiniteError(f"the norm of the gradient is {float(norm)} for {shown(prompts)}; {CONSEQUENCE}")
-    return norm, numbers
+            added.numbers.append(measured)
+            added.prompts.extend(experience.prompts.raw)
+    return added
+
+
+def clip_gradient(module: Trained) -> Tensor:
+    """Scale the gradient down to the largest norm that is allowed; all processes must call it.
+
+    Returns:
+        The norm before that, the same on all processes.
+    """
+    trained = module.trained_parameters()
+    with module.timer("optimizer", trained[0].device):
+        return module.optimization.clip(trained)
 
 
 def _together(policy: nn.Module, trainer: Trainer, is_last: bool) -> AbstractContextManager[Any]:

@@ -18,6 +18,7 @@ from xpo_lightning.combinations import refuse_combinations
 from xpo_lightning.environment import check_trainer
 from xpo_lightning.errors import InputError
 from xpo_lightning.forward.cpu import keep_memory, speed_up_linears
+from xpo_lightning.guard.watch import watch
 from xpo_lightning.losses import BonusTarget
 from xpo_lightning.memory import Memory
 from xpo_lightning.models import LoadedModel, LoRASpec, ModelSpec, check_loaded, end_token_ids, prompt_limit
@@ -237,6 +238,7 @@ class XPOLightningModule(PreferenceSteps):
 
     def setup(self, stage: str) -> None:
         """Refuse trainer options that do not suit the module."""
+        watch(self.trainer)
         check_trainer(self.trainer)
         self.run_state.seed = torch.initial_seed()
 
@@ -259,6 +261,7 @@ class XPOLightningModule(PreferenceSteps):
 
     def on_predict_start(self) -> None:
         """Bring an engine the policy while all processes are here; each takes as many batches as it has."""
+        super().on_predict_start()
         if self.rollout is not None:
             self.guard.run(partial(self.rollout.sync, self.policy))
 

@@ -101,7 +101,11 @@ def assembled(model: nn.Module, build: Callable[[], nn.Module], *, here: bool) -
     """
     if not is_sharded(model):
         return model
-    weights = {name: full(value).cpu() for name, value in model.state_dict().items()}
+    weights = {}
+    for name, value in model.state_dict().items():
+        whole_value = full(value)
+        if here:
+            weights[name] = whole_value.cpu()
     if not here:
         return None
     with torch.random.fork_rng(devices=[]):

@@ -1,6 +1,6 @@
 """What `XPOLightningModule` does with a batch: rollouts, optimizer steps, validation, prediction."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule
@@ -14,7 +14,7 @@ from xpo_lightning.collector import Collector
 from xpo_lightning.combinations import refuse_own_steps
 from xpo_lightning.forward.capabilities import refuse_untrainable
 from xpo_lightning.forward.randomness import stop_random_draws
-from xpo_lightning.gradient import add_gradients
+from xpo_lightning.gradient import add_gradients, clip_gradient
 from xpo_lightning.guard.guarding import Guard, check_rollout
 from xpo_lightning.memory import Memory
 from xpo_lightning.metrics import PairAverages, rollout_metrics
@@ -51,7 +51,7 @@ class PreferenceSteps(LightningModule):
         self.run_state = RunState(self.guard)
         self.rollout_averages, self.update_averages = PairAverages(), PairAverages()
         self.eval_rollout_averages, self.eval_averages = PairAverages(), PairAverages()
-        self._is_quiet = False
+        self._is_quiet, self._together = False, ExitStack()
 
     @property
     def prompt_encoder(self) -> PromptEncoder:
@@ -98,19 +98,18 @@ class PreferenceSteps(LightningModule):
         weights = self._weights()
         learning_rate = self._optimizer.param_groups[0]["lr"]
         self._optimizer.zero_grad()
-        stop = self.guard.stop if may_stop else None
-        result = self.guard.attempt(lambda: add_gradients(self, pairs, micro_batches, weights, stop), may_stop=may_stop)
-        if result is None:
+        added = add_gradients(self, pairs, micro_batches, weights, self.guard.stop if may_stop else None)
+        norm = clip_gradient(self)
+        if self.guard.attempt(lambda: added.check(norm), may_stop=may_stop) is None:
             self._optimizer.zero_grad()
             return {}
-        grad_norm, numbers = result
-        for measured in numbers:
+        for measured in added.numbers:
             self.update_averages.update(measured)
         with self.timer("optimizer", self.device):
             self._optimizer.step()
             self._scheduler.step()
         self.guard.taken()
-        return {**weights, "lr": learning_rate, "grad_norm": grad_norm}
+        return {**weights, "lr": learning_rate, "grad_norm": norm}
 
     def _averages(self, experience: Experience, beta: float) -> dict[str, Any]:
         self.rollout_averages.reset()
@@ -128,14 +127,17 @@ class PreferenceSteps(LightningModule):
 
         The randomness is the same each time: two validations differ by the policy alone.
         """
-        weights = self._weights()
         noise = self._noise(batch_idx, purpose=1)
         with self._models_whole():
-            experience = self.guard.run(lambda: self._collect(batch, noise))
-            self.eval_rollout_averages.update(rollout_metrics(experience, weights["beta"]))
-            for rows in self.plan.micro_batches(experience.sizes, range(len(experience))):
-                _, numbers = self.objective(self.policy, experience.select(rows), **weights)
-                self.eval_averages.update(numbers)
+            return self.guard.run(lambda: self._measure(batch, noise))
+
+    def _measure(self, batch: Any, noise: Noise) -> Experience:
+        weights = self._weights()
+        experience = self._collect(batch, noise)
+        self.eval_rollout_averages.update(rollout_metrics(experience, weights["beta"]))
+        for rows in self.plan.micro_batches(experience.sizes, range(len(experience))):
+            _, numbers = self.objective(self.policy, experience.select(rows), **weights)
+            self.eval_averages.update(numbers)
         return experience
 
     def on_validation_epoch_end(self) -> None:
@@ -145,10 +147,18 @@ class PreferenceSteps(LightningModule):
         named = {f"eval/{name}": value for name, value in numbers.items()}
         self.log_dict({**named, "step": float(self.global_step)})
 
+    def on_predict_start(self) -> None:
+        """Put models together for all batches: processes may differ in how many they have."""
+        self._together.enter_context(self._models_whole())
+
     def predict_step(self, batch: Any, batch_idx: int) -> Experience:
-        """Sample and score pairs for a batch of prompts."""
-        with self._models_whole():
-            return self._collect(batch, self._noise(batch_idx, purpose=2))
+        """Sample and score pairs for a batch of prompts; no process waits for another."""
+        self.guard.stop.check()
+        return self._collect(batch, self._noise(batch_idx, purpose=2))
+
+    def on_predict_end(self) -> None:
+        """Spread the models over processes again."""
+        self._together.close()
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the policy's weights that are trained."""

@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.environments import LightningEnvironment  # type: ignore[attr-defined]
 
 from xpo_lightning.callbacks.run import is_fast_dev_run, run_folder, say
 from xpo_lightning.errors import InputError
@@ -71,9 +70,6 @@ class GracefulStop(Callback):
             trainer.save_checkpoint(path)
             if trainer.is_global_zero:
                 say(f"Stopped at step {trainer.global_step}; --ckpt_path last goes on from {path}")
-        if isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment):
-            # Lightning kills the first process when one of those that it started ends with another status than 0.
-            exception.code = 0 if trainer.global_rank else exception.code
 
     def _listen(self) -> None:
         """Set the handlers; Lightning puts back the ones before when the run ends."""

@@ -10,7 +10,7 @@ from xpo_lightning.batch import Experience
 from xpo_lightning.data.encoding import Sample
 from xpo_lightning.data.loading import collate
 from xpo_lightning.footprint.estimate import Plan
-from xpo_lightning.gradient import add_gradients
+from xpo_lightning.gradient import add_gradients, clip_gradient
 from xpo_lightning.guard.guarding import check_rollout
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.prompts import as_prompts
@@ -62,7 +62,9 @@ def dry_step(module: XPOLightningModule, trainer: Trainer, samples: Sequence[Sam
         )
         micro_batches = module.plan.micro_batches(experience.sizes, range(len(experience)))
         weights = module.objective.weights(FIRST_STEP)
-        module.guard.run(lambda: add_gradients(module, experience, micro_batches, weights, None))
+        added = add_gradients(module, experience, micro_batches, weights, None)
+        norm = clip_gradient(module)
+        module.guard.run(lambda: added.check(norm))
     for weight in module.trained_parameters():
         weight.grad = None
     if module.device.type == "cuda":

@@ -15,6 +15,7 @@ from xpo_lightning.data.options import DEFAULT_BUFFER, check_at_least, check_str
 from xpo_lightning.data.order import Share
 from xpo_lightning.data.reading import Source, Stream, read, stream
 from xpo_lightning.errors import InputError
+from xpo_lightning.guard.watch import watch
 from xpo_lightning.identity import differences
 from xpo_lightning.prompts import Truncation
 from xpo_lightning.resume.standing import position
@@ -117,6 +118,8 @@ class PromptDataModule(LightningDataModule):
         Raises:
             InputError: The data is missing or malformed, or the model has no tokenizer to count tokens with.
         """
+        if self.trainer is not None:
+            watch(self.trainer)  # Before the module does: rows that only one process refuses end all.
         self._take_encoder()
         needed: list[Role] = ["validation"] if self.has_validation else []
         if stage in ("fit", None) or (stage == "predict" and not self.has_validation):

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from xpo_lightning.batch import Experience, RawPrompt
-from xpo_lightning.errors import InputError, NonFiniteError
+from xpo_lightning.complaints import explanation
+from xpo_lightning.errors import ConsequentError, InputError, NonFiniteError
 from xpo_lightning.guard.midway import Midway
-from xpo_lightning.guard.processes import gathered
+from xpo_lightning.guard.processes import Origin, gathered, host, own_rank, set_origin
 
 T = TypeVar("T")
-NOT_FINITE, STOP, BAD_INPUT, BROKEN = 1, 2, 3, 4
+CONSEQUENT, NOT_FINITE, STOP, BAD_INPUT, BROKEN = 1, 2, 3, 4, 5
 """What can come of a piece of work, the worst last."""
 SHOWN = 3
 """Prompts that a message shows."""
@@ -23,7 +24,8 @@ class StopAsked(SystemExit):
 
 
 Problem = Exception | StopAsked
-Report = tuple[int, str]
+Report = tuple[int, str, str]
+"""How bad it is, the message, and the machine of the process."""
 
 
 class Stop:
@@ -50,7 +52,7 @@ class Guard:
     """Lets a piece of work succeed on all processes, or on none.
 
     A process that fails alone would leave the others waiting for it. So each says how it fared before the run goes on,
-    and an error of one is an error of all, with the message of the one.
+    and an error of one is an error of all, with the message of the one. The work must not talk to other processes.
 
     Args:
         max_skipped: Steps in a row that may be left out because of numbers that are not finite.
@@ -95,7 +97,7 @@ class Guard:
                 be left out.
         """
         result, problem, reports = self._try(work, may_stop)
-        if _worst(reports) == NOT_FINITE and self.in_a_row < self.max_skipped:
+        if 0 < _worst(reports) <= NOT_FINITE and self.in_a_row < self.max_skipped:
             self.in_a_row += 1
             self.skipped += 1
             return None
@@ -123,18 +125,17 @@ class Guard:
             problem = RuntimeError(f"StopIteration was raised: {error}")
         except (Exception, StopAsked) as error:
             problem = error
-        return result, problem, _reports(None if problem is None else (_severity(problem), str(problem)))
+        return result, problem, _reports(None if problem is None else _report(problem))
 
     def _raise_worst(self, problem: Problem | None, reports: list[Report | None]) -> None:
         worst = _worst(reports)
         if worst == 0:
             return
-        if problem is not None and _severity(problem) == worst:
-            raise problem
-        rank, message = next((rank, report[1]) for rank, report in enumerate(reports) if report and report[0] == worst)
-        if worst == STOP:
-            raise StopAsked(int(message))
-        raise (RuntimeError if worst == BROKEN else InputError)(f"process {rank}: {message}")
+        rank, report = next((rank, one) for rank, one in enumerate(reports) if one and one[0] == worst)
+        is_here = problem is not None and rank == own_rank()
+        error = problem if problem is not None and is_here else _error_of_another(rank, report)
+        set_origin(error, Origin(rank, report[2], is_here))
+        raise error
 
 
 def check_finite(values: Sequence[tuple[str, Tensor]], prompts: Sequence[RawPrompt], consequence: str) -> None:
@@ -194,12 +195,25 @@ def _reports(own: Report | None) -> list[Report | None]:
     return reports
 
 
+def _report(problem: Problem) -> Report:
+    return _severity(problem), explanation(problem) or str(problem), host()
+
+
+def _error_of_another(rank: int, report: Report) -> Problem:
+    severity, message, _ = report
+    if severity == STOP:
+        return StopAsked(int(message))
+    return (RuntimeError if severity == BROKEN else InputError)(f"process {rank}: {message}")
+
+
 def _severity(problem: Problem) -> int:
+    if isinstance(problem, ConsequentError):
+        return CONSEQUENT
     if isinstance(problem, NonFiniteError):
         return NOT_FINITE
     if isinstance(problem, StopAsked):
         return STOP
-    return BAD_INPUT if isinstance(problem, InputError) else BROKEN
+    return BROKEN if explanation(problem) is None else BAD_INPUT
 
 
 def _worst(reports: list[Report | None]) -> int:

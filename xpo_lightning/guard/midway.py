@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from xpo_lightning.errors import NonFiniteError
+from xpo_lightning.errors import ConsequentError
 from xpo_lightning.guard.processes import gathered
 
 T = TypeVar("T")
@@ -20,12 +20,11 @@ def gathered_midway(value: T) -> list[T]:
     """Collect a picklable value from every process, by rank; all must call it that do not fail before.
 
     Raises:
-        NonFiniteError: A process has left the work, and told what is wrong in place of its value. Of all errors this
-            kind counts least, so the guard raises that of the one who left.
+        ConsequentError: A process has left the work, and told what is wrong in place of its value.
     """
     messages: list[Any] = gathered(Midway(value))
     for rank, message in enumerate(messages):
         if not isinstance(message, Midway):
             what = message[1] if message else "it was done before the others were"
-            raise NonFiniteError(f"process {rank}: {what}")
+            raise ConsequentError(f"process {rank}: {what}")
     return [message.value for message in messages]
