@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "resume": {"errors", "guard", "identity", "memory"},
     "verdicts": {"batch", "errors", "guard", "phases", "preference", "rewards"},
     "updates": {"batch", "errors", "rollout"},
-    "gradient": {"batch", "errors", "guard", "objective", "optimization", "phases", "sharding", "updates"},
+    "gradient": {"batch", "errors", "forward", "guard", "objective", "optimization", "phases", "sharding", "updates"},
     "combinations": {"buffer", "candidates", "errors", "models", "reference", "rewards", "rollout", "samplers"},
 }
 VERB_ROOMS = {"comparing", "recipes", "saved", "start"}

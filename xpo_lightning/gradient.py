@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from xpo_lightning.batch import RawPrompt
 from xpo_lightning.errors import ConsequentError
+from xpo_lightning.forward.attention import for_any_shape
 from xpo_lightning.guard.guarding import Stop, check_finite, shown
 from xpo_lightning.guard.processes import gathered, several
 from xpo_lightning.objective import Objective
@@ -103,9 +104,11 @@ def add_gradients(
         counts = place < len(micro_batches)
         experience = pairs.select(micro_batches[min(place, len(micro_batches) - 1)])
         device = experience.labels.device
-        with timer("policy_forward", device):
+        with for_any_shape(device), timer("policy_forward", device):
             losses, measured = module.objective(module.policy, experience, **weights)
-        with timer("backward", device), _together(module.policy, trainer, place == most - 1):
+        # Layers may be computed again in here.
+        together = _together(module.policy, trainer, place == most - 1)
+        with for_any_shape(device), timer("backward", device), together:
             module.manual_backward(losses.sum() / count * counts)
         if counts:
             added.numbers.append(measured)
