@@ -202,11 +202,6 @@ class XPOLightningModule(PreferenceSteps):
             try_ways(*(model for model in (self.policy, self.reference.frozen) if model is not None))
             shard_all([self.policy, self.reference, self.reward], self.device_mesh)
         if self.rollout is not None:
-            if self.device_mesh is not None:
-                raise InputError(
-                    "model.rollout saves the policy's adapter from one process, and trainer.strategy spreads the "
-                    "weights over several; use ddp, or set model.rollout to null"
-                )
             self.rollout.set_check(self.guard.stop.check)
             self.rollout.begin(rollout)
         verdicts = Verdicts(self.reward, self.missing_eos_penalty, self.timer)
@@ -220,6 +215,7 @@ class XPOLightningModule(PreferenceSteps):
         options = {
             "model.sampler=PreviousPolicySampler": isinstance(self.sampler, PreviousPolicySampler),
             "model.reference_refresh": self.reference_refresh is not None,
+            "model.rollout": self.rollout is not None,
             "model.policy.quantize": getattr(self.policy_spec, "quantize", None) is not None,
         }
         for option, is_set in options.items():
