@@ -1,13 +1,14 @@
 """Numbered lines, in memory or in a file, of which the last may be taken back."""
 
+import glob
 import hashlib
-import os
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
+from xpo_lightning.atomic_files import clear_leftovers, explaining_write_errors, part_of
 from xpo_lightning.errors import InputError
 from xpo_lightning.sqlite_file import opened
 
@@ -105,12 +106,13 @@ class FileStore(PairStore):
 
     def copied(self, path: Path) -> "FileStore":
         """Copy all lines into another file, which appears once it is whole, and return that."""
-        part = path.with_name(f"{path.name}.part")
-        part.unlink(missing_ok=True)
+        clear_leftovers(path.parent, glob.escape(path.name))
+        part = part_of(path)
         FileStore(part)  # Makes its folder.
-        with self._open() as connection, closing(sqlite3.connect(part)) as copy:
-            connection.backup(copy)
-        os.replace(part, path)
+        with explaining_write_errors(path):
+            with self._open() as connection, closing(sqlite3.connect(part)) as copy:
+                connection.backup(copy)
+            part.replace(path)
         return FileStore(path, self.begin)
 
     def get(self, numbers: Sequence[int]) -> list[str]:
