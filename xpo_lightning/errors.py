@@ -41,10 +41,14 @@ def input_error_in(error: BaseException | None) -> InputError | None:
 
 def stop(message: str) -> NoReturn:
     """End the program with one line."""
-    line = " ".join(message.split())
-    line = line if len(line) <= LONGEST else f"{line[: LONGEST - 300]} ... {line[-290:]}"
-    sys.stderr.write(f"xpo: error: {line}\n")
+    sys.stderr.write(f"xpo: error: {one_line(message)}\n")
     raise SystemExit(2) from None
+
+
+def one_line(message: object) -> str:
+    """Show a message on one line, a long one without its middle."""
+    line = " ".join(str(message).split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 300]} ... {line[-290:]}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
