@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "buffer": {"atomic_files", "batch", "errors", "sqlite_file"},
     "snapshot": {"errors", "forward"},
     "reference": {"errors", "forward", "identity", "snapshot"},
-    "reference_cache": {"batch", "errors", "identity", "rollout", "sqlite_file"},
+    "reference_cache": {"batch", "errors", "guard", "identity", "rollout", "sqlite_file"},
     "rollout": {"batch", "errors", "forward", "guard", "logps", "rewards"},
     "desk": {"batch", "forward", "phases", "reference_cache", "rollout"},
     "samplers": {"batch", "desk", "errors", "rewards", "snapshot"},

@@ -17,6 +17,8 @@ from xpo_lightning.cli import main
 pytestmark = pytest.mark.timeout(120)
 write_config, prompts_file = test_cli.write_config, test_cli.prompts_file
 EVENTS: list[str] = []
+ASKED: list[int] = []
+"""How many completions each call of the reward had."""
 STEP = ["", 0]
 
 
@@ -24,6 +26,7 @@ def stopping(prompts: list[Any], completions: list[str], columns: dict[str, list
     """Score, and stop the run in some way at some call."""
     how, left = STEP
     STEP[1] = int(left) - 1
+    ASKED.append(len(completions))
     if STEP[1] == 0 and how in ("SIGTERM", "SIGINT"):
         os.kill(os.getpid(), getattr(signal, how))
     if STEP[1] == 0 and how == "error":
@@ -42,6 +45,7 @@ class Broken(Callback):
 @pytest.fixture
 def config(write_config: Write, tmp_path: Path) -> Iterator[str]:
     EVENTS.clear()
+    ASKED.clear()
     files = {"LearningCurves": "curves.png", "RunReport": "report.html"}
     callbacks = [{"class_path": name, "init_args": {"file": str(tmp_path / file)}} for name, file in files.items()]
     yield write_config(
@@ -115,3 +119,14 @@ def test_error_after_a_weight_was_changed_saves_nothing(config: str, tmp_path: P
     ended = end(config, "", 0, "--model.epochs_per_rollout", "2")
     assert "in the middle" in str(ended)
     assert not list((tmp_path / "runs").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("kind", ["memory", "folder"])
+def test_step_that_breaks_off_leaves_nothing_in_the_cache(config: str, tmp_path: Path, kind: str):
+    """Four batches of two prompts an epoch: both sides are scored in the first, the policy's alone in the second."""
+    cache = ["--model.reference_cache", "memory" if kind == "memory" else str(tmp_path / "cache")]
+    end(config, "SIGTERM", 3, *cache)
+    assert ASKED == [4, 4, 4], "the signal comes while the third batch is scored"
+    ASKED.clear()
+    main(["fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", "2", *cache])
+    assert ASKED == [4, 4, 2, 2, 2, 2]

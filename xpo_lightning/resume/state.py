@@ -90,7 +90,7 @@ class RunState:
             "validated": self.validated,
             "metrics": {name: float(value) for name, value in metrics.items()},
             "skipped": [self.guard.in_a_row, self.guard.skipped],
-            "weights": memory.weights(),
+            "weights": memory.shared(),
             "processes": gathered(own),
         }
 
