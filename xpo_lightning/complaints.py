@@ -1,5 +1,6 @@
 """Errors as a person at the command line sees them: one line, and the option that it is about."""
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from xpo_lightning.errors import InputError, input_error_in
 
 # Errors that these raise themselves, and nothing that they call, are about the options that they were given.
+REFUSALS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EIO),
+}
+"""What a file system says that is full, or closed to this user, or has no such place."""
 OPTIONS_OF = {"lightning": "trainer", "torch.optim": "model.optimizer or model.lr_scheduler"}
 
 
@@ -65,6 +71,11 @@ def explanation(error: BaseException) -> str | None:
     cause, key = input_error_in(error), _option_behind(error)
     if cause is not None:
         return str(cause)
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        what = "a file" if error.filename is None else f"'{error.filename}'"
+        return (
+            f"{what} could not be written or read: {error.strerror}; see that there is room and that the path is right"
+        )
     return f"{key}: {type(error).__name__}: {error}" if key else None
 
 

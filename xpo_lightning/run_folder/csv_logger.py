@@ -71,7 +71,8 @@ class MetricsFile(ExperimentWriter):
                 f"trainer.logger: ResumableCSVLogger writes to local folders, and '{log_dir}' is none; use "
                 f"lightning.pytorch.loggers.CSVLogger"
             )
-        super().__init__(log_dir)
+        with explaining_write_errors(Path(log_dir)):
+            super().__init__(log_dir)
         self.rows = 0
         self._path = Path(self.metrics_file_path)
         self._begun = False
