@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "sharding": {"errors"},
     "owner": set(),
     "atomic_files": {"errors", "owner"},
-    "run_folder": {"atomic_files", "errors", "guard"},
+    "run_folder": {"atomic_files", "errors", "guard", "owner"},
     "strategies": {"run_folder"},
     "complaints": {"errors"},
     "parsing": {"errors"},

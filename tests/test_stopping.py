@@ -2,7 +2,9 @@
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ import pytest
 import test_cli
 import torch
 from lightning.pytorch import Callback
-from test_cli import Write, letters
+from test_cli import Write, letters, refused
 
 from xpo_lightning.cli import main
+from xpo_lightning.owner import this_process
 
 pytestmark = pytest.mark.timeout(120)
 write_config, prompts_file = test_cli.write_config, test_cli.prompts_file
@@ -130,3 +133,29 @@ def test_step_that_breaks_off_leaves_nothing_in_the_cache(config: str, tmp_path:
     ASKED.clear()
     main(["fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", "2", *cache])
     assert ASKED == [4, 4, 2, 2, 2, 2]
+
+
+def test_run_does_not_go_on_in_the_folder_of_one_that_is_at_work(
+    write_config: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """But where that is gone, or on a machine that nobody here can look at."""
+    config = write_config(data__validation_size=0)
+    main(["fit", "--config", config])
+    lock = tmp_path / "runs" / "version_0" / ".run.lock"
+    assert not lock.exists()
+    with subprocess.Popen(["sleep", "60"]) as other:
+        status = Path(f"/proc/{other.pid}/stat").read_text()
+        at_work = replace(this_process(), pid=other.pid, started=int(status.rpartition(")")[2].split()[19]))
+        lock.write_text(str(at_work))
+        before = (lock.parent / "metrics.csv").read_bytes()
+        resume = ["fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", "2"]
+        line = refused(capsys, *resume)
+        assert f"the run in '{lock.parent}' is still at work, as process {other.pid} on {at_work.host}" in line
+        assert (lock.parent / "metrics.csv").read_bytes() == before
+        lock.write_text(str(replace(at_work, host="elsewhere")))
+        main(resume)
+        assert not lock.exists()
+        lock.write_text(str(at_work))
+        other.kill()
+        main([*resume[:-1], "3"])
+    assert not lock.exists()

@@ -43,9 +43,11 @@ class Owner:
         Args:
             path: What it was writing; tells of processes on other machines, by when it was last changed.
         """
-        if self.host != _host():
-            return is_old(path)
-        return self.started != _started(self.pid) or not _is_running(self.pid)
+        return not self.is_here() if self.host == _host() else is_old(path)
+
+    def is_here(self) -> bool:
+        """Tell whether the process runs on this machine."""
+        return self.host == _host() and self.started == _started(self.pid) and _is_running(self.pid)
 
 
 def this_process() -> Owner:
@@ -71,7 +73,8 @@ def _started(pid: int) -> int:
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return 0
-    return int(status.rpartition(")")[2].split()[19])
+    state, *others = status.rpartition(")")[2].split()
+    return -1 if state in "ZX" else int(others[18])  # One that has ended stays listed until somebody asks how.
 
 
 def _is_running(pid: int) -> bool:

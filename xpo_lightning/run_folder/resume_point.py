@@ -14,6 +14,7 @@ from xpo_lightning.atomic_files import clear_leftovers
 from xpo_lightning.errors import InputError
 from xpo_lightning.run_folder.checkpoint_io import ADVICE, check_safe, is_remote, read_checkpoint
 from xpo_lightning.run_folder.continued_run import VersionedLogger, continue_run, version_folder
+from xpo_lightning.run_folder.lock import FolderLock
 from xpo_lightning.run_folder.sharded_files import read_folder
 
 WORDS = ("best", "last", "hpc")
@@ -106,6 +107,7 @@ def resolve(verb: str, ckpt_path: str | None, trainer: Trainer) -> str | None:
         return None
     _say(f"the newest checkpoint is '{point.path}', of step {point.content['global_step']}")
     if verb == "fit":
+        FolderLock(point.path.parent.parent).check()
         continue_run(trainer, point.path)
     return str(point.path)
 
