@@ -22,10 +22,11 @@ from xpo_lightning.sqlite_file import opened
 
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT)",
-    "CREATE TABLE IF NOT EXISTS entries"
-    " (key BLOB PRIMARY KEY, ids BLOB, token_logps BLOB, ended INTEGER, text TEXT, score REAL)",
+    # Earlier versions had `entries`, without a digest.
+    "CREATE TABLE IF NOT EXISTS kept"
+    " (key BLOB PRIMARY KEY, ids BLOB, token_logps BLOB, ended INTEGER, text TEXT, score REAL, digest TEXT)",
 )
-_INSERT = "INSERT OR IGNORE INTO entries VALUES (?, ?, ?, ?, ?, ?)"
+_INSERT = "INSERT OR IGNORE INTO kept VALUES (?, ?, ?, ?, ?, ?, ?)"
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,10 @@ class _File:
                 connection.execute(table)
             connection.execute("INSERT OR IGNORE INTO meta VALUES ('identity', ?)", (current,))
             (saved,) = connection.execute("SELECT value FROM meta WHERE name = 'identity'").fetchone()
-        differing = differences(json.loads(saved), json.loads(current))
+        try:
+            differing = differences(json.loads(saved), json.loads(current))
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise _unusable(self.path, error) from error
         if differing:
             raise InputError(
                 f"model.reference_cache: the cache in '{folder}' was made with another {', '.join(differing)}; "
@@ -208,21 +212,24 @@ class _File:
     def _take_over(self, other: Path, identity: str) -> None:
         """Copy what another process has kept, of a run of more processes or fewer, unless it was made otherwise."""
         with opened(other, lambda error: _unusable(other, error)) as source:
-            if source.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'").fetchone() is None:
+            if source.execute("SELECT 1 FROM sqlite_master WHERE name = 'kept'").fetchone() is None:
                 return  # Its process is about to begin it.
             if source.execute("SELECT value FROM meta WHERE name = 'identity'").fetchone() != (identity,):
                 return
             with self._open() as connection:
-                known = set(connection.execute("SELECT key FROM entries"))
-                missing = [key for key in source.execute("SELECT key FROM entries") if key not in known]
-                rows = (source.execute("SELECT * FROM entries WHERE key = ?", key).fetchone() for key in missing)
+                known = set(connection.execute("SELECT key FROM kept"))
+                missing = [key for key in source.execute("SELECT key FROM kept") if key not in known]
+                rows = (source.execute("SELECT * FROM kept WHERE key = ?", key).fetchone() for key in missing)
                 connection.executemany(_INSERT, rows)
 
     def get(self, keys: Sequence[bytes]) -> list[Entry | None]:
-        select = "SELECT ids, token_logps, ended, text, score FROM entries WHERE key = ?"
+        select = "SELECT * FROM kept WHERE key = ?"
         with self._open() as connection:
             rows = [connection.execute(select, (key,)).fetchone() for key in keys]
-        return [None if row is None else _entry(*row) for row in rows]
+        for row in rows:
+            if row is not None and _digest(*row[:-1]) != row[-1]:
+                raise _unusable(self.path, ValueError("an entry is damaged"))
+        return [None if row is None else _entry(*row[1:-1]) for row in rows]
 
     def put(self, entries: dict[bytes, Entry]) -> None:
         rows = [
@@ -237,11 +244,11 @@ class _File:
             for key, entry in entries.items()
         ]
         with self._open() as connection:
-            connection.executemany(_INSERT, rows)
+            connection.executemany(_INSERT, [(*row, _digest(*row)) for row in rows])
 
     def state(self) -> dict[str, Any]:
         with self._open() as connection:
-            (last,) = connection.execute("SELECT COALESCE(MAX(rowid), 0) FROM entries").fetchone()
+            (last,) = connection.execute("SELECT COALESCE(MAX(rowid), 0) FROM kept").fetchone()
         return {"last": last}
 
     def shared_state(self) -> dict[str, Any]:
@@ -250,7 +257,7 @@ class _File:
     def load_state(self, state: dict[str, Any]) -> None:
         if "last" in state:
             with self._open() as connection:
-                connection.execute("DELETE FROM entries WHERE rowid > ?", (state["last"],))
+                connection.execute("DELETE FROM kept WHERE rowid > ?", (state["last"],))
 
     def _open(self) -> AbstractContextManager[sqlite3.Connection]:
         return opened(self.path, lambda error: _unusable(self.path, error))
@@ -258,6 +265,11 @@ class _File:
 
 def _unusable(path: Path, error: Exception) -> InputError:
     return InputError(f"model.reference_cache: '{path}' cannot be used ({error}); delete it, or give another folder")
+
+
+def _digest(key: Any, ids: Any, token_logps: Any, ended: Any, text: Any, score: Any) -> str:
+    """Hash an entry as the file has it."""
+    return hashlib.sha256(repr((key, ids, token_logps, int(bool(ended)), text, score)).encode()).hexdigest()
 
 
 def _entry(ids: bytes, token_logps: bytes, ended: int, text: str, score: float) -> Entry:

@@ -103,6 +103,8 @@ class FileStore(PairStore):
             )
             wanted = "SELECT prompt, completion FROM pairs WHERE number >= ? ORDER BY number"
             self.sizes = connection.execute(wanted, (begin,)).fetchall()
+        if not all(isinstance(size, int) and size >= 0 for pair in self.sizes for size in pair):
+            raise self._unusable(ValueError("the size of a pair is damaged"))
 
     def copied(self, path: Path) -> "FileStore":
         """Copy all lines into another file, which appears once it is whole, and return that."""
@@ -118,10 +120,12 @@ class FileStore(PairStore):
     def get(self, numbers: Sequence[int]) -> list[str]:
         """See `PairStore.get`."""
         with self._open() as connection:
-            found = (
-                connection.execute("SELECT line FROM pairs WHERE number = ?", (one,)).fetchone() for one in numbers
-            )
-            return [line for (line,) in found]
+            select = "SELECT line FROM pairs WHERE number = ?"
+            found = [connection.execute(select, (one,)).fetchone() for one in numbers]
+        lines = [row[0] for row in found if row is not None and isinstance(row[0], str)]
+        if len(lines) < len(numbers):
+            raise self._unusable(ValueError("a pair is missing or damaged"))
+        return lines
 
     def _write(self, number: int, lines: Sequence[str], sizes: Sizes) -> None:
         rows = [(number + row, *sizes[row], line) for row, line in enumerate(lines)]

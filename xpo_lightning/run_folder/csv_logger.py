@@ -114,8 +114,15 @@ class MetricsFile(ExperimentWriter):
     def _read(self) -> list[dict[str, str]]:
         if not self._path.exists():
             return []
-        with self._path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        try:
+            with self._path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise InputError(
+                f"'{self._path}' is damaged ({error}); move it away, and the run begins another"
+            ) from error
+        # Rows that are too long or too short, as a killed process leaves them, lose what has no column, and no more.
+        return [{name: cell for name, cell in row.items() if name is not None and cell is not None} for row in rows]
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Put a file with these rows, and the columns that they use, in the place of the present one."""
