@@ -1,9 +1,11 @@
 """Kills a run again and again, resumes it each time, and compares its end with that of a run that was never stopped.
 
     python tests/interruptions.py --kills 25 --processes 1
+    python tests/interruptions.py --kills 25 --folders
 
 Each run is a child that is forked from a process with everything imported, so that a kill costs a second, not ten.
-Kills come at random moments, every third one in the middle of writing a checkpoint.
+Kills come at random moments, every second one in the middle of writing: a checkpoint (with `--folders`, one of FSDP2),
+an export, a report, metrics, completions, or what a run says at its start.
 """
 
 import argparse
@@ -11,12 +13,13 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,11 +27,16 @@ from typing import Any
 
 import torch
 import yaml
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import PreTrainedTokenizerBase
 
 from xpo_lightning.cli import main
 from xpo_lightning.phases import PhaseTimer
 
-WRITES_OF_A_CHECKPOINT = 12
+WRITES_OF_A_STEP = 25
+"""About how often a step with all its files asks for bytes to be synced, or renames or removes what is complete."""
+WRITTEN = ("metrics.csv", "completions.jsonl", "report.html", "start.json", "last.ckpt", "an export")
+FOLDERS = {"class_path": "FSDP2Strategy", "init_args": {"save_distributed_checkpoint": True}}
 
 
 def letters(prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]) -> list[float]:
@@ -36,11 +44,13 @@ def letters(prompts: list[Any], completions: list[str], columns: dict[str, list[
     return [len(text) + 0.01 * text.count("e") + random.random() for text in completions]
 
 
-def write_config(folder: Path, model: str, processes: int) -> Path:
-    """Write the config of a run of 2 epochs, with LoRA, dropout, validation, and a checkpoint at each step."""
+def write_config(folder: Path, model: str, processes: int, folders: bool = False) -> Path:
+    """Write the config of a run of 2 epochs with LoRA, dropout, a cache, validation, and a checkpoint at each step."""
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"the cat sat on mat {n}"}) + "\n" for n in range(16)))
-    several = {"strategy": "ddp_fork", "devices": processes} if processes > 1 else {"devices": 1}
+    several: dict[str, Any] = {"strategy": FOLDERS if folders else "auto", "devices": 1}
+    if processes > 1:
+        several = {"strategy": "ddp_fork", "devices": processes}
     config = {
         "seed_everything": 1,
         "model": {
@@ -50,6 +60,7 @@ def write_config(folder: Path, model: str, processes: int) -> Path:
             "sampling": {"max_new_tokens": 5},
             "learning_rate": 1e-2,
             "warmup_ratio": 0.2,
+            "reference_cache": "memory",
         },
         "data": {"source": str(prompts), "validation_size": 4, "batch_size": 4 // processes},
         "trainer": {
@@ -65,6 +76,9 @@ def write_config(folder: Path, model: str, processes: int) -> Path:
             "logger": {"class_path": "ResumableCSVLogger", "init_args": {"save_dir": str(folder / "runs"), "name": ""}},
             "callbacks": [
                 {"class_path": "CompletionsTable", "init_args": {"terminal": False}},
+                {"class_path": "RunSummary"},
+                {"class_path": "RunReport"},
+                {"class_path": "PolicyExport", "init_args": {"at": "validation"}},
                 {"class_path": "RunCheckpoint", "init_args": {"every_n_train_steps": 1, "save_last": True}},
             ],
         },
@@ -74,20 +88,94 @@ def write_config(folder: Path, model: str, processes: int) -> Path:
     return file
 
 
-def die_while_writing(after: int) -> None:
-    """Have this process killed at one of the calls that write a checkpoint."""
+def die() -> None:
+    """Kill this process and those that it has started."""
+    os.killpg(0, signal.SIGKILL)
+
+
+def die_between_writes(after: int) -> None:
+    """Have this process killed at one of the calls by which something that is complete comes to its place."""
     left = [after]
 
     def deadly(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **options: Any) -> Any:
             left[0] -= 1
             if left[0] == 0:
-                os.killpg(0, signal.SIGKILL)
+                die()
             return call(*args, **options)
 
         return wrapped
 
-    os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+    os.fsync, os.replace, os.rename = deadly(os.fsync), deadly(os.replace), deadly(os.rename)
+    shutil.rmtree = deadly(shutil.rmtree)  # type: ignore[assignment]
+
+
+def die_in(name: str, after: int) -> None:
+    """Have this process killed when it has written a half of what it writes into a file for the n-th time."""
+    left, opened = [after], Path.open
+
+    def opening(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        file = opened(path, mode, *args, **options)
+        if mode[0] not in "wa" or name not in str(path):
+            return file
+        write = file.write
+
+        def half(data: Any) -> int:
+            left[0] -= 1
+            if left[0] > 0:
+                return int(write(data))
+            write(data[: len(data) // 2])
+            file.flush()
+            die()
+            return 0
+
+        return Killing(file, half)
+
+    Path.open = opening  # type: ignore[method-assign,assignment]
+
+
+class Killing:
+    """A file whose bytes go through a function."""
+
+    def __init__(self, file: Any, write: Callable[[Any], int]) -> None:
+        self.file, self.write = file, write
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> "Killing":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
+    def writelines(self, lines: Iterable[Any]) -> None:
+        """Write one after the other."""
+        for line in lines:
+            self.write(line)
+
+
+def die_in_export(after: int) -> None:
+    """Have this process killed in an export, when the weights are written and the tokenizer is not."""
+    left, save = [after], PreTrainedTokenizerBase.save_pretrained
+
+    def saving(*args: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            die()
+        return save(*args, **options)
+
+    PreTrainedTokenizerBase.save_pretrained = saving
+
+
+def some_way_to_die(generator: random.Random) -> Callable[[], None]:
+    """Choose one in the middle of writing."""
+    name = generator.choice((*WRITTEN, "anything", "anything"))
+    if name == "anything":
+        return partial(die_between_writes, generator.randint(1, 2 * WRITES_OF_A_STEP))
+    if name == "an export":
+        return partial(die_in_export, generator.randint(1, 2))
+    return partial(die_in, name, generator.randint(1, 3))
 
 
 def start(config: Path, log: Path, prepare: Callable[[], None] = lambda: None) -> int:
@@ -135,11 +223,22 @@ def kill_group(leader: int) -> None:
         return
 
 
+def content_of(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, a file or a folder, in the form of a file."""
+    if path.is_file():
+        content: dict[str, Any] = torch.load(path, weights_only=True)
+        return content
+    with tempfile.NamedTemporaryFile() as file:
+        dcp_to_torch_save(path, file.name)
+        spread = torch.load(file.name, weights_only=True)
+    return {**torch.load(path / "meta.pt", weights_only=True), **spread, "optimizer_states": [spread["optimizer_0"]]}
+
+
 def digest(folder: Path) -> dict[str, str]:
     """Hash what a run has left: the last state of weights, optimizer and schedule, its metrics and its completions."""
     # A run that was killed before its first checkpoint has left a folder that nothing goes on from.
     version = max((folder / "runs").glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
-    last = torch.load(version / "checkpoints" / "last.ckpt", weights_only=True)
+    last = content_of(version / "checkpoints" / "last.ckpt")
     total = hashlib.sha256()
     for name, value in last["state_dict"].items():
         total.update(name.encode() + value.numpy().tobytes())
@@ -149,17 +248,20 @@ def digest(folder: Path) -> dict[str, str]:
     total.update(
         repr((last["lr_schedulers"], last["global_step"], last["optimizer_states"][0]["param_groups"])).encode()
     )
-    parts = sorted(path.name for path in version.rglob("*.part"))
+    parts = [*version.rglob("*.part"), *version.rglob("*.old"), *version.rglob(".run.lock")]
+    report = (version / "report.html").read_text()
     return {
         "state": total.hexdigest(),
         "metrics.csv": (version / "metrics.csv").read_text(),
         "completions.jsonl": (version / "completions.jsonl").read_text(),
-        "parts left": repr(parts),
+        "export": hashlib.sha256((version / "policy" / "model.safetensors").read_bytes()).hexdigest(),
+        "report": f"{report[:15]} {report.strip()[-7:]}",
+        "parts left": repr(sorted(path.name for path in parts)),
     }
 
 
 def sweep(
-    folder: Path, model: str, kills: int, processes: int, seed: int = 0
+    folder: Path, model: str, kills: int, processes: int, seed: int = 0, folders: bool = False
 ) -> tuple[int, dict[str, str], dict[str, str]]:
     """Run once to the end, and once with kills.
 
@@ -169,19 +271,17 @@ def sweep(
     whole, broken = folder / "whole", folder / "broken"
     for part in (whole, broken):
         part.mkdir(parents=True)
-    config = write_config(whole, model, processes)
+    config = write_config(whole, model, processes, folders)
     begun = time.monotonic()
     if finish(start(config, whole / "log")) != 0:
         raise RuntimeError((whole / "log").read_text())
     took = time.monotonic() - begun
-    config, generator, hits = write_config(broken, model, processes), random.Random(seed), 0
+    config, generator, hits = write_config(broken, model, processes, folders), random.Random(seed), 0
     for number in range(10 * kills):
         if hits == kills:
             break
-        in_write = number % 3 == 2
-        if in_write:
-            deadly = partial(die_while_writing, generator.randint(1, WRITES_OF_A_CHECKPOINT))
-            status = finish(start(config, broken / "log", deadly))
+        if number % 2:
+            status = finish(start(config, broken / "log", some_way_to_die(generator)))
         else:
             status = finish(start(config, broken / "log"), limit=generator.uniform(0.1, 0.6) * took)
         if status == 0:  # It got to its end; begin anew.
@@ -190,7 +290,7 @@ def sweep(
                 return hits, expected, found
             os.rename(broken, folder / f"done{number}")
             broken.mkdir()
-            config = write_config(broken, model, processes)
+            config = write_config(broken, model, processes, folders)
         elif status == -signal.SIGKILL:
             hits += 1
         else:
@@ -260,6 +360,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=25, help="kills that have to hit a run")
     parser.add_argument("--processes", type=int, default=1, help="processes of a run")
+    parser.add_argument("--folders", action="store_true", help="spread weights over processes, and save folders")
     parser.add_argument("--seed", type=int, default=0, help="decides when the kills come")
     parser.add_argument("--signals", action="store_true", help="stop runs by signals too, and print a JSON report")
     return parser.parse_args()
@@ -276,7 +377,8 @@ if __name__ == "__main__":
         torch.manual_seed(1)
         AutoModelForCausalLM.from_config(CONFIGS["llama"]()).save_pretrained(f"{work}/model")
         make_tokenizer().save_pretrained(f"{work}/model")
-        hits, expected, found = sweep(Path(work), f"{work}/model", arguments.kills, arguments.processes, arguments.seed)
+        of_run = (arguments.kills, arguments.processes, arguments.seed, arguments.folders)
+        hits, expected, found = sweep(Path(work), f"{work}/model", *of_run)
         same = expected == found
         for name in expected:
             if expected[name] != found[name]:

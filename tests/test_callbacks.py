@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from xpo_lightning import LoadedModel, LoRASpec, ModelSpec, PromptDataModule, Sampling, XPOLightningModule
 from xpo_lightning import callbacks as all_callbacks
+from xpo_lightning.atomic_files import replacing_folder
 from xpo_lightning.batch import Experience
 from xpo_lightning.callbacks import (
     Baseline,
@@ -42,7 +43,6 @@ from xpo_lightning.callbacks import (
     save_policy,
 )
 from xpo_lightning.callbacks import completions as completions_room
-from xpo_lightning.callbacks import policy_folder as export_room
 from xpo_lightning.callbacks import progress as progress_room
 from xpo_lightning.errors import InputError
 from xpo_lightning.guard.guarding import StopAsked
@@ -404,7 +404,7 @@ def test_export_replaces_an_old_one_only_when_complete(tmp_path: Path, monkeypat
     save_policy(old, tokenizer, folder, True, "old")
     with monkeypatch.context() as patch:
         patch.setattr(type(tokenizer), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(InputError, match="policy' could not be written: disk full"):
             save_policy(new, tokenizer, folder, True, "new")
     assert (folder / "README.md").read_text() == "old"
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(folder)), logits_of(old))
@@ -417,16 +417,17 @@ def test_export_replaces_an_old_one_only_when_complete(tmp_path: Path, monkeypat
 
 def test_export_survives_a_process_that_died_while_swapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def rename(path: Path, target: Path) -> Path:
-        if path.name == ".policy.new":
+        if path.name.endswith(".part"):
             raise OSError("killed")
         return path.replace(target)
 
     save_policy(build_model(), build_tokenizer(), tmp_path / "policy", True, "old")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename)
-        with pytest.raises(OSError, match="killed"):
+        with pytest.raises(InputError, match="killed"):
             save_policy(build_model(), build_tokenizer(), tmp_path / "policy", True, "new")
-    with pytest.raises(OSError, match="disk full"), export_room.replacing(tmp_path / "policy"):
+    refused = pytest.raises(InputError, match="policy' could not be written: disk full")
+    with refused, replacing_folder(tmp_path / "policy"):
         raise OSError("disk full")
     assert (tmp_path / "policy" / "README.md").read_text() == "old"
 

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from test_cli import Write, refused, rows_of
 
 from xpo_lightning.cli import XPOCLI, main
 from xpo_lightning.errors import InputError
+from xpo_lightning.owner import this_process
 from xpo_lightning.run_folder.checkpoint_io import CrashSafeCheckpointIO, read_checkpoint
 from xpo_lightning.run_folder.resume_point import Place, newest_checkpoint
 
 write_config, prompts_file = test_cli.write_config, test_cli.prompts_file
+GONE = replace(this_process(), started=1)
+"""A process that had the number of this one."""
 CSV_LOGGER, TENSORBOARD = "lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.loggers.TensorBoardLogger"
 EVERY_STEP = {
     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
@@ -122,7 +126,7 @@ def checkpoint(value):
     return {"state_dict": {str(n): torch.full((300_000,), float(value)) for n in range(4)}}
 
 torch.set_num_threads(1)
-target, part = Path(sys.argv[1]), Path(sys.argv[1]).with_name(".last.ckpt.part")
+target = Path(sys.argv[1])
 CrashSafeCheckpointIO().save_checkpoint(checkpoint(0), target)
 random.seed(0)
 parts = 0
@@ -136,7 +140,7 @@ for number in range(15):
     time.sleep(random.uniform(0.01, 0.06))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    parts += part.exists()
+    parts += bool(list(target.parent.glob(".last.ckpt.*.part")))
     state = read_checkpoint(target)["state_dict"]
     assert len({float(value) for tensor in state.values() for value in (tensor.min(), tensor.max())}) == 1
 CrashSafeCheckpointIO().save_checkpoint(checkpoint(1), target)
@@ -156,11 +160,50 @@ def test_checkpoint_when_the_process_is_killed_while_saving_then_is_whole(tmp_pa
 
 
 def test_parts_of_killed_processes_are_removed_at_the_first_save(tmp_path: Path):
-    for name in (".last.ckpt.part", ".step=3.ckpt.part", ".other.part"):
+    """Those of a process that runs stay, as do those of another machine that were written just now."""
+    gone, here = GONE, this_process()
+    elsewhere = replace(here, host="elsewhere")
+    kept = [f".d.ckpt.{here}.part", f".b.ckpt.{elsewhere}.part", f".c.other.{gone}.part"]
+    old = [f".a.ckpt.{elsewhere}.part", ".last.ckpt.part"]
+    for name in (*kept, *old, f".last.ckpt.{gone}.part", f".step=3.ckpt.{gone}.part"):
         (tmp_path / name).write_text("half")
+    for name in old:
+        os.utime(tmp_path / name, (0, 0))
     plugin = CrashSafeCheckpointIO()
     plugin.save_checkpoint(checkpoint_of(1.0), tmp_path / "a.ckpt")
-    assert names_in(tmp_path) == [".other.part", "a.ckpt"]
+    assert names_in(tmp_path) == sorted([*kept, "a.ckpt"])
+
+
+SAVING = """
+import collections, sys
+import xpo_lightning.run_folder.checkpoint_io as room
+
+class Slow:
+    def __reduce__(self):
+        print("saving", flush=True)
+        sys.stdin.readline()
+        return collections.OrderedDict, ()
+
+room.CrashSafeCheckpointIO().save_checkpoint({"state_dict": {}, "slow": Slow()}, sys.argv[1])
+"""
+
+
+@pytest.mark.timeout(60)
+def test_runs_beside_each_other_leave_each_others_saves_alone(write_config: Write, tmp_path: Path):
+    """One is in the middle of a save while another looks for what to go on from, and saves."""
+    config, folder = write_config(data__validation_size=0), tmp_path / "runs/version_0/checkpoints"
+    main(["fit", "--config", config])
+    command = [sys.executable, "-c", SAVING, str(folder / "last.ckpt")]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdin is not None
+    assert other.stdout is not None
+    assert other.stdout.readline() == "saving\n"
+    main(["fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", "2"])
+    CrashSafeCheckpointIO().save_checkpoint(checkpoint_of(1.0), folder / "last.ckpt")
+    other.stdin.write("\n")
+    other.stdin.close()
+    assert other.wait() == 0
+    assert read_checkpoint(folder / "last.ckpt")["slow"] == {}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -426,19 +469,16 @@ def test_run_without_a_checkpoint_yet_starts_from_its_beginning_and_nothing_else
     assert [row["step"] for row in rows_of(tmp_path / "runs/version_0/metrics.csv") if "loss/dpo" in row] == [1, 2]
 
 
-def test_last_of_validate_is_the_trained_policy_in_a_folder_of_its_own_and_parts_stay(
-    write_config: Write, tmp_path: Path
-):
+def test_last_of_validate_is_the_trained_policy_in_a_folder_of_its_own(write_config: Write, tmp_path: Path):
     config = write_config(model__learning_rate=0.03)
     main(["fit", "--config", config])
-    part = tmp_path / "runs/version_0/checkpoints/.last.ckpt.part"
-    part.write_text("another process may be writing it")
+    parts = [tmp_path / f"runs/version_0/checkpoints/.last.ckpt.{one}.part" for one in (this_process(), GONE)]
+    for part in parts:
+        part.write_text("half")
     main(["validate", "--config", config, "--ckpt_path", "last"])
     (row,) = rows_of(tmp_path / "runs/version_1/metrics.csv")
     assert abs(row["eval/objective/kl"]) > 1e-3
-    assert part.exists()
-    main(["fit", "--config", config, "--ckpt_path", "last"])  # Nothing is left to do, so nothing is saved.
-    assert not part.exists()
+    assert [part.exists() for part in parts] == [True, False], "that of a process that is gone goes"
 
 
 def test_checkpoint_of_weights_alone_is_validated_but_not_trained_on(

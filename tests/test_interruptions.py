@@ -23,6 +23,10 @@ def test_killed_runs_of_two_processes_end_the_same():
     assert output_of("--kills", "5", "--processes", "2")[-1] == "5 kills, 2 process(es): the same end"
 
 
+def test_killed_runs_that_save_folders_end_the_same():
+    assert output_of("--kills", "5", "--folders")[-1] == "5 kills, 1 process(es): the same end"
+
+
 def test_runs_that_are_killed_or_stopped_by_signals_end_the_same():
     *_, kills, report = output_of("--kills", "5", "--signals")
     assert kills == "5 kills, 1 process(es): the same end"

@@ -83,7 +83,7 @@ def files(folder: Path) -> list[str]:
 
 def entries(folder: Path) -> int:
     with closing(sqlite3.connect(folder / "reference-0.sqlite")) as connection:
-        return int(connection.execute("SELECT count(*) FROM entries").fetchone()[0])
+        return int(connection.execute("SELECT count(*) FROM kept").fetchone()[0])
 
 
 def where(kind: str, tmp_path: Path) -> str:

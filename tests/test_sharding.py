@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_checkpoint_folders import Evil, sign
 from test_processes import Begin, begin, ended, metrics, weights
 from transformers import AutoModelForCausalLM
 
@@ -79,25 +80,17 @@ def test_distributed_checkpoints_resume_exactly_and_damaged_ones_are_passed_over
     assert metrics(tmp_path / "run") == before, "bit for bit"
 
 
-class Evil:
-    """Runs code when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.marker,)
-
-
 def test_a_distributed_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path: Path):
     torch.save({"global_step": 1}, tmp_path / "meta.pt")
     marker = tmp_path / "ran"
     for content, message in ((pickle.dumps(Evil(marker)), "could run code"), (b"garbage", "is damaged")):
         (tmp_path / ".metadata").write_bytes(content)
+        sign(tmp_path)
         with pytest.raises(InputError, match=message):
             read_folder(tmp_path)
     assert not marker.exists()
     torch.save({"x": Evil(marker)}, tmp_path / "meta.pt")
+    sign(tmp_path)
     with pytest.raises(InputError, match="could run code"):
         read_folder(tmp_path)
     assert not marker.exists()

@@ -444,6 +444,43 @@ def test_passing_failures_are_tried_again(serve: Serve, engine: Engine, policy: 
     assert all(torch.equal(one.ids, other.ids) for one, other in zip(expected, given, strict=True))
 
 
+@pytest.mark.timeout(60)
+def test_server_that_is_started_anew_is_brought_up_to_date(serve: Serve, engine: Engine, policy: Any) -> None:
+    """It has lost the adapter of a policy that has not changed since; while it is down it answers nobody."""
+    server = serve()
+    rollout = begun(engine(server), policy)
+    before = both(rollout)
+    server.adapters.clear()
+    rollout.sync(policy)
+    again = both(rollout)
+    assert all(torch.equal(one.ids, other.ids) for one, other in zip(before, again, strict=True))
+    (name,) = server.adapters
+    assert [load["lora_name"] for load in server.asked("/v1/load_lora_adapter")[-2:]] == [name] * 2
+    server.adapters.clear()
+    server.version = "0.12.0"
+    with pytest.raises(InputError, match=r"the server runs vLLM '0\.12\.0'"):
+        both(rollout)
+
+
+@pytest.mark.timeout(60)
+def test_redirect_of_a_hostile_server_is_not_read(serve: Serve, engine: Engine) -> None:
+    server, sent = serve(), [0]
+
+    def redirect(request: Handler, number: int) -> bool:
+        request.wfile.write(b"HTTP/1.1 302 Found\r\nLocation: http://elsewhere/\r\nContent-Length: 1073741824\r\n\r\n")
+        try:
+            while sent[0] < 2**30:
+                sent[0] += request.wfile.write(bytes(2**20))
+        except OSError:
+            request.close_connection = True
+        return True
+
+    server.misbehave = redirect
+    with pytest.raises(InputError, match=r"/version answered 302, a redirect to 'http://elsewhere/', and"):
+        begun(engine(server)).context_length()
+    assert sent[0] < 2**26
+
+
 def test_run_that_is_asked_to_stop_does_not_wait_for_the_server(serve: Serve, engine: Engine, policy: Any) -> None:
     server = serve()
     rollout = begun(engine(server), policy)

@@ -31,6 +31,7 @@ from xpo_lightning.parsing import OneLineErrors
 from xpo_lightning.recipes import with_config_files
 from xpo_lightning.run_folder import resume_point
 from xpo_lightning.run_folder.checkpoint_io import CrashSafeCheckpointIO
+from xpo_lightning.run_folder.config_file import ConfigFile
 from xpo_lightning.run_folder.continued_run import make_resumable
 from xpo_lightning.verbs import dispatch
 
@@ -75,6 +76,7 @@ class XPOCLI(LightningCLI):
             trainer_class=CheckingTrainer,
             args=args,
             auto_configure_optimizers=False,
+            save_config_callback=ConfigFile,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             parser_class=XPOParser,

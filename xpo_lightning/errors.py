@@ -51,9 +51,13 @@ def stop(message: str) -> NoReturn:
 
 def write_line(message: str) -> None:
     """Write an error in one line."""
-    line = " ".join(message.split())
-    line = line if len(line) <= LONGEST else f"{line[: LONGEST - 300]} ... {line[-290:]}"
-    sys.stderr.write(f"xpo: error: {line}\n")
+    sys.stderr.write(f"xpo: error: {one_line(message)}\n")
+
+
+def one_line(message: object) -> str:
+    """Show a message on one line, a long one without its middle."""
+    line = " ".join(str(message).split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 300]} ... {line[-290:]}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -34,10 +34,12 @@ class Memory:
         Args:
             batches: Batches that the run has finished.
             policy: The policy, as it is now.
-            taken: Whether an optimizer step was taken on it; the pairs of one that was left out are not kept.
+            taken: Whether an optimizer step was taken on it; what came of one that was left out is not kept.
         """
         if self.buffer is not None and taken:
             self.buffer.settle()
+        if self.cache is not None:
+            self.cache.settle(keep=taken)
         self.sampler.after_batch(batches, policy)
         self.reference.after_batch(batches)
 
@@ -48,22 +50,26 @@ class Memory:
             "buffer": None if self.buffer is None else self.buffer.state(),
         }
 
-    def weights(self) -> dict[str, Any]:
-        """Return the weights of earlier policies, which are the same in every process."""
+    def shared(self) -> dict[str, Any]:
+        """Return what is the same in every process, as the weights of earlier policies: plain values and tensors."""
         refreshed = self.reference.refreshed
-        return {"sampler": self.sampler.state(), "reference": None if refreshed is None else refreshed.state()}
+        return {
+            "sampler": self.sampler.state(),
+            "reference": None if refreshed is None else refreshed.state(),
+            "cache": {} if self.cache is None else self.cache.shared_state(),
+        }
 
-    def load(self, own: dict[str, Any], weights: dict[str, Any]) -> None:
-        """Go back to what `of_process` and `weights` returned.
+    def load(self, own: dict[str, Any], shared: dict[str, Any]) -> None:
+        """Go back to what `of_process` and `shared` returned.
 
         Raises:
             InputError: Something that is needed is not there, or cannot be gone on with.
         """
         if self.cache is not None and own["cache"] is not None:
-            self.cache.load_state(own["cache"])
+            self.cache.load_state({**own["cache"], **shared.get("cache", {})})
         for option, there, now in (
             ("model.buffer", own["buffer"], self.buffer),
-            ("model.reference_refresh", weights["reference"], self.reference.refreshed),
+            ("model.reference_refresh", shared["reference"], self.reference.refreshed),
         ):
             if (there is None) != (now is None):
                 raise InputError(
@@ -72,6 +78,6 @@ class Memory:
                 )
         if self.buffer is not None:
             self.buffer.load_state(own["buffer"])
-        self.sampler.load_state(weights["sampler"])
+        self.sampler.load_state(shared["sampler"])
         if self.reference.refreshed is not None:
-            self.reference.refreshed.load_state(weights["reference"], "model.reference_refresh")
+            self.reference.refreshed.load_state(shared["reference"], "model.reference_refresh")

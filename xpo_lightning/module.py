@@ -91,9 +91,9 @@ class XPOLightningModule(PreferenceSteps):
         rollout: Has a server write the completions, see `docs/vllm.md`; null samples in this process.
         reference_cache: Keeps the reference's completion of each training prompt, its log-probabilities and its score,
             and uses them again in later epochs, so that every epoch compares with the same completion of a prompt:
-            `memory`, empty again after a resume; or a folder, which later runs of the same reference, sampling and
-            reward use as well, whatever their seed. Each process keeps its own. null samples anew each time, and
-            validation and prediction always do.
+            `memory`, which a resumed run has from its checkpoint; or a folder, which later runs of the same reference,
+            sampling and reward use as well, whatever their seed. All processes of a run know what each of them has
+            kept. null samples anew each time, and validation and prediction always do.
         reference_refresh: Lets the reference follow the policy; null keeps it frozen, as in Algorithm 1.
         buffer: Keeps pairs for later updates, as Algorithm 1 does (step 5); null forgets them with their batch.
         updates_per_rollout: Optimizer steps that share one pass over a batch's pairs, or all that the buffer keeps.

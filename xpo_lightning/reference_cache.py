@@ -14,15 +14,19 @@ from torch import Tensor
 
 from xpo_lightning.batch import Completions, Prompts
 from xpo_lightning.errors import InputError
+from xpo_lightning.guard.guarding import Guard
+from xpo_lightning.guard.processes import gathered
 from xpo_lightning.identity import as_json, differences
 from xpo_lightning.rollout.local import gather
 from xpo_lightning.sqlite_file import opened
 
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT)",
-    "CREATE TABLE IF NOT EXISTS entries"
-    " (key BLOB PRIMARY KEY, ids BLOB, token_logps BLOB, ended INTEGER, text TEXT, score REAL)",
+    # Earlier versions had `entries`, without a digest.
+    "CREATE TABLE IF NOT EXISTS kept"
+    " (key BLOB PRIMARY KEY, ids BLOB, token_logps BLOB, ended INTEGER, text TEXT, score REAL, digest TEXT)",
 )
+_INSERT = "INSERT OR IGNORE INTO kept VALUES (?, ?, ?, ?, ?, ?, ?)"
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,9 @@ class Entry:
 class ReferenceCache:
     """Keeps one completion of the reference for each prompt.
 
-    A prompt is known by its token ids, its raw form and its other columns, which reach the reward. In a folder each
-    process has a file of its own, `reference-<rank>.sqlite`; a run that is killed leaves it whole.
+    A prompt is known by its token ids, its raw form and its other columns, which reach the reward. What is new counts
+    once its batch is finished, and all processes have it then: the next epoch gives prompts to other processes. In a
+    folder each has a file of its own, `reference-<rank>.sqlite`; a run that is killed leaves it whole.
 
     Args:
         where: "memory", or a folder, which is made if there is none.
@@ -63,13 +68,14 @@ class ReferenceCache:
         if not where:
             raise InputError("model.reference_cache must be 'memory', a folder or null, but is empty")
         self._store = _Memory() if where == "memory" else _File(Path(where), identity, rank)
+        self._pending: dict[bytes, Entry] = {}
 
     def get(self, prompts: Prompts) -> list[Entry | None]:
         """Return the entry of each prompt, None where there is none. Length B."""
         return self._store.get(_keys(prompts))
 
     def put(self, prompts: Prompts, completions: Completions, scores: Tensor) -> None:
-        """Keep the completions of B prompts; a prompt that has an entry already keeps that one.
+        """Keep the completions of B prompts once the batch is finished; a prompt that has an entry keeps that one.
 
         Args:
             prompts: B prompts.
@@ -77,19 +83,37 @@ class ReferenceCache:
             scores: The reward's scores, before any missing-EOS penalty. (B,)
         """
         on_cpu, flags, numbers = completions.to("cpu"), completions.ended.tolist(), scores.tolist()
-        entries: dict[bytes, Entry] = {}
         for row, key in enumerate(_keys(prompts)):
             real = on_cpu.mask[row]
             ids, logps = on_cpu.ids[row][real], on_cpu.token_logps[row][real]
-            entries.setdefault(key, Entry(ids, logps, flags[row], completions.texts[row], numbers[row]))
-        self._store.put(entries)
+            entry = Entry(ids, logps, flags[row], completions.texts[row], numbers[row])
+            self._pending.setdefault(key, entry)
+
+    def settle(self, *, keep: bool) -> None:
+        """Note that a batch is finished; all processes must call it.
+
+        Args:
+            keep: Whether what is new counts; otherwise it is forgotten.
+
+        Raises:
+            InputError: A process cannot write it.
+        """
+        pending, self._pending = self._pending if keep else {}, {}
+        new = [entries for entries in gathered(pending) if entries]
+        if new:
+            Guard().run(lambda: [self._store.put(entries) for entries in new])
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs in order to know what this one knows: plain values and tensors."""
+        """Return what a resumed process needs in order to know what this one knows: plain values."""
         return self._store.state()
 
+    def shared_state(self) -> dict[str, Any]:
+        """Return the part of the state that is the same in all processes: plain values and tensors."""
+        return self._store.shared_state()
+
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go back to a state: a folder loses what was kept in it since."""
+        """Go back to both parts of a state: a folder loses what was kept in it since."""
+        self._pending = {}
         self._store.load_state(state)
 
 
@@ -147,6 +171,9 @@ class _Memory:
             self._entries.setdefault(key, entry)
 
     def state(self) -> dict[str, Any]:
+        return {}
+
+    def shared_state(self) -> dict[str, Any]:
         return {"entries": {key.hex(): asdict(entry) for key, entry in self._entries.items()}}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -168,18 +195,41 @@ class _File:
                 connection.execute(table)
             connection.execute("INSERT OR IGNORE INTO meta VALUES ('identity', ?)", (current,))
             (saved,) = connection.execute("SELECT value FROM meta WHERE name = 'identity'").fetchone()
-        differing = differences(json.loads(saved), json.loads(current))
+        try:
+            differing = differences(json.loads(saved), json.loads(current))
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise _unusable(self.path, error) from error
         if differing:
             raise InputError(
                 f"model.reference_cache: the cache in '{folder}' was made with another {', '.join(differing)}; "
                 f"delete that folder's reference-*.sqlite, or give another folder"
             )
 
+        for other in sorted(folder.glob("reference-*.sqlite")):
+            if other != self.path:
+                self._take_over(other, saved)
+
+    def _take_over(self, other: Path, identity: str) -> None:
+        """Copy what another process has kept, of a run of more processes or fewer, unless it was made otherwise."""
+        with opened(other, lambda error: _unusable(other, error)) as source:
+            if source.execute("SELECT 1 FROM sqlite_master WHERE name = 'kept'").fetchone() is None:
+                return  # Its process is about to begin it.
+            if source.execute("SELECT value FROM meta WHERE name = 'identity'").fetchone() != (identity,):
+                return
+            with self._open() as connection:
+                known = set(connection.execute("SELECT key FROM kept"))
+                missing = [key for key in source.execute("SELECT key FROM kept") if key not in known]
+                rows = (source.execute("SELECT * FROM kept WHERE key = ?", key).fetchone() for key in missing)
+                connection.executemany(_INSERT, rows)
+
     def get(self, keys: Sequence[bytes]) -> list[Entry | None]:
-        select = "SELECT ids, token_logps, ended, text, score FROM entries WHERE key = ?"
+        select = "SELECT * FROM kept WHERE key = ?"
         with self._open() as connection:
             rows = [connection.execute(select, (key,)).fetchone() for key in keys]
-        return [None if row is None else _entry(*row) for row in rows]
+        for row in rows:
+            if row is not None and _digest(*row[:-1]) != row[-1]:
+                raise _unusable(self.path, ValueError("an entry is damaged"))
+        return [None if row is None else _entry(*row[1:-1]) for row in rows]
 
     def put(self, entries: dict[bytes, Entry]) -> None:
         rows = [
@@ -194,25 +244,32 @@ class _File:
             for key, entry in entries.items()
         ]
         with self._open() as connection:
-            connection.executemany("INSERT OR IGNORE INTO entries VALUES (?, ?, ?, ?, ?, ?)", rows)
+            connection.executemany(_INSERT, [(*row, _digest(*row)) for row in rows])
 
     def state(self) -> dict[str, Any]:
         with self._open() as connection:
-            (last,) = connection.execute("SELECT COALESCE(MAX(rowid), 0) FROM entries").fetchone()
+            (last,) = connection.execute("SELECT COALESCE(MAX(rowid), 0) FROM kept").fetchone()
         return {"last": last}
+
+    def shared_state(self) -> dict[str, Any]:
+        return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         if "last" in state:
             with self._open() as connection:
-                connection.execute("DELETE FROM entries WHERE rowid > ?", (state["last"],))
+                connection.execute("DELETE FROM kept WHERE rowid > ?", (state["last"],))
 
     def _open(self) -> AbstractContextManager[sqlite3.Connection]:
-        return opened(self.path, self._unusable)
+        return opened(self.path, lambda error: _unusable(self.path, error))
 
-    def _unusable(self, error: Exception) -> InputError:
-        return InputError(
-            f"model.reference_cache: '{self.path}' cannot be used ({error}); delete it, or give another folder"
-        )
+
+def _unusable(path: Path, error: Exception) -> InputError:
+    return InputError(f"model.reference_cache: '{path}' cannot be used ({error}); delete it, or give another folder")
+
+
+def _digest(key: Any, ids: Any, token_logps: Any, ended: Any, text: Any, score: Any) -> str:
+    """Hash an entry as the file has it."""
+    return hashlib.sha256(repr((key, ids, token_logps, int(bool(ended)), text, score)).encode()).hexdigest()
 
 
 def _entry(ids: bytes, token_logps: bytes, ended: int, text: str, score: float) -> Entry:

@@ -106,6 +106,7 @@ class PreferenceSteps(LightningModule):
         for measured in added.numbers:
             self.update_averages.update(measured)
         with self.timer("optimizer", self.device):
+            self.run_state.changed = batches_done(self.trainer)
             self._optimizer.step()
             self._scheduler.step()
         self.guard.taken()

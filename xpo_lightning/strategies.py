@@ -1,16 +1,16 @@
 """`FSDP2Strategy`: weights, gradients and optimizer state spread over all processes of a run."""
 
-import shutil
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.strategies.model_parallel import _load_checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 
-from xpo_lightning.run_folder.sharded_files import read_folder
+from xpo_lightning.run_folder.sharded_files import load_folder, save_folder
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -45,31 +45,18 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Save; a folder is written beside its place and renamed, as files are."""
-        if not self._save_distributed_checkpoint:
+        """Save a file or a folder, which is replaced by a whole one alone."""
+        if self._save_distributed_checkpoint:
+            save_folder(checkpoint, Path(self.broadcast(filepath)))
+        else:
             super().save_checkpoint(checkpoint, filepath, storage_options)
-            return
-        target = Path(self.broadcast(filepath))
-        part, old = target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.old.part")
-        if self.global_rank == 0:
-            for folder in (part, old):
-                shutil.rmtree(folder, ignore_errors=True)
-        self.barrier()
-        super().save_checkpoint(checkpoint, part, storage_options)
-        self.barrier()
-        if self.global_rank == 0:
-            if target.exists():
-                target.rename(old)
-            part.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a file or a folder, of which nothing may run code."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
-            read_folder(path)
-        elif _without_optimizer_state(path):  # Lightning cannot load that: plain SGD has none.
+            return load_folder(path, cast("nn.Module", self.model), self.optimizers)
+        if _without_optimizer_state(path):  # Lightning cannot load that: plain SGD has none.
             state: dict[str, Any] = {"state_dict": self.model}
             return _load_checkpoint(path, state, strict=False, weights_only=True)
         return super().load_checkpoint(path, weights_only=True)

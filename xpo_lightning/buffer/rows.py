@@ -1,13 +1,16 @@
 """Labelled pairs as lines of JSON, to be kept for later, and back."""
 
+import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from xpo_lightning.batch import Completions, Experience, Pair, Prompts, left_pad
+from xpo_lightning.errors import InputError
 
 
 def encoded(experience: Experience) -> list[str]:
@@ -39,7 +42,8 @@ def encoded(experience: Experience) -> list[str]:
             "silent": silent[row],
             **{name: [side[row] for side in values] for name, values in numbers.items()},
         }
-        lines.append(json.dumps(pair, ensure_ascii=False))
+        text = json.dumps(pair, ensure_ascii=False)
+        lines.append(f"{text}\n{_digest(text)}")
     return lines
 
 
@@ -52,8 +56,11 @@ def decoded(lines: Sequence[str], device: torch.device | str) -> Experience:
 
     Returns:
         B pairs; the writers' log-probabilities of their own tokens are NaN.
+
+    Raises:
+        InputError: A line is damaged.
     """
-    pairs = [json.loads(line) for line in lines]
+    pairs = [_pair(line) for line in lines]
     ids, mask = left_pad([pair["prompt_ids"] for pair in pairs])
 
     def both(name: str) -> Pair[Tensor]:
@@ -75,6 +82,17 @@ def decoded(lines: Sequence[str], device: torch.device | str) -> Experience:
         reference_logps=both("logps"),
         silent=torch.tensor([pair["silent"] for pair in pairs]),
     ).to(device)
+
+
+def _pair(line: str) -> Any:
+    text, _, digest = line.rpartition("\n")
+    if digest != _digest(text):
+        raise InputError("model.buffer: a pair of the buffer's file is damaged; resume from an earlier checkpoint")
+    return json.loads(text)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _ids(ids: Tensor, mask: Tensor) -> list[list[int]]:

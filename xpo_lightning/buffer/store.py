@@ -1,13 +1,14 @@
 """Numbered lines, in memory or in a file, of which the last may be taken back."""
 
+import glob
 import hashlib
-import os
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
+from xpo_lightning.atomic_files import clear_leftovers, explaining_write_errors, part_of
 from xpo_lightning.errors import InputError
 from xpo_lightning.sqlite_file import opened
 
@@ -102,24 +103,29 @@ class FileStore(PairStore):
             )
             wanted = "SELECT prompt, completion FROM pairs WHERE number >= ? ORDER BY number"
             self.sizes = connection.execute(wanted, (begin,)).fetchall()
+        if not all(isinstance(size, int) and size >= 0 for pair in self.sizes for size in pair):
+            raise self._unusable(ValueError("the size of a pair is damaged"))
 
     def copied(self, path: Path) -> "FileStore":
         """Copy all lines into another file, which appears once it is whole, and return that."""
-        part = path.with_name(f"{path.name}.part")
-        part.unlink(missing_ok=True)
+        clear_leftovers(path.parent, glob.escape(path.name))
+        part = part_of(path)
         FileStore(part)  # Makes its folder.
-        with self._open() as connection, closing(sqlite3.connect(part)) as copy:
-            connection.backup(copy)
-        os.replace(part, path)
+        with explaining_write_errors(path):
+            with self._open() as connection, closing(sqlite3.connect(part)) as copy:
+                connection.backup(copy)
+            part.replace(path)
         return FileStore(path, self.begin)
 
     def get(self, numbers: Sequence[int]) -> list[str]:
         """See `PairStore.get`."""
         with self._open() as connection:
-            found = (
-                connection.execute("SELECT line FROM pairs WHERE number = ?", (one,)).fetchone() for one in numbers
-            )
-            return [line for (line,) in found]
+            select = "SELECT line FROM pairs WHERE number = ?"
+            found = [connection.execute(select, (one,)).fetchone() for one in numbers]
+        lines = [row[0] for row in found if row is not None and isinstance(row[0], str)]
+        if len(lines) < len(numbers):
+            raise self._unusable(ValueError("a pair is missing or damaged"))
+        return lines
 
     def _write(self, number: int, lines: Sequence[str], sizes: Sizes) -> None:
         rows = [(number + row, *sizes[row], line) for row, line in enumerate(lines)]

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from xpo_lightning.callbacks.run import FileWriter, is_fast_dev_run, say
-from xpo_lightning.errors import InputError
+from xpo_lightning.errors import InputError, one_line
 from xpo_lightning.guard.guarding import StopAsked
 
 
@@ -77,7 +77,8 @@ class MadeAtEnd(FileWriter):
         path = self.folder / self.file
         try:
             self.make(self._metrics, path)
-        except InputError as error:  # A run that is done must not fail for want of a picture.
-            say(f"No {self.kind}: {error}")
+        except Exception as error:  # A run that is done must not fail for want of a picture.
+            known = isinstance(error, InputError)
+            say(f"No {self.kind}: {'' if known else f'{type(error).__name__}: '}{one_line(error)}")
         else:
             self.written[self.kind] = path

@@ -11,8 +11,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.table import Table
 from rich.text import Text
 
+from xpo_lightning.atomic_files import appending, explaining_write_errors
 from xpo_lightning.batch import Experience
-from xpo_lightning.callbacks.rows import Row, append_rows, open_text, pair_rows, prompt_text
+from xpo_lightning.callbacks.rows import Row, append_rows, pair_rows, prompt_text
 from xpo_lightning.callbacks.run import FileWriter, counts_as_validation, folder_id, goes_on_in, is_fast_dev_run
 from xpo_lightning.errors import InputError
 from xpo_lightning.reporting.run_files import COMPLETIONS
@@ -105,7 +106,7 @@ class CompletionsTable(FileWriter):
         if self.terminal:
             rich.get_console().print(_terminal_table(self._shown, step))
         if self.file and not is_fast_dev_run(trainer):
-            with open_text(self._path, "a") as file:
+            with appending(self._path) as file:
                 append_rows(file, [{"step": step, **row} for row in self._shown])
             self.written["completions"] = self._path
         if self.logger:
@@ -119,11 +120,12 @@ class CompletionsTable(FileWriter):
 
 def _cut(path: Path, size: int) -> None:
     """Shorten a file, if it is longer; one without content goes."""
-    if path.exists() and path.stat().st_size > size:
-        if size:
-            os.truncate(path, size)
-        else:
-            path.unlink()
+    with explaining_write_errors(path):
+        if path.exists() and path.stat().st_size > size:
+            if size:
+                os.truncate(path, size)
+            else:
+                path.unlink()
 
 
 def _terminal_table(rows: list[Row], step: int) -> Table:

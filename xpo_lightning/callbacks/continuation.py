@@ -6,8 +6,11 @@ from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from xpo_lightning.callbacks.run import folder_id, goes_on_in
+from xpo_lightning.callbacks.run import folder_id, goes_on_in, is_fast_dev_run, run_folder
+from xpo_lightning.guard.guarding import Guard
+from xpo_lightning.run_folder.checkpoint_io import is_remote
 from xpo_lightning.run_folder.csv_logger import ResumableCSVLogger
+from xpo_lightning.run_folder.lock import FolderLock
 
 KEY = "xpo_metrics_files"
 Row = tuple[dict[str, Any], int]
@@ -21,7 +24,26 @@ class RunContinuation(Callback):
     made at, which Lightning logs only afterwards. A run that is resumed in the same folder cuts `metrics.csv` to that:
     rows of steps that will be done again go. In another folder it begins a new file. What other loggers have sent
     away cannot be taken back; they are told to send it before each checkpoint.
+
+    While a run is at work, its folder is locked (`.run.lock`): another does not go on in it.
     """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lock the run's folder; who would go on in it looks at that before the run begins."""
+        folder = run_folder(trainer)
+        self._lock = FolderLock(folder)
+        if stage != "fit" or is_fast_dev_run(trainer) or is_remote(str(folder)):
+            return
+        Guard().run(lambda: self._lock.take() if trainer.is_global_zero else None)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Unlock it."""
+        self._lock.release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Unlock it."""
+        if hasattr(self, "_lock"):
+            self._lock.release()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Have the loggers write what they hold, and note how much that is."""

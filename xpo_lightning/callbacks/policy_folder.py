@@ -1,7 +1,6 @@
 """A policy as a folder that transformers loads: whole or not at all."""
 
 import copy
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from xpo_lightning.atomic_files import replacing_folder
 from xpo_lightning.errors import InputError
 from xpo_lightning.forward.adapters import shares_adapted_weights
 
@@ -30,7 +30,7 @@ def save_policy(policy: nn.Module, tokenizer: Any, target: Path, merge_adapters:
     """
     check_replaceable(target)
     model: Any = merged_copy(policy) if merge_adapters and isinstance(policy, PeftModel) else policy
-    with replacing(target) as folder, _cached_generation(model):
+    with replacing_folder(target) as folder, _cached_generation(model):
         if isinstance(model, PeftModel):
             # The embeddings are the base model's own; left to itself, peft asks the hub whether they are.
             model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -82,26 +82,6 @@ def check_exportable(policy: Any, merge_adapters: bool, who: str = CALLBACK, apa
         except ValueError as error:
             reason = " ".join(str(error).split())
             raise InputError(f"model.policy: transformers will not save the generation config ({reason})") from error
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """Give an empty folder, which becomes `target` when the block is done, and vanishes when it fails."""
-    new, old = (target.with_name(f".{target.name}.{state}") for state in ("new", "old"))
-    if old.exists() and not target.exists():  # An earlier process died between the two renames below.
-        old.rename(target)
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """Pairs as rows for people and files: a prompt, both completions, and what the reward said."""
 
 import json
-from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from xpo_lightning.batch import Experience, RawPrompt
 
@@ -37,12 +36,6 @@ def prompt_text(prompt: RawPrompt) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
-def append_rows(file: TextIO, rows: list[Row]) -> None:
+def append_rows(file: IO[str], rows: list[Row]) -> None:
     """Write rows as JSON lines. Values that JSON does not know, as dates in a data set's columns, become text."""
     file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-
-
-def open_text(path: Path, mode: str) -> TextIO:
-    """Open a UTF-8 file, and make its folder if there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open(mode, encoding="utf-8")  # type: ignore[return-value]

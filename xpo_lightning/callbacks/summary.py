@@ -8,8 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from xpo_lightning.atomic_files import replacing_file
 from xpo_lightning.callbacks.opening import opening_lines
-from xpo_lightning.callbacks.rows import open_text
 from xpo_lightning.callbacks.run import FileWriter, counts_as_validation, is_fast_dev_run, say
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.reporting.run_files import START
@@ -57,7 +57,7 @@ class RunSummary(FileWriter):
         _say_all(lines)
         if not is_fast_dev_run(trainer):
             facts = {"run": lines, "hardware": surroundings(), "versions": versions()}
-            with open_text(self.folder / START, "w") as file:
+            with replacing_file(self.folder / START) as file:
                 json.dump(facts, file, indent=1, ensure_ascii=False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

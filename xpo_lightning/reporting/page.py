@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from xpo_lightning import __version__
+from xpo_lightning.atomic_files import replacing_file
 from xpo_lightning.errors import InputError
 from xpo_lightning.reporting import chart
 from xpo_lightning.reporting.facts import headlines, held_out, last_step, timings
@@ -29,10 +30,8 @@ def write_report(run: RunFiles, path: Path) -> None:
         InputError: The run has no metrics that the page could show, or one of its files is not what it should be.
     """
     page = report_of(run)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    with replacing_file(path) as file:
+        file.write(page)
 
 
 def report_of(run: RunFiles) -> str:

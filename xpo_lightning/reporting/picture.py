@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from xpo_lightning.atomic_files import replacing_file
 from xpo_lightning.errors import InputError
 from xpo_lightning.reporting.panels import PANELS, Panel
 from xpo_lightning.reporting.series import Metrics, Series, read_metrics, smooth
@@ -54,11 +55,8 @@ def draw_curves(csv_path: Path | Mapping[str, Path], png_path: Path) -> None:
     files = csv_path if isinstance(csv_path, Mapping) else {"": csv_path}
     figure = figure_of({name: _drawable(path) for name, path in files.items()})
     canvas = FigureCanvasAgg(figure)
-    png_path.parent.mkdir(parents=True, exist_ok=True)
-    partial = png_path.with_name(png_path.name + ".partial")
-    with partial.open("wb") as file:
+    with replacing_file(png_path, "wb") as file:
         canvas.print_png(file)  # type: ignore[no-untyped-call]
-    partial.replace(png_path)
 
 
 def figure_of(runs: Mapping[str, Metrics]) -> Figure:

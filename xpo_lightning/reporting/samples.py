@@ -7,6 +7,11 @@ from typing import Any
 from xpo_lightning.errors import InputError
 
 Row = dict[str, Any]
+_KINDS: list[tuple[str, Any]] = [
+    *(("policy", str), ("reference", str), ("policy_score", float), ("reference_score", float), ("label", float)),
+    *(("policy_ended", bool), ("reference_ended", bool)),
+]
+"""What each column of `completions.jsonl` holds, beside `step` and `prompt`."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +90,10 @@ def _row(line: str, number: int) -> Row | None:
     """Read a line; the last one may be broken off, when a process was killed while it wrote."""
     try:
         row: Row = json.loads(line)
-        return {**row, "step": int(row["step"]), "prompt": row["prompt"], "policy": row["policy"]}
+        return {"step": int(row["step"]), "prompt": row["prompt"], **{name: kind(row[name]) for name, kind in _KINDS}}
     except json.JSONDecodeError:
         return None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"completions.jsonl, line {number} is no row of CompletionsTable: {error!r:.80}") from error
 
 
@@ -102,14 +107,14 @@ def _written(rows: dict[int, Row]) -> list[Written]:
 
 
 def _completion(row: Row, side: str, writer: str) -> Written:
-    label = float(row["label"])
+    label = row["label"]
     verdict = {0.0: "lost", 0.5: "tie", 1.0: "won"}.get(label, f"won with probability {label:.2f}")
     return Written(
         writer=writer,
-        text=str(row[side]),
-        score=float(row[f"{side}_score"]),
+        text=row[side],
+        score=row[f"{side}_score"],
         verdict=verdict if side == "policy" else "",
-        ended=bool(row[f"{side}_ended"]),
+        ended=row[f"{side}_ended"],
     )
 
 

@@ -44,6 +44,13 @@ def read_metrics(csv_path: Path) -> Metrics:
     Raises:
         InputError: The file is no such file.
     """
+    try:
+        return _read(csv_path)
+    except csv.Error as error:
+        raise InputError(f"{csv_path} is no metrics.csv of a run, or a damaged one ({error})") from error
+
+
+def _read(csv_path: Path) -> Metrics:
     metrics: Metrics = {}
     with csv_path.open(newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.DictReader(file)

@@ -27,6 +27,7 @@ class RunState:
     Attributes:
         seed: Seed of all noise.
         validated: How many batches had been done at the last validation.
+        changed: The batch in which weights were changed last; None where there is none.
         random: The global random state before the step or the validation that is under way; None between those.
         loaded: What a checkpoint held, until `take_up`.
     """
@@ -34,6 +35,7 @@ class RunState:
     guard: Guard
     seed: int = 0
     validated: int = -1
+    changed: int | None = field(default=None, init=False)
     random: dict[str, Any] | None = field(default=None, init=False)
     loaded: dict[str, Any] | None = field(default=None, init=False)
 
@@ -51,6 +53,10 @@ class RunState:
             # Not `from error`: contextlib would raise the StopIteration again.
             raise RuntimeError(f"StopIteration was raised in a training step: {error}") from None
         self.random = None
+
+    def is_settled(self, trainer: Trainer) -> bool:
+        """Tell whether the weights are those after the last batch that was finished."""
+        return self.changed is None or self.changed < batches_done(trainer)
 
     def begin_validation(self) -> None:
         """Remember the random state, which validation must not change."""
@@ -84,7 +90,7 @@ class RunState:
             "validated": self.validated,
             "metrics": {name: float(value) for name, value in metrics.items()},
             "skipped": [self.guard.in_a_row, self.guard.skipped],
-            "weights": memory.weights(),
+            "weights": memory.shared(),
             "processes": gathered(own),
         }
 

@@ -40,7 +40,7 @@ class UnusableError(TryError):
 
 
 class HTTPClient:
-    """Posts JSON to one URL, and takes JSON for an answer.
+    """Posts JSON to one URL, or looks at what is there, and takes JSON for an answer.
 
     A request is tried again if it could not connect, was broken off, took too long, was answered with status 408, 429
     or 5xx, or with a body of no use. It waits for `backoff` seconds first, then for twice as long each time up to 30
@@ -121,6 +121,10 @@ class HTTPClient:
         """
         bodies = [json.dumps(payload, allow_nan=False).encode() for payload in payloads]
         return Batch(self.terms, self._key(), bodies, lambda reply: self._result(reply, read), check).run()
+
+    def get(self, read: Callable[[Any], T], check: Callable[[], None]) -> T:
+        """Get what is at the URL, under the same terms; see `post`."""
+        return Batch(self.terms, self._key(), [None], lambda reply: self._result(reply, read), check).run()[0]
 
     def _key(self) -> str | None:
         if self.api_key_env is None:

@@ -69,7 +69,7 @@ class Batch(Generic[T]):
     Args:
         terms: How they are made.
         key: The API key.
-        bodies: N bodies, JSON.
+        bodies: N bodies, JSON; None for a request that has none.
         accept: Turns an answer into a result; raises `TryError` where it is of no use.
         check: Called at least about once a second; may raise, to wait no longer.
     """
@@ -78,7 +78,7 @@ class Batch(Generic[T]):
         self,
         terms: Terms,
         key: str | None,
-        bodies: Sequence[bytes],
+        bodies: Sequence[bytes | None],
         accept: Callable[[Reply], T],
         check: Callable[[], None],
     ) -> None:
@@ -125,7 +125,7 @@ class Batch(Generic[T]):
     def _send(self, one: _Try) -> None:
         """Make one try, in its thread."""
         try:
-            one.outcome = one.line.post(
+            one.outcome = one.line.ask(
                 self._terms.url, self._bodies[one.row], self._terms.timeout, self._terms.max_bytes
             )
         except TryError as failure:

@@ -72,12 +72,12 @@ class Line:
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, self._adapter)
 
-    def post(self, url: str, body: bytes, timeout: float, max_bytes: int) -> Reply:
+    def ask(self, url: str, body: bytes | None, timeout: float, max_bytes: int) -> Reply:
         """Send a request and read its answer.
 
         Args:
             url: Where to.
-            body: JSON.
+            body: JSON, which is posted; None gets what is there.
             timeout: How many seconds the server may be silent. One that keeps on sending takes longer: who waits for
                 the answer cuts the line then.
             max_bytes: How large an answer may be.
@@ -89,8 +89,14 @@ class Line:
             TryError: There is no whole answer, or it is too large.
         """
         try:
-            with self._session.post(
-                url, data=body, headers=_HEADERS, timeout=timeout, stream=True, allow_redirects=False
+            with self._session.request(
+                "GET" if body is None else "POST",
+                url,
+                data=body,
+                headers=_HEADERS,
+                timeout=timeout,
+                stream=True,
+                allow_redirects=False,
             ) as response:
                 well = 200 <= response.status_code < 300
                 limit = max_bytes if well else _CHUNK

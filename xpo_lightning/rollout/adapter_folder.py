@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -50,7 +51,7 @@ class AdapterFolder:
             # The embeddings are the base model's own; left to itself, peft asks the hub whether they are.
             policy.save_pretrained(str(beside), save_embedding_layers=False)
             beside.rename(place)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(beside, ignore_errors=True)
             raise InputError(f"{_KEY}: the adapter cannot be written to {place} ({error})") from error
         return place

@@ -9,6 +9,7 @@ from torch import nn
 from xpo_lightning.batch import Completions, Prompts
 from xpo_lightning.errors import InputError
 from xpo_lightning.guard.midway import gathered_midway
+from xpo_lightning.rewards.http import RequestError
 from xpo_lightning.rollout.adapter_folder import AdapterFolder, mark_of
 from xpo_lightning.rollout.engine import Asked, RolloutEngine, Writer
 from xpo_lightning.rollout.local import LocalRollout
@@ -25,6 +26,8 @@ from xpo_lightning.rollout.vllm_protocol import (
     seeds_of,
 )
 from xpo_lightning.rollout.vllm_server import VLLMServer
+
+_COMPLETIONS = "/v1/completions"
 
 
 class VLLMRollout(RolloutEngine):
@@ -45,7 +48,8 @@ class VLLMRollout(RolloutEngine):
         api_key_env: Name of the environment variable that holds the API key; null sends none.
         timeout: How many seconds one completion may take, its time in the server's queue included.
         retries: How often a request is tried again when the server cannot be reached, is too slow or too busy, or
-            answers with an error of its own or with nonsense.
+            answers with an error of its own or with nonsense. 8, which are two minutes of waiting, let a server start
+            anew; whether there is one at all is asked at most 3 times more.
         backoff: Seconds before the second try; each later wait is twice as long, up to 30 seconds.
         concurrency: Most completions under way at once, for each process of the run.
         together: Have the completions of both models under way at the same time. A server on a CPU needs false, and one
@@ -67,7 +71,7 @@ class VLLMRollout(RolloutEngine):
         model: str | None = None,
         api_key_env: str | None = None,
         timeout: float = 600.0,
-        retries: int = 3,
+        retries: int = 8,
         backoff: float = 1.0,
         concurrency: int = 256,
         together: bool = True,
@@ -166,7 +170,17 @@ class VLLMRollout(RolloutEngine):
         return [answers[row] for row in range(len(payloads))]
 
     def _posted(self, payloads: list[dict[str, Any]]) -> list[Answer]:
-        return self.server.post("/v1/completions", payloads, read_answer, self.check)
+        adapter = self._adapter
+        try:
+            return self.server.post(_COMPLETIONS, payloads, read_answer, self.check)
+        except RequestError as error:
+            if error.status != 404 or adapter is None or adapter not in {payload["model"] for payload in payloads}:
+                raise
+        # It has been started anew, perhaps as another one: every process that meets it says what it is to hold.
+        self._base = None
+        self._base_model()
+        self._served.load(adapter, self.check)
+        return self.server.post(_COMPLETIONS, payloads, read_answer, self.check)
 
     def _check_answer(self, payload: dict[str, Any], answer: Answer) -> None:
         """Refuse a completion that is not of this prompt, by this model and under these settings."""

@@ -41,7 +41,8 @@ class ServedAdapter:
             InputError: It cannot be written, or the server does not load it.
         """
         name = _new_name()
-        self._load(policy, name, check)
+        self.folder.save(policy, name)
+        self.load(name, check)
         if old is not None:
             self.forget(old)
         return name
@@ -58,7 +59,9 @@ class ServedAdapter:
             InputError: It does; or the adapter of the trial could not be loaded.
         """
         name = _new_name()
-        self._load(policy, name, check, scrambled=True)
+        self.folder.save(policy, name)
+        self.folder.scramble(name)
+        self.load(name, check)
         try:
             apart = keeps_apart(ask, base.name, name, base.context)
         finally:
@@ -69,11 +72,13 @@ class ServedAdapter:
                 f"reference writes at the same time, as vLLM does on a CPU; set {OPTIONS}.together to false"
             )
 
-    def _load(self, policy: nn.Module, name: str, check: Callable[[], None], scrambled: bool = False) -> None:
-        place = self.folder.save(policy, name)
-        if scrambled:
-            self.folder.scramble(name)
-        wanted = {"lora_name": name, "lora_path": str(place)}
+    def load(self, name: str, check: Callable[[], None]) -> None:
+        """Have the server load an adapter that is in the folder; one that has it already keeps it.
+
+        Raises:
+            InputError: The server does not load it.
+        """
+        wanted = {"lora_name": name, "lora_path": str(self.folder.path / name)}
         try:
             self.server.post("/v1/load_lora_adapter", [wanted], lambda _: None, check)
         except RequestError as error:

@@ -1,7 +1,5 @@
 """Checkpoint files that survive kills, full disks and diverged weights, and that are checked before they are read."""
 
-import contextlib
-import os
 import re
 import zipfile
 from pathlib import Path
@@ -10,8 +8,11 @@ from typing import Any, BinaryIO, cast
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from xpo_lightning.atomic_files import clear_leftovers, replacing_file
 from xpo_lightning.errors import InputError
+from xpo_lightning.run_folder.torch_sink import TorchSink
 
 ADVICE = "give another file, or `--ckpt_path last` for the newest one that is whole"
 
@@ -39,22 +40,21 @@ class CrashSafeCheckpointIO(TorchCheckpointIO):
         Raises:
             InputError: A weight is not finite, or the file system refuses the file.
         """
-        _check_finite(checkpoint.get("state_dict", {}), path)
+        check_finite(checkpoint.get("state_dict", {}), path)
         if storage_options is not None or is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
             if target.parent not in self._swept:
-                remove_parts(target.parent)
+                clear_leftovers(target.parent, "*.ckpt")
                 self._swept.add(target.parent)
-            _replace(target, checkpoint)
-        except OSError as error:
-            raise InputError(
-                f"checkpoint '{path}' could not be written: {error.strerror or error}; the checkpoints before it are "
-                f"intact: make room, or fix the folder, and go on with `--ckpt_path last`"
-            ) from error
+            with replacing_file(target, "wb") as file:
+                sink = TorchSink(file)
+                torch.save(checkpoint, cast("BinaryIO", sink))
+                sink.flush()
+        except InputError as error:
+            raise InputError(f"checkpoint {error}, and go on with `--ckpt_path last`") from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -125,64 +125,14 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", *, mmap: bool = False
     return loaded
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder; nobody may be saving there meanwhile."""
-    for part in folder.glob(".*.ckpt.part"):
-        with contextlib.suppress(OSError):  # A leftover does no harm.
-            part.unlink()
+def check_finite(state: dict[str, Any], path: str | Path) -> None:
+    """Refuse to save weights that are not finite; of one that is spread over processes the part of this one counts.
 
-
-class _Sink:
-    """Takes the bytes of a checkpoint, and keeps the first error for later.
-
-    Raised through torch's C++ writer, an error comes out as another one, and may end the process.
+    Raises:
+        InputError: One is not.
     """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._error: BaseException | None = None
-
-    def write(self, data: bytes) -> int:
-        if self._error is None:
-            try:
-                self._file.write(data)
-            except BaseException as error:
-                self._error = error
-        return len(data)
-
-    def flush(self) -> None:  # torch calls it; the file is flushed after it.
-        if self._error is not None:
-            raise self._error
-
-
-def _replace(target: Path, checkpoint: dict[str, Any]) -> None:
-    part = target.with_name(f".{target.name}.part")
-    try:
-        with part.open("wb") as file:
-            sink = _Sink(file)
-            torch.save(checkpoint, cast("BinaryIO", sink))
-            sink.flush()
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(OSError):  # Some file systems cannot sync a folder.
-        _sync_folder(target.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
-def _check_finite(state: dict[str, Any], path: str | Path) -> None:
-    for name, value in state.items():
+    for name, part in state.items():
+        value = part.to_local() if isinstance(part, DTensor) else part
         if isinstance(value, Tensor) and value.is_floating_point() and not _is_finite(value):
             raise InputError(
                 f"checkpoint '{path}' is not written, because '{name}' holds nan or inf; the checkpoints before it are "

@@ -1,7 +1,6 @@
 """`ResumableCSVLogger`: a metrics file that a resumed run goes on with, and that a kill does not harm."""
 
 import csv
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from lightning.fabric.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from xpo_lightning.atomic_files import appending, explaining_write_errors, replacing_file
 from xpo_lightning.errors import InputError
 
 
@@ -71,7 +71,8 @@ class MetricsFile(ExperimentWriter):
                 f"trainer.logger: ResumableCSVLogger writes to local folders, and '{log_dir}' is none; use "
                 f"lightning.pytorch.loggers.CSVLogger"
             )
-        super().__init__(log_dir)
+        with explaining_write_errors(Path(log_dir)):
+            super().__init__(log_dir)
         self.rows = 0
         self._path = Path(self.metrics_file_path)
         self._begun = False
@@ -83,7 +84,8 @@ class MetricsFile(ExperimentWriter):
         self._begun = True
         if self._path.exists():
             rank_zero_warn(f"{self._path} of an earlier run is replaced")
-            self._path.unlink()
+            with explaining_write_errors(self._path):
+                self._path.unlink()
 
     def keep_rows(self, count: int) -> None:
         """Go on after the first rows of the file."""
@@ -99,7 +101,7 @@ class MetricsFile(ExperimentWriter):
             return
         self.begin()
         if self._path.exists() and set().union(*self.metrics) <= set(self.metrics_keys):
-            with self._path.open("a", newline="", encoding="utf-8") as file:
+            with appending(self._path, newline="") as file:
                 csv.DictWriter(file, self.metrics_keys).writerows(self.metrics)
             self.rows += len(self.metrics)
         else:
@@ -112,22 +114,25 @@ class MetricsFile(ExperimentWriter):
     def _read(self) -> list[dict[str, str]]:
         if not self._path.exists():
             return []
-        with self._path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        try:
+            with self._path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise InputError(
+                f"'{self._path}' is damaged ({error}); move it away, and the run begins another"
+            ) from error
+        # Rows that are too long or too short, as a killed process leaves them, lose what has no column, and no more.
+        return [{name: cell for name, cell in row.items() if name is not None and cell is not None} for row in rows]
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Put a file with these rows, and the columns that they use, in the place of the present one."""
         names = sorted({name for row in rows for name, cell in row.items() if cell not in ("", None)})
-        partial = self._path.with_name(self._path.name + ".partial")
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-            file.flush()
-            os.fsync(file.fileno())
         if rows:
-            os.replace(partial, self._path)
+            with replacing_file(self._path, newline="") as file:
+                writer = csv.DictWriter(file, names, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(rows)
         else:  # A run that has not logged yet has no file.
-            partial.unlink()
-            self._path.unlink(missing_ok=True)
+            with explaining_write_errors(self._path):
+                self._path.unlink(missing_ok=True)
         self.metrics_keys, self.rows = names, len(rows)

@@ -10,9 +10,11 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from xpo_lightning.atomic_files import clear_leftovers
 from xpo_lightning.errors import InputError
-from xpo_lightning.run_folder.checkpoint_io import ADVICE, check_safe, is_remote, read_checkpoint, remove_parts
+from xpo_lightning.run_folder.checkpoint_io import ADVICE, check_safe, is_remote, read_checkpoint
 from xpo_lightning.run_folder.continued_run import VersionedLogger, continue_run, version_folder
+from xpo_lightning.run_folder.lock import FolderLock
 from xpo_lightning.run_folder.sharded_files import read_folder
 
 WORDS = ("best", "last", "hpc")
@@ -64,6 +66,7 @@ def check_request(verb: str, ckpt_path: str | None, weights_only: bool | None) -
         return
     if re.match(r"registry(:|$)", ckpt_path):
         raise InputError(f"ckpt_path: '{ckpt_path}' is in a model registry; download it, and give the local file")
+    clear_leftovers(Path(ckpt_path).parent, "*.ckpt")
     try:
         _read_usable(verb, Path(ckpt_path))
     except InputError as error:
@@ -91,9 +94,8 @@ def resolve(verb: str, ckpt_path: str | None, trainer: Trainer) -> str | None:
     if ckpt_path not in ("best", "last"):
         return ckpt_path
     places = checkpoint_places(trainer)
-    if ckpt_path == "last" and verb == "fit":
-        for folder in (folder for place in places for folder in place.folders()):
-            remove_parts(folder)
+    for folder in (folder for place in places for folder in place.folders()):
+        clear_leftovers(folder, "*.ckpt")
     point = newest_checkpoint(verb, places)
     where = " or ".join(f"'{place}'" for place in places)
     if ckpt_path == "best":
@@ -105,6 +107,7 @@ def resolve(verb: str, ckpt_path: str | None, trainer: Trainer) -> str | None:
         return None
     _say(f"the newest checkpoint is '{point.path}', of step {point.content['global_step']}")
     if verb == "fit":
+        FolderLock(point.path.parent.parent).check()
         continue_run(trainer, point.path)
     return str(point.path)
 

@@ -25,7 +25,7 @@ from xpo_lightning.reference import base_fingerprint
 from xpo_lightning.rollout.local import LocalRollout
 from xpo_lightning.rollout.sampling import Sampling
 from xpo_lightning.run_folder.checkpoint_io import read_checkpoint
-from xpo_lightning.run_folder.sharded_files import METADATA
+from xpo_lightning.run_folder.plain_reading import METADATA
 from xpo_lightning.saved.run import SavedRun
 
 REFERENCE = "reference"

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from xpo_lightning.atomic_files import replacing_file
 from xpo_lightning.batch import Pair
 from xpo_lightning.callbacks.run import say
 from xpo_lightning.comparing.contest import Contest, Outcome, outcome
@@ -94,7 +95,8 @@ def compare(
     _show(result, a, b, where, samples)
     if json is not None:
         named = {**result, **settings, "reward": type(feedback).__name__}
-        Path(json).write_text(json_format.dumps(named, indent=2) + "\n", encoding="utf-8")
+        with replacing_file(Path(json)) as file:
+            file.write(json_format.dumps(named, indent=2) + "\n")
 
 
 def _check(**counts: int | None) -> None:

@@ -1,0 +1,87 @@
+"""Which process a file in progress belongs to, and whether that process is still there."""
+
+import os
+import re
+import socket
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ABANDONED_AFTER = 3600.0
+"""Seconds without a change after which a file is taken for abandoned whose process nobody here can look for."""
+_TAG = re.compile(r"(?P<host>[\w-]+)-(?P<pid>\d+)-(?P<started>\d+)")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process, told from all others that ever had its number.
+
+    Args:
+        host: Name of the machine; letters, digits, '_' and '-'.
+        pid: Number of the process.
+        started: When it started, in the kernel's ticks since the machine did; 0 where the system does not say.
+    """
+
+    host: str
+    pid: int
+    started: int
+
+    def __str__(self) -> str:
+        """Return the owner as a part of a file's name."""
+        return f"{self.host}-{self.pid}-{self.started}"
+
+    @staticmethod
+    def read(text: str) -> "Owner | None":
+        """Read what `str` gives; None where a text is no owner."""
+        found = _TAG.fullmatch(text)
+        return None if found is None else Owner(found["host"], int(found["pid"]), int(found["started"]))
+
+    def is_gone(self, path: Path) -> bool:
+        """Tell whether the process has ended.
+
+        Args:
+            path: What it was writing; tells of processes on other machines, by when it was last changed.
+        """
+        return not self.is_here() if self.host == _host() else is_old(path)
+
+    def is_here(self) -> bool:
+        """Tell whether the process runs on this machine."""
+        return self.host == _host() and self.started == _started(self.pid) and _is_running(self.pid)
+
+
+def this_process() -> Owner:
+    """Return the present process."""
+    return Owner(_host(), os.getpid(), _started(os.getpid()))
+
+
+def is_old(path: Path) -> bool:
+    """Tell whether a file, or all that is in a folder, has not been changed for long."""
+    changes = [0.0]
+    for one in (path, *path.rglob("*")):
+        with suppress(OSError):  # Somebody may be removing it.
+            changes.append(one.stat().st_mtime)
+    return time.time() - max(changes) > ABANDONED_AFTER
+
+
+def _host() -> str:
+    return re.sub(r"[^\w-]", "_", socket.gethostname(), flags=re.ASCII)[:40] or "_"
+
+
+def _started(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0
+    state, *others = status.rpartition(")")[2].split()
+    return -1 if state in "ZX" else int(others[18])  # One that has ended stays listed until somebody asks how.
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # It is somebody else's.
+        return True
+    return True
