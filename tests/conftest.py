@@ -85,6 +85,14 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _ports_are_not_handed_on() -> Iterator[None]:
+    """Forget the port that Lightning has put into the environment: this process may hold it for good."""
+    yield
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
 # ---- tokenizers and models ----
 
 

@@ -32,7 +32,11 @@ from xpo_lightning.cli import main
 from xpo_lightning.errors import InputError
 from xpo_lightning.models import ModelSpec
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 * TIMES)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600 * TIMES),
+    pytest.mark.filterwarnings("ignore:.*metrics.csv of an earlier run is replaced"),
+]
 MANY = 3 * TIMES
 """Mutations of each kind of file."""
 ran: list[str] = []

@@ -75,6 +75,7 @@ def test_full_disk_while_predicting_keeps_what_there_was(
     assert snapshot(tmp_path / "runs")["predictions.jsonl"] == before["predictions.jsonl"]
 
 
+@pytest.mark.filterwarnings("ignore:.*metrics.csv of an earlier run is replaced")
 def test_full_disk_while_exporting_keeps_the_export_of_before(write_config: Write, tmp_path: Path, capsys: Any):
     config = write_config(trainer__callbacks=[EXPORT], trainer__enable_checkpointing=False, data__validation_size=0)
     folder = tmp_path / "runs" / "version_0"

@@ -28,21 +28,26 @@ class RunContinuation(Callback):
     While a run is at work, its folder is locked (`.run.lock`): another does not go on in it.
     """
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    _lock: FolderLock | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lock the run's folder; who would go on in it looks at that before the run begins."""
         folder = run_folder(trainer)
-        self._lock = FolderLock(folder)
-        if stage != "fit" or is_fast_dev_run(trainer) or is_remote(str(folder)):
+        if is_fast_dev_run(trainer) or is_remote(str(folder)):
             return
-        Guard().run(lambda: self._lock.take() if trainer.is_global_zero else None)
+        self._lock = lock = FolderLock(folder)
+        Guard().run(lambda: lock.take() if trainer.is_global_zero else None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Unlock it."""
-        self._lock.release()
+        self._unlock()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unlock it."""
-        if hasattr(self, "_lock"):
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
             self._lock.release()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -14,8 +14,10 @@ from xpo_lightning.guard.processes import origin_of, several
 
 def watch(trainer: Trainer) -> None:
     """Connect the processes of a run by a `Lifeline` until it ends; all must call it. It may be called again."""
+    if not several():
+        return
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    if not several() or any(isinstance(callback, _Raising) and callback.is_watching for callback in callbacks):
+    if any(isinstance(callback, _Raising) and callback.is_watching for callback in callbacks):
         return
     callbacks[:] = [callback for callback in callbacks if not isinstance(callback, _Raising | _Leaving)]
     line = connect(is_one_machine=trainer.num_nodes == 1)
