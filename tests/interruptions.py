@@ -249,15 +249,20 @@ def digest(folder: Path) -> dict[str, str]:
         repr((last["lr_schedulers"], last["global_step"], last["optimizer_states"][0]["param_groups"])).encode()
     )
     parts = [*version.rglob("*.part"), *version.rglob("*.old"), *version.rglob(".run.lock")]
-    report = (version / "report.html").read_text()
+    report = _content(version / "report.html").decode().strip()
     return {
         "state": total.hexdigest(),
         "metrics.csv": (version / "metrics.csv").read_text(),
-        "completions.jsonl": (version / "completions.jsonl").read_text(),
-        "export": hashlib.sha256((version / "policy" / "model.safetensors").read_bytes()).hexdigest(),
-        "report": f"{report[:15]} {report.strip()[-7:]}",
+        "completions.jsonl": _content(version / "completions.jsonl").decode(),
+        "export": hashlib.sha256(_content(version / "policy" / "model.safetensors")).hexdigest(),
+        "report": f"{report[:15]} {report[-7:]}",
         "parts left": repr(sorted(path.name for path in parts)),
     }
+
+
+def _content(file: Path) -> bytes:
+    """Read what a run may have been asked to write."""
+    return file.read_bytes() if file.exists() else b""
 
 
 def sweep(
