@@ -35,7 +35,8 @@ def run(folder: Path, model: str, status: int = 0, stop_at: int = 0) -> None:
     config = yaml.safe_load(file.read_text())
     reward = {"function": f"{__name__}.noted", "arguments": {"folder": str(folder)}}
     config["model"] |= {"reward": {"class_path": "PythonReward", "init_args": reward}, "reference_cache": "memory"}
-    config["trainer"] |= {"strategy": "ddp", "limit_val_batches": 0, "callbacks": config["trainer"]["callbacks"][1:]}
+    checkpoints = [each for each in config["trainer"]["callbacks"] if each["class_path"] == "RunCheckpoint"]
+    config["trainer"] |= {"strategy": "ddp", "limit_val_batches": 0, "callbacks": checkpoints}
     file.write_text(yaml.safe_dump(config))
     done = subprocess.run(
         [sys.executable, "-m", "xpo_lightning", "fit", "--config", str(file), "--ckpt_path", "last"],
