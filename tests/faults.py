@@ -34,7 +34,7 @@ from typing import Any, cast
 
 import torch
 import yaml
-from interruptions import digest, kill_group
+from interruptions import digest, kill_group, quiet_trainer_of, save_model
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from xpo_lightning.callbacks import CompletionsTable, PredictionsWriter, RunCheckpoint, RunContinuation
@@ -273,16 +273,10 @@ def write_config(folder: Path, model: str, strategy: str, weights: str, processe
         },
         "data": {"source": str(prompts), "validation_size": 6, **batches},
         "trainer": {
-            "accelerator": "cpu",
+            **quiet_trainer_of(folder),
             "strategy": STRATEGIES[strategy],
             "devices": processes,
             "max_epochs": 2,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "default_root_dir": str(folder / "runs"),
-            "logger": {"class_path": "ResumableCSVLogger", "init_args": {"save_dir": str(folder / "runs"), "name": ""}},
             "callbacks": [
                 {"class_path": "CompletionsTable", "init_args": {"terminal": False}},
                 {"class_path": "RunCheckpoint", "init_args": {"every_n_train_steps": 1, "save_last": True}},
@@ -498,17 +492,12 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    from conftest import CONFIGS, make_tokenizer
-    from transformers import AutoModelForCausalLM
-
     arguments = _arguments()
     sys.argv = sys.argv[:1]
     sys.modules["faults"] = sys.modules["__main__"]
     work = tempfile.mkdtemp()  # A `TemporaryDirectory` would be removed by the first child that ends.
     try:
-        torch.manual_seed(1)
-        AutoModelForCausalLM.from_config(CONFIGS["llama"]()).save_pretrained(f"{work}/model")
-        make_tokenizer().save_pretrained(f"{work}/model")
+        save_model(f"{work}/model")
         failures = sweep(Path(work), f"{work}/model", cases(arguments))
     finally:
         shutil.rmtree(work)

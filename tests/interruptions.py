@@ -64,16 +64,10 @@ def write_config(folder: Path, model: str, processes: int, folders: bool = False
         },
         "data": {"source": str(prompts), "validation_size": 4, "batch_size": 4 // processes},
         "trainer": {
-            "accelerator": "cpu",
+            **quiet_trainer_of(folder),
             **several,
             "max_epochs": 2,
             "val_check_interval": 2,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "default_root_dir": str(folder / "runs"),
-            "logger": {"class_path": "ResumableCSVLogger", "init_args": {"save_dir": str(folder / "runs"), "name": ""}},
             "callbacks": [
                 {"class_path": "CompletionsTable", "init_args": {"terminal": False}},
                 {"class_path": "RunSummary"},
@@ -86,6 +80,30 @@ def write_config(folder: Path, model: str, processes: int, folders: bool = False
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(config))
     return file
+
+
+def quiet_trainer_of(folder: Path) -> dict[str, Any]:
+    """Give the trainer's options of a run that leaves its files in a folder, and shows nothing."""
+    runs = str(folder / "runs")
+    return {
+        "accelerator": "cpu",
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": runs,
+        "logger": {"class_path": "ResumableCSVLogger", "init_args": {"save_dir": runs, "name": ""}},
+    }
+
+
+def save_model(folder: str) -> None:
+    """Save a tiny policy and its tokenizer."""
+    from conftest import CONFIGS, make_tokenizer
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(CONFIGS["llama"]()).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
 
 
 def die() -> None:
@@ -372,16 +390,11 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    from conftest import CONFIGS, make_tokenizer
-    from transformers import AutoModelForCausalLM
-
     arguments = _arguments()
     sys.argv = sys.argv[:1]
     sys.modules["interruptions"] = sys.modules["__main__"]
     with tempfile.TemporaryDirectory() as work:
-        torch.manual_seed(1)
-        AutoModelForCausalLM.from_config(CONFIGS["llama"]()).save_pretrained(f"{work}/model")
-        make_tokenizer().save_pretrained(f"{work}/model")
+        save_model(f"{work}/model")
         of_run = (arguments.kills, arguments.processes, arguments.seed, arguments.folders)
         hits, expected, found = sweep(Path(work), f"{work}/model", *of_run)
         same = expected == found

@@ -24,7 +24,7 @@ import pytest
 import torch
 import yaml
 from conftest import CONFIGS, make_tokenizer
-from interruptions import FOLDERS
+from interruptions import FOLDERS, quiet_trainer_of
 from test_fuzz import TIMES, within
 from transformers import AutoModelForCausalLM
 
@@ -91,15 +91,9 @@ def config_of(folder: Path, **trainer: Any) -> Path:
         },
         "data": {"source": str(folder / "prompts.jsonl"), "validation_size": 2, "batch_size": 1},
         "trainer": {
-            "accelerator": "cpu",
+            **quiet_trainer_of(folder),
             "devices": 1,
             "max_epochs": 1,
-            "log_every_n_steps": 1,
-            "num_sanity_val_steps": 0,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "default_root_dir": str(folder / "runs"),
-            "logger": {"class_path": "ResumableCSVLogger", "init_args": {"save_dir": str(folder / "runs"), "name": ""}},
             "callbacks": [
                 {"class_path": "CompletionsTable", "init_args": {"terminal": False}},
                 {"class_path": "RunSummary"},
