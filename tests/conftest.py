@@ -86,10 +86,10 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _ports_are_not_handed_on() -> Iterator[None]:
-    """Forget the port that Lightning has put into the environment: this process may hold it for good."""
+def _no_run_is_joined() -> Iterator[None]:
+    """Forget what Lightning tells the processes of a run by the environment: a later test would join that run."""
     yield
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
 
 
