@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from environments import HERE, run
-from gpu_assets import make_assets
-from gpu_decode import DECODE_CASES, measure_decoding
+from gpu_assets import DEVICE, SHAPES, make_assets
+from gpu_decode import decode_cases, measure_decoding
 from gpu_memory import MEMORY_CASES, measure_memory
 from suites import LORA, SHARED
 
@@ -32,24 +32,29 @@ SHIPPED_PROMPTS, SHIPPED_BATCH = 16, 4
 def main() -> None:
     """Measure what is asked for, and print the tables."""
     args = _arguments()
-    properties = torch.cuda.get_device_properties(0)
-    record: Run = {"device": properties.name, "torch": torch.__version__, "memory": [], "decode": [], "time": []}
-    print(f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, torch {torch.__version__}", flush=True)
+    device = torch.cuda.get_device_name(0) if DEVICE == "cuda" else "a CPU"
+    record: Run = {"device": device, "torch": torch.__version__, "memory": [], "decode": [], "time": [], "trace": []}
+    print(f"{device}, torch {torch.__version__}", flush=True)
     for case in MEMORY_CASES if args.only in (None, "memory") else ():
         record["memory"].append(measure_memory(case))
         print(memory_row(record["memory"][-1]), flush=True)
         _write(record, args.json)
-    for name, rows in DECODE_CASES if args.only in (None, "decode") else ():
-        record["decode"] += measure_decoding(name, rows)
-        for row in record["decode"][-2:]:
+    for name, rows in decode_cases(args.models) if args.only in (None, "decode") else ():
+        for row in measure_decoding(name, rows):
+            record["decode"].append(row)
             print(decode_row(row), flush=True)
         _write(record, args.json)
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("smollm2", "1b") if args.only in (None, "time") else ():
-            assets = make_assets(Path(folder) / name, name, PROMPTS)
-            for label, worker, spec in time_specs(name, assets, args.trl_batches, is_shipped_timed=args.shipped):
+        for name in args.models if args.only in (None, "time", "trace") else ():
+            assets = make_assets(Path(folder) / name, name, args.prompts)
+            specs = time_specs(name, assets, args)
+            for label, worker, spec in specs if args.only != "trace" else ():
                 record["time"].append({"run": label, **_measure(worker, spec)})
                 print(time_row(record["time"][-1]), flush=True)
+                _write(record, args.json)
+            if args.only in (None, "trace"):
+                record["trace"].append({"run": name, **_measure("worker_trace.py", specs[0][2])})
+                print(record["trace"][-1].pop("table", ""), record["trace"][-1], sep="\n", flush=True)
                 _write(record, args.json)
 
 
@@ -61,23 +66,24 @@ def _write(record: Run, file: Path | None) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["memory", "decode", "time"], help="one of the three")
+    parser.add_argument("--only", choices=["memory", "decode", "time", "trace"], help="one of the four")
+    parser.add_argument(
+        "--models", nargs="*", default=["smollm2", "1b"], choices=list(SHAPES), help="shapes to measure"
+    )
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="prompts of a step")
     parser.add_argument("--trl-batches", type=int, nargs="*", default=[16, 64], help="batch sizes to try of TRL")
     parser.add_argument("--shipped", action="store_true", help="time TRL as shipped, too")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
     return parser.parse_args()
 
 
-def time_specs(
-    name: str, assets: Path, trl_batches: list[int], *, is_shipped_timed: bool
-) -> list[tuple[str, str, Run]]:
+def time_specs(name: str, assets: Path, args: argparse.Namespace) -> list[tuple[str, str, Run]]:
     """Describe the timed runs of a model to their workers: ours, TRL at its best, TRL as shipped.
 
     Args:
         name: The model.
         assets: Its folder.
-        trl_batches: Batch sizes to try of TRL at its best.
-        is_shipped_timed: Whether TRL as shipped is timed too, which takes minutes.
+        args: Prompts of a step, batch sizes to try of TRL at its best, and whether TRL as shipped is timed, too.
     """
     shared = {
         **SHARED,
@@ -85,22 +91,25 @@ def time_specs(
         "assets": str(assets),
         "prompts": str(assets / "prompts.jsonl"),
         "dtype": "bfloat16",
-        "accelerator": "gpu",
-        "step_prompts": PROMPTS,
-        "timed_prompts": PROMPTS,
+        "accelerator": "gpu" if DEVICE == "cuda" else "cpu",
+        "step_prompts": args.prompts,
+        "timed_prompts": args.prompts,
         "new_tokens": NEW_TOKENS,
         "lora": None,
     }
-    # Kernels are loaded for each new shape, so both sides warm up by a whole step of other prompts.
-    ours = {**shared, "system": "ours", "options": {"micro_batch_size": 16}, "warm_up_prompts": PROMPTS}
-    best = {**shared, "system": "trl-best", "options": TRL_FAST, "warm_up_prompts": PROMPTS}
+    # Kernels are loaded for each new shape, so both sides warm up by a whole step of other prompts; ours by another
+    # one before, which measures how many tokens go into a micro-batch.
+    ours = {**shared, "system": "ours", "options": {}, "warm_up_prompts": args.prompts, "warm_up_steps": 2}
+    best = {**shared, "system": "trl-best", "options": TRL_FAST, "warm_up_prompts": args.prompts}
     few = {"timed_prompts": SHIPPED_PROMPTS, "warm_up_prompts": SHIPPED_PROMPTS, "batch": SHIPPED_BATCH}
     shipped = {**shared, **few, "system": "trl-shipped", "options": {}}
     specs = [(f"{name}, ours", "worker_ours.py", ours)]
+    specs += [
+        (f"{name}, TRL, best settings, batch {batch}", "worker_trl.py", {**best, "batch": batch})
+        for batch in args.trl_batches
+    ]
     specs += [(f"{name}, ours, LoRA", "worker_ours.py", {**ours, "lora": LORA})]
-    for batch in trl_batches:
-        specs.append((f"{name}, TRL, best settings, batch {batch}", "worker_trl.py", {**best, "batch": batch}))
-    if is_shipped_timed:
+    if args.shipped:
         specs.append((f"{name}, TRL as shipped, batch {SHIPPED_BATCH}", "worker_trl.py", shipped))
     return specs
 

@@ -17,7 +17,11 @@ from transformers import (
 
 from xpo_lightning.footprint.shape import Shape
 
-SHAPES = {"smollm2": SMOLLM2, "1b": LLAMA_1B, "8b": LLAMA_8B}
+TOY = Shape(layers=2, hidden=32, heads=4, kv_heads=2, head_dim=8, intermediate=64, vocabulary=500, tied=True)
+SHAPES = {"toy": TOY, "smollm2": SMOLLM2, "1b": LLAMA_1B, "8b": LLAMA_8B}
+"""The toy is there to try the measurements where there is no GPU."""
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHORTEST, LONGEST = 64, 448
 WARM_UP_PROMPTS = 128
 
@@ -51,7 +55,7 @@ def word_tokenizer(count: int) -> PreTrainedTokenizerFast:
 
 def random_policy(shape: Shape, dtype: torch.dtype) -> Any:
     """Make a policy on the device."""
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         return AutoModelForCausalLM.from_config(config_of(shape), dtype=dtype)
 
 
@@ -59,7 +63,7 @@ def save_models(folder: Path, shape: Shape) -> None:
     """Save a policy and a reward model of a shape, in bfloat16."""
     torch.manual_seed(0)
     tokenizer = word_tokenizer(shape.vocabulary)
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         reward = AutoModelForSequenceClassification.from_config(config_of(shape, num_labels=1), dtype=torch.bfloat16)
     random_policy(shape, torch.bfloat16).save_pretrained(folder / "policy")
     reward.save_pretrained(folder / "reward")

@@ -2,10 +2,12 @@
 
 import random
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from gpu_assets import SHAPES, random_policy, word_tokenizer
+from gpu_assets import DEVICE, SHAPES, random_policy, word_tokenizer
+from measuring import finish_device_work
 
 from xpo_lightning import Prompts, Sampling
 from xpo_lightning.batch import left_pad
@@ -13,7 +15,12 @@ from xpo_lightning.rollout.local import LocalRollout
 from xpo_lightning.rollout.noise import Noise
 
 NEW_TOKENS, SHORTEST, LONGEST, REPEATS = 64, 64, 448, 3
-DECODE_CASES = tuple((name, rows) for rows in (128, 1, 512, 32) for name in ("smollm2", "1b"))
+DECODED_ROWS = (128, 1, 512, 32)
+
+
+def decode_cases(names: list[str]) -> Iterator[tuple[str, int]]:
+    """List what is measured: for each number of rows each model."""
+    return ((name, rows) for rows in DECODED_ROWS for name in names)
 
 
 @torch.no_grad()
@@ -60,9 +67,9 @@ def _prompts(rows: int, vocabulary: int) -> Prompts:
     source = random.Random(0)
     ids = [[source.randrange(3, vocabulary) for _ in range(source.randint(SHORTEST, LONGEST))] for _ in range(rows)]
     padded, mask = left_pad(ids)
-    return Prompts(padded.cuda(), mask.cuda(), ("",) * rows)
+    return Prompts(padded.to(DEVICE), mask.to(DEVICE), ("",) * rows)
 
 
 def _now() -> float:
-    torch.cuda.synchronize()
+    finish_device_work()
     return time.perf_counter()

@@ -22,9 +22,8 @@ def main() -> None:
     spec = read_spec()
     warmup, timed = read_prompts(spec)
     torch.manual_seed(0)
-    measured = measure(
-        make_module(spec), warmup[: spec.get("warm_up_prompts", WARM_UP_PROMPTS)], timed, spec.get("accelerator", "cpu")
-    )
+    before = [warmup[: spec.get("warm_up_prompts", WARM_UP_PROMPTS)]] * spec.get("warm_up_steps", 1)
+    measured = measure(make_module(spec), before, timed, spec.get("accelerator", "cpu"))
     if measured.lengths and measured.lengths != {spec["new_tokens"]}:
         raise RuntimeError(f"expected completions of {spec['new_tokens']} tokens, but got {sorted(measured.lengths)}")
     counted = measured.lengths.pop() if measured.lengths else None
@@ -85,25 +84,30 @@ class StepClock(Callback):
 
 
 def measure(
-    module: XPOLightningModule, warmup: list[Prompt], timed: list[Prompt], accelerator: str = "cpu"
+    module: XPOLightningModule, before: list[list[Prompt]], timed: list[Prompt], accelerator: str = "cpu"
 ) -> StepClock:
-    """Fit two batches, and time the second."""
+    """Take a step on each list of prompts, and time the last."""
+    clock = StepClock(timed_step=len(before))
+    fit(module, [*before, timed], clock, accelerator)
+    return clock
+
+
+def fit(module: XPOLightningModule, steps: list[list[Prompt]], callback: Callback, accelerator: str = "cpu") -> None:
+    """Take an optimizer step on each of some lists of prompts, and nothing beside it."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    clock = StepClock(timed_step=1)
     trainer = Trainer(
         accelerator=accelerator,
         devices=1,
-        max_steps=2,
-        callbacks=[clock],
+        max_steps=len(steps),
+        callbacks=[callback],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    batches = [as_batch(warmup), as_batch(timed)]
+    batches = [as_batch(prompts) for prompts in steps]
     trainer.fit(module, DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch))
-    return clock
 
 
 def as_batch(rows: list[Prompt]) -> dict[str, list[Any]]:

@@ -124,3 +124,30 @@ def test_the_command_needs_nothing_but_python():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--tune-trl" in done.stdout
+
+
+def test_parts_for_a_gpu_run_at_toy_size_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A token's time both ways, the specs of a step's time, and a look into a step."""
+    import argparse
+
+    import gpu
+    import gpu_decode
+    import worker_ours
+    import worker_trace
+    from measuring import read_prompts
+
+    monkeypatch.setattr(gpu_decode, "NEW_TOKENS", 3)
+    assert next(iter(gpu_decode.decode_cases(["toy"]))) == ("toy", 128)
+    eager, graphs = gpu_decode.measure_decoding("toy", 3)
+    assert graphs["same_tokens"] == 1
+    assert "toy, 3 rows, eager" in gpu.decode_row(eager)
+    assets = gpu.make_assets(tmp_path, "toy", 4)
+    asked = argparse.Namespace(prompts=4, trl_batches=[2], shipped=True)
+    specs = gpu.time_specs("toy", assets, asked)
+    assert [worker for _, worker, _ in specs] == ["worker_ours.py", "worker_trl.py", "worker_ours.py", "worker_trl.py"]
+    spec = {**specs[0][2], "new_tokens": 3}
+    warm, timed = read_prompts(spec)
+    trace = worker_trace.StepTrace()
+    worker_ours.fit(worker_ours.make_module(spec), [warm[:2], warm[:2], *[timed] * 3], trace)
+    assert "aten::mm" in trace.tables()
+    assert "modeling_llama.py" in trace.tables()

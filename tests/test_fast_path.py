@@ -4,6 +4,7 @@ import platform
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -23,13 +24,14 @@ from conftest import (
     randomize_adapters,
 )
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from xpo_lightning import Pair, Sampling, SequenceClassifierReward, XPOLightningModule
 from xpo_lightning import logps as logps_module
 from xpo_lightning.forward import cpu as cpu_module
 from xpo_lightning.forward import head as head_module
+from xpo_lightning.forward import norms
 from xpo_lightning.forward.adapters import adapters_cast
 from xpo_lightning.forward.attention import attention, fast_attention, for_any_shape
 from xpo_lightning.forward.capabilities import (
@@ -190,6 +192,42 @@ def test_a_training_step_equals_that_of_the_plain_path(
         weights.append([weight.detach().clone() for weight in module.trained_parameters()])
     for fast, slow in zip(*weights, strict=True):
         torch.testing.assert_close(fast, slow, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("lora", [None, LoRASpec(r=4)], ids=["full", "lora"])
+def test_norms_as_one_kernel_give_the_same_step(
+    make_module: Callable[..., XPOLightningModule],
+    tmp_path: Path,
+    lora: LoRASpec | None,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """As on a GPU: in rollouts, scores, and the gradient; layers that are computed again find the norms they had."""
+    calls, own = [], torch.nn.functional.rms_norm
+    monkeypatch.setattr(
+        torch.nn.functional, "rms_norm", lambda *args: calls.append(args[0].requires_grad) or own(*args)
+    )
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, num_hidden_layers=2, num_labels=1, bos_token_id=None, eos_token_id=None)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+
+    def stepped(fusing: set[str], **spec: Any) -> tuple[list[bool], list[Tensor]]:
+        monkeypatch.setattr(norms, "FUSING", fusing)
+        calls.clear()
+        torch.manual_seed(0)
+        reward, sgd = SequenceClassifierReward(str(tmp_path)), partial(torch.optim.SGD, lr=1.0)
+        module = make_module(reward=reward, lora=lora, optimizer=sgd, max_grad_norm=None, spec=spec)
+        fit_quietly(module, PROMPTS, max_steps=1)
+        return list(calls), [weight.detach() for weight in module.trained_parameters()]
+
+    unfused, expected = stepped(set())
+    fused, found = stepped({"cpu"})
+    assert not unfused
+    assert any(fused)
+    assert not all(fused)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    stepped({"cpu"}, gradient_checkpointing=True)
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,12 @@ def test_a_resumed_run_ends_as_the_run_that_was_never_stopped(
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
+def test_the_first_step_finds_room_for_more_pairs(make_module: MakeModule):
+    module = make_module()
+    fit_quietly(module, PROMPTS * 4, batch_size=20, max_steps=2, **GPU)
+    assert module.run_state.tokens_together == 2**15  # a tiny model on any card
+
+
 def test_the_quickstart_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     steps = ["--trainer.max_steps", "20", "--trainer.val_check_interval", "20"]
@@ -214,3 +220,15 @@ def test_replayed_steps_write_what_is_written_without(
     assert same > (0.99 if precision == "float32" else 0.8)  # rounding may decide between two tokens
     if precision == "float32":
         torch.testing.assert_close(written[0].token_logps[:, 0], written[1].token_logps[:, 0], atol=1e-3, rtol=0)
+
+
+def test_a_capture_that_breaks_off_leaves_nothing_behind():
+    counter = torch.zeros(1, device="cuda")
+    with pytest.raises(RuntimeError):
+        replay.capture(lambda: counter.add_(1).item())
+    torch.rand(2, device="cuda")
+    counter.zero_()
+    again = replay.capture(lambda: counter.add_(torch.ones(1, device="cuda")))
+    again()
+    again()
+    assert counter.item() == 3  # taken once before it was captured

@@ -81,10 +81,12 @@ class XPOLightningModule(PreferenceSteps):
         warmup_steps: Warm-up in optimizer steps, in place of `warmup_ratio`.
         lr_scheduler: Another scheduler, stepped after each optimizer step.
         max_grad_norm: Gradients are scaled down to this norm; null is off. In place of `trainer.gradient_clip_val`.
-        micro_batch_size: Most pairs per forward and backward pass. Changes memory and speed, not the result. In place
-            of `trainer.accumulate_grad_batches`: the batch of the data module is what one rollout samples and one
-            optimizer step sees.
-        micro_batch_tokens: Most tokens per forward and backward pass, padding included; null sets no limit.
+        micro_batch_size: Most pairs per forward and backward pass; null sets no limit. Changes memory and speed, not
+            the result. In place of `trainer.accumulate_grad_batches`: the batch of the data module is what one rollout
+            samples and one optimizer step sees.
+        micro_batch_tokens: Most tokens per forward and backward pass, padding included; null sets no limit. Where both
+            are null, the first step takes 8 pairs at a time; on a GPU it measures how many tokens fit in half of the
+            memory that is free, and later steps take as many.
         rollout_batch_size: Most prompts sampled together; null is the whole batch, fewer on a CPU.
         rollout_graphs: On a GPU, replay each token's step as a CUDA graph, and keep the buffers for it; false saves
             their memory. Elsewhere nothing is replayed.
@@ -130,7 +132,7 @@ class XPOLightningModule(PreferenceSteps):
         warmup_steps: int | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        micro_batch_size: int = 8,
+        micro_batch_size: int | None = None,
         micro_batch_tokens: int | None = None,
         rollout_batch_size: int | None = None,
         rollout_graphs: bool = True,

@@ -17,6 +17,7 @@ from xpo_lightning.rollout.cache import most_rows
 from xpo_lightning.rollout.local import TOKENS_AT_ONCE
 from xpo_lightning.rollout.opening import REPLAYING
 from xpo_lightning.snapshot import Snapshot
+from xpo_lightning.updates import tokens_of_pair
 
 
 def count(model: nn.Module) -> int:
@@ -64,7 +65,7 @@ def plan_of(
         rows=min(batch_size, module.rollout_batch_size or rows),
         prompt_tokens=longest,
         new_tokens=new,
-        micro_batch_size=_pairs(module, batch_size, longest),
+        micro_batch_size=min(batch_size, module.plan.most_pairs(tokens_of_pair(longest, new))),
         replays=device in REPLAYING and module.rollout_graphs and module.device_mesh is None,
         read_tokens=TOKENS_AT_ONCE.get(device, TOKENS_AT_ONCE["cuda"]),
         policy_weights=sum(map(torch.numel, base)),
@@ -74,7 +75,7 @@ def plan_of(
     )
     if reward is None or reward.model is None:
         return plan
-    rows_of_reward = min(reward.micro_batch_size, 2 * module.candidates.count * batch_size)
+    rows_of_reward = min(reward.rows_together(longest + new), 2 * module.candidates.count * batch_size)
     return replace(plan, reward=Shape.of(reward.model.config), reward_rows=rows_of_reward)
 
 
@@ -97,11 +98,3 @@ def _states(optimizer: Optimizer) -> int:
 def _copies(module: XPOLightningModule) -> int:
     holders: list[Any] = [module.sampler, module.reference]
     return sum(isinstance(value, Snapshot) for holder in holders for value in vars(holder).values())
-
-
-def _pairs(module: XPOLightningModule, batch_size: int, longest: int) -> int:
-    """Return how many of the longest pairs a micro-batch has."""
-    pairs = min(batch_size, module.plan.micro_batch_size)
-    if module.plan.micro_batch_tokens is not None:
-        pairs = min(pairs, module.plan.micro_batch_tokens // (longest + 2 * module.sampling.max_new_tokens))
-    return max(1, pairs)

@@ -16,6 +16,7 @@ from xpo_lightning.forward.capabilities import refuse_untrainable
 from xpo_lightning.forward.randomness import stop_random_draws
 from xpo_lightning.gradient import add_gradients, clip_gradient
 from xpo_lightning.guard.guarding import Guard, check_rollout
+from xpo_lightning.guard.processes import gathered
 from xpo_lightning.memory import Memory
 from xpo_lightning.metrics import PairAverages, rollout_metrics
 from xpo_lightning.models import LoadedModel, ModelSpec
@@ -27,9 +28,10 @@ from xpo_lightning.resume.standing import batches_done, begin_batch, forget_logg
 from xpo_lightning.resume.state import RunState
 from xpo_lightning.rewards.base import Feedback
 from xpo_lightning.rollout.noise import Noise
+from xpo_lightning.room import Room, counts_memory
 from xpo_lightning.schedules import FIRST_STEP, Progress
 from xpo_lightning.sharding import whole
-from xpo_lightning.updates import Pairs, UpdatePlan
+from xpo_lightning.updates import Pairs, UpdatePlan, most_tokens
 
 
 class PreferenceSteps(LightningModule):
@@ -87,7 +89,8 @@ class PreferenceSteps(LightningModule):
         buffer = self.memory.buffer
         pairs: Pairs = experience if buffer is None else self.guard.run(lambda: buffer.add(experience))
         settings: dict[str, Any] = {}
-        for number, micro_batches in enumerate(self.plan(pairs, noise)):
+        plan = self.plan.within(self.run_state.tokens_together)
+        for number, micro_batches in enumerate(plan(pairs, noise)):
             if 0 < self.trainer.max_steps <= self.global_step:
                 break
             settings |= self._update(pairs, micro_batches, may_stop=number == 0)
@@ -98,7 +101,11 @@ class PreferenceSteps(LightningModule):
         weights = self._weights()
         learning_rate = self._optimizer.param_groups[0]["lr"]
         self._optimizer.zero_grad()
+        is_unmeasured = self.plan.is_open and self.run_state.tokens_together is None
+        room = Room(self.device) if is_unmeasured and counts_memory(self.device) else None
         added = add_gradients(self, pairs, micro_batches, weights, self.guard.stop if may_stop else None)
+        if room is not None:
+            room.after_gradients()
         norm = clip_gradient(self)
         if self.guard.attempt(lambda: added.check(norm), may_stop=may_stop) is None:
             self._optimizer.zero_grad()
@@ -110,7 +117,14 @@ class PreferenceSteps(LightningModule):
             self._optimizer.step()
             self._scheduler.step()
         self.guard.taken()
+        if room is not None:
+            self._take_room(room, pairs, micro_batches)
         return {**weights, "lr": learning_rate, "grad_norm": norm}
+
+    def _take_room(self, room: Room, pairs: Pairs, micro_batches: list[list[int]]) -> None:
+        """After the first step, find out how many tokens later ones may take together."""
+        tokens = room.tokens(most_tokens(pairs.sizes, micro_batches))
+        self.run_state.tokens_together = min(gathered(tokens))
 
     def _averages(self, experience: Experience, beta: float) -> dict[str, Any]:
         self.rollout_averages.reset()
@@ -136,7 +150,8 @@ class PreferenceSteps(LightningModule):
         weights = self._weights()
         experience = self._collect(batch, noise)
         self.eval_rollout_averages.update(rollout_metrics(experience, weights["beta"]))
-        for rows in self.plan.micro_batches(experience.sizes, range(len(experience))):
+        plan = self.plan.within(self.run_state.tokens_together)
+        for rows in plan.micro_batches(experience.sizes, range(len(experience))):
             _, numbers = self.objective(self.policy, experience.select(rows), **weights)
             self.eval_averages.update(numbers)
         return experience

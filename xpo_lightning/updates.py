@@ -1,7 +1,7 @@
 """Which pairs go into which optimizer step, and which of those go through the models together."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from xpo_lightning.batch import Experience
@@ -20,19 +20,23 @@ class Pairs(Protocol):
         """Return these pairs."""
 
 
+FEW_PAIRS = 8
+"""Most pairs of a micro-batch where no option limits it and nothing has been measured."""
+
+
 @dataclass(frozen=True)
 class UpdatePlan:
     """Which pairs of a batch go into which optimizer step, and which of those into which micro-batch.
 
     Args:
-        micro_batch_size: Most pairs in a forward and backward pass.
+        micro_batch_size: Most pairs in a forward and backward pass; None is no limit.
         micro_batch_tokens: Most tokens in it, padding included; a pair of more is a micro-batch by itself. None is no
-            limit.
+            limit. Where both are None, see `within`.
         updates_per_rollout: Steps that share one pass over a batch's pairs.
         epochs_per_rollout: Passes over a batch's pairs.
     """
 
-    micro_batch_size: int
+    micro_batch_size: int | None
     micro_batch_tokens: int | None
     updates_per_rollout: int
     epochs_per_rollout: int
@@ -47,6 +51,21 @@ class UpdatePlan:
     def steps(self) -> int:
         """Optimizer steps a batch that has at least as many pairs."""
         return self.updates_per_rollout * self.epochs_per_rollout
+
+    @property
+    def is_open(self) -> bool:
+        """Tell whether no option limits a micro-batch."""
+        return self.micro_batch_size is None and self.micro_batch_tokens is None
+
+    def within(self, tokens: int | None) -> "UpdatePlan":
+        """Return the plan with the most tokens that were found to fit; an option goes before that."""
+        return replace(self, micro_batch_tokens=tokens) if self.is_open else self
+
+    def most_pairs(self, tokens: int) -> int:
+        """Return how many pairs of so many tokens each a micro-batch has at most; at least one."""
+        pairs = FEW_PAIRS if self.is_open else self.micro_batch_size
+        limits = [pairs, None if self.micro_batch_tokens is None else self.micro_batch_tokens // tokens]
+        return max(1, min(limit for limit in limits if limit is not None))
 
     def __call__(self, pairs: Pairs, noise: Noise) -> Iterator[list[list[int]]]:
         """Yield the micro-batches of each optimizer step; several steps a pass share the pairs out at random."""
@@ -78,6 +97,24 @@ class UpdatePlan:
 
     def _fits(self, prompt: int, completions: list[int]) -> bool:
         """Tell whether pairs padded to the longest prompt and the longest completion are within the limits."""
-        tokens = len(completions) * (prompt + 2 * max(completions))
-        fits = self.micro_batch_tokens is None or tokens <= self.micro_batch_tokens
-        return fits and len(completions) <= self.micro_batch_size
+        return len(completions) <= self.most_pairs(tokens_of_pair(prompt, max(completions)))
+
+
+def tokens_of_pair(prompt: int, completion: int) -> int:
+    """Count the tokens of a pair whose completions are padded to the longer one."""
+    return prompt + 2 * completion
+
+
+def most_tokens(sizes: Sequence[tuple[int, int]], micro_batches: Sequence[Sequence[int]]) -> int:
+    """Count the tokens of the largest micro-batch, padding included.
+
+    Args:
+        sizes: Tokens of each prompt, and of the longer one of its completions.
+        micro_batches: The pairs of each.
+    """
+
+    def tokens(rows: Sequence[int]) -> int:
+        prompts, completions = zip(*(sizes[row] for row in rows), strict=True)
+        return len(rows) * tokens_of_pair(max(prompts), max(completions))
+
+    return max(map(tokens, micro_batches))

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from xpo_lightning.forward.attention import fast_attention
+from xpo_lightning.forward.norms import fast_norms
 
 
 def positions_from(mask: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ def last_features(
         arguments |= {"use_cache": True, **cache.kept}
     elif cache is not None:
         arguments |= {"use_cache": True, "past_key_values": cache}
-    with nullcontext() if head is None else _left_out(head), _attention_for(model, ids, cache):
+    with nullcontext() if head is None else _left_out(head), _kernels_for(model, ids, cache):
         output = model(**arguments)
     if isinstance(cache, OwnState):
         cache.keep(output, accepted)
@@ -117,11 +118,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _attention_for(model: nn.Module, ids: Tensor, cache: "Cache | OwnState | None") -> AbstractContextManager[None]:
-    """Choose the attention; layers that will be computed again in the backward pass must find the same then."""
-    again = torch.is_grad_enabled() and is_checkpointing(model)
+@contextmanager
+def _kernels_for(model: nn.Module, ids: Tensor, cache: "Cache | OwnState | None") -> Iterator[None]:
+    """Choose attention and norms; layers that will be computed again in the backward pass must find the same then."""
     is_shape_fixed = getattr(cache, "column", None) is not None
-    return nullcontext() if again else fast_attention(ids.device, is_shape_fixed=is_shape_fixed)
+    if torch.is_grad_enabled() and is_checkpointing(model):
+        yield
+    elif is_shape_fixed:  # Whoever replays the call chooses its norms.
+        with fast_attention(ids.device, is_shape_fixed=True):
+            yield
+    else:
+        with fast_attention(ids.device), fast_norms(model, ids.device):
+            yield
 
 
 @contextmanager

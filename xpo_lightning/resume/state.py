@@ -26,6 +26,7 @@ class RunState:
 
     Attributes:
         seed: Seed of all noise.
+        tokens_together: Most tokens of a micro-batch, where that was measured.
         validated: How many batches had been done at the last validation.
         changed: The batch in which weights were changed last; None where there is none.
         random: The global random state before the step or the validation that is under way; None between those.
@@ -34,6 +35,7 @@ class RunState:
 
     guard: Guard
     seed: int = 0
+    tokens_together: int | None = None
     validated: int = -1
     changed: int | None = field(default=None, init=False)
     random: dict[str, Any] | None = field(default=None, init=False)
@@ -85,6 +87,7 @@ class RunState:
         metrics = trainer.callback_metrics
         return {
             "seed": self.seed,
+            "tokens_together": self.tokens_together,
             "optimization": optimization,
             "validate": self.validated != batches_done(trainer) and validation_is_due(trainer),
             "validated": self.validated,
@@ -121,7 +124,7 @@ class RunState:
             return
         own = state["processes"][trainer.global_rank]
         self.guard.in_a_row, self.guard.skipped = state["skipped"]
-        self.validated = state["validated"]
+        self.validated, self.tokens_together = state["validated"], state.get("tokens_together")
         self.guard.run(lambda: memory.load(own, state["weights"]))
         metrics = {name: torch.tensor(value) for name, value in state["metrics"].items()}
         trainer._logger_connector._callback_metrics.update(metrics)

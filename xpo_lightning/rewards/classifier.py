@@ -22,6 +22,10 @@ from xpo_lightning.rewards.rows import RowEncoder, Truncation
 from xpo_lightning.rewards.scoring import ScoringWays
 from xpo_lightning.rewards.sharing import find_twins, score_twins
 
+FEW_ROWS = 16
+"""Rows in one forward on a CPU, where more are no faster."""
+TOKENS_TOGETHER = 2**15
+"""Tokens in one forward elsewhere."""
 _OPTIONS = "model.reward.init_args"
 
 
@@ -38,7 +42,8 @@ class SequenceClassifierReward(Reward):
         attn_implementation: Attention of transformers, for example `sdpa`; its own choice by default.
         trust_remote_code: Whether to run Python code that comes with the model or its tokenizer.
         tokenizer: Another tokenizer than the one beside the model: local path, hub id, or `package:name/path`.
-        micro_batch_size: Rows in one forward; scores do not depend on it.
+        micro_batch_size: Rows in one forward; scores do not depend on it. null is 16 on a CPU, and elsewhere as many
+            of the longest as have 32,768 tokens.
         max_tokens: Most tokens of prompt and completion together, special tokens included; by default the model's
             context length, where it has one.
         truncate: What a longer row loses: its "left" (the completion's end stays), its "right" (the prompt's start
@@ -63,7 +68,7 @@ class SequenceClassifierReward(Reward):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         tokenizer: str | None = None,
-        micro_batch_size: int = 16,
+        micro_batch_size: int | None = None,
         max_tokens: int | None = None,
         truncate: Truncation = "left",
         prompt_format: PromptFormat = "auto",
@@ -117,6 +122,13 @@ class SequenceClassifierReward(Reward):
         """Stay in eval mode: dropout would make scores random."""
         return super().train(False)
 
+    def rows_together(self, longest: int) -> int:
+        """Return how many rows go through the loaded model in one forward, if the longest has so many tokens."""
+        if self.micro_batch_size is not None:
+            return self.micro_batch_size
+        is_on_cpu = self.model is None or self.model.device.type == "cpu"
+        return FEW_ROWS if is_on_cpu else max(FEW_ROWS, TOKENS_TOGETHER // max(longest, 1))
+
     def identity(self) -> dict[str, Any]:
         """Name the model, a fingerprint of its weights once they are loaded, and the options that scores depend on."""
         return {
@@ -162,10 +174,10 @@ class SequenceClassifierReward(Reward):
         scores = torch.empty(len(rows), device=self.model.device)
         if single:
             some, how = [rows[row] for row in single], ways.rows(longest)
-            scores[single] = score_rows(self.model, some, self.micro_batch_size, pad_ids, how)
+            scores[single] = score_rows(self.model, some, self.rows_together(longest), pad_ids, how)
         if twins:
             places = [twin[side] for side in (0, 1) for twin in twins]
-            scores[places] = score_twins(self.model, rows, twins, self.micro_batch_size, pad_ids)
+            scores[places] = score_twins(self.model, rows, twins, self.rows_together(longest), pad_ids)
         return as_scores(scores, len(rows), f"reward model '{self.source.path}'")
 
 

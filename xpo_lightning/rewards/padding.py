@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from xpo_lightning.batch import cut
 from xpo_lightning.forward.attention import fast_attention
+from xpo_lightning.forward.norms import fast_norms
 from xpo_lightning.forward.probe import vocabulary_size
 from xpo_lightning.forward.unshared import Rows, group_by_length
 
@@ -57,8 +58,12 @@ def score_rows(
 def forward_scores(model: PreTrainedModel, ids: Tensor, pad_id: int, **arguments: Any) -> Tensor:
     """Run a classifier on token ids (B, L), padded with `pad_id`, and return the scores in float32, of shape (B,)."""
     device = next(model.parameters()).device
-    # Autocast would override the dtype that the user chose for this model.
-    with padded_with(model.config, pad_id), torch.autocast(device.type, enabled=False), fast_attention(device):
+    with (
+        padded_with(model.config, pad_id),
+        torch.autocast(device.type, enabled=False),  # It would override the dtype that the user chose for this model.
+        fast_attention(device),
+        fast_norms(model, device),
+    ):
         logits = model(input_ids=ids.to(device), **arguments).logits  # (B, 1)
     scores: Tensor = logits[:, 0].float()
     return scores

@@ -5,7 +5,7 @@ place. Where weights have moved, or adapters were switched, another step is capt
 """
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -157,7 +157,11 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
     try:
         return _captured(step)
     except RuntimeError:
-        # A capture that broke off leaves the random generator in the middle of one; another brings it out.
+        # A capture that broke off leaves the allocator in the middle of it, and the random generator, which comes out
+        # with another one, in memory of its own.
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), _memory())
+        _memory.cache_clear()
         _captured(lambda: torch.zeros(1, device="cuda").add_(1))
         raise
 
