@@ -123,7 +123,11 @@ class SequenceClassifierReward(Reward):
         return super().train(False)
 
     def rows_together(self, longest: int) -> int:
-        """Return how many rows go through the loaded model in one forward, if the longest has so many tokens."""
+        """Return how many rows go through the loaded model in one forward.
+
+        Args:
+            longest: Tokens of the longest row.
+        """
         if self.micro_batch_size is not None:
             return self.micro_batch_size
         is_on_cpu = self.model is None or self.model.device.type == "cpu"
