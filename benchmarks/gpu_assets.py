@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from xpo_lightning.footprint.shape import Shape
+from xpo_lightning.reporting.memory.model_shape import Shape
 
 TOY = Shape(layers=2, hidden=32, heads=4, kv_heads=2, head_dim=8, intermediate=64, vocabulary=500, tied=True)
 SHAPES = {"toy": TOY, "smollm2": SMOLLM2, "1b": LLAMA_1B, "8b": LLAMA_8B}

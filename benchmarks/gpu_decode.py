@@ -10,9 +10,9 @@ from gpu_assets import DEVICE, SHAPES, random_policy, word_tokenizer
 from measuring import finish_device_work
 
 from xpo_lightning import Prompts, Sampling
-from xpo_lightning.batch import left_pad
+from xpo_lightning.core.batch import left_pad
+from xpo_lightning.core.rng import RolloutRNG
 from xpo_lightning.rollout.local import LocalRollout
-from xpo_lightning.rollout.noise import Noise
 
 NEW_TOKENS, SHORTEST, LONGEST, REPEATS = 64, 64, 448, 3
 DECODED_ROWS = (128, 1, 512, 32)
@@ -41,7 +41,7 @@ def measure_decoding(name: str, rows: int) -> list[dict[str, Any]]:
     for way in ("eager", "graphs"):
         sampling = Sampling(max_new_tokens=NEW_TOKENS)
         rollout = LocalRollout(word_tokenizer(1000), sampling, [], replays=way == "graphs")
-        uniforms = rollout.uniforms(prompts, Noise(0))
+        uniforms = rollout.uniforms(prompts, RolloutRNG(0))
         for _ in range(REPEATS):
             begun = _now()
             session = rollout.open(model, prompts)

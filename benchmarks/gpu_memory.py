@@ -23,7 +23,7 @@ from xpo_lightning import (
     SequenceClassifierReward,
     XPOLightningModule,
 )
-from xpo_lightning.footprint.estimate import Plan, estimate
+from xpo_lightning.reporting.memory.estimate import Plan, estimate
 
 PROMPT_TOKENS, NEW_TOKENS, ROWS, MICRO_BATCH, REWARD_ROWS, RANK = 1024, 32, 16, 2, 8, 16
 

@@ -1,4 +1,4 @@
-"""Measures the memory of optimizer steps, beside what `xpo_lightning/footprint/estimate.py` works out for them.
+"""Measures the memory of optimizer steps, beside what `xpo_lightning/reporting/memory/estimate.py` works out for them.
 
     python benchmarks/memory.py --all --json memory.json
 

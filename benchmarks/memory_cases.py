@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from xpo_lightning.footprint.estimate import Plan, estimate
-from xpo_lightning.footprint.shape import Shape
-from xpo_lightning.footprint.sharded import estimate_sharded
+from xpo_lightning.reporting.memory.estimate import Plan, estimate
+from xpo_lightning.reporting.memory.fsdp import estimate_sharded
+from xpo_lightning.reporting.memory.model_shape import Shape
 
 SHAPES = {
     "pythia": Shape(

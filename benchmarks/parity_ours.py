@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from xpo_lightning import LoadedModel, LoRASpec, PythonReward, Sampling, SequenceClassifierReward, XPOLightningModule
-from xpo_lightning.batch import Completions, Pair, Prompts, left_pad
-from xpo_lightning.logps import token_logps
-from xpo_lightning.losses import IPOLoss, SigmoidLoss
+from xpo_lightning.core.batch import Completions, Pair, Prompts, left_pad
+from xpo_lightning.losses.xpo import IPOLoss, SigmoidLoss
+from xpo_lightning.models.logprobs import token_logps
 from xpo_lightning.rollout.engine import Asked, RolloutEngine
 from xpo_lightning.rollout.local import LocalRollout
 
@@ -98,8 +98,7 @@ class Watch(Callback):
         else:
             pl_module.policy.load_state_dict(self.case.models()[0].state_dict())
         # The option `rollout` is for servers, which want adapters; this writer needs none.
-        pl_module.collect.engine = GivenCompletions(self.case)
-        pl_module.collect = self._collecting(pl_module.collect)
+        pl_module.collector.engine = GivenCompletions(self.case)
         pl_module.objective = Noting(pl_module.objective, self._note_losses)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
@@ -115,15 +114,11 @@ class Watch(Callback):
         self.results |= {f"logged.{name}": value.detach().clone() for name, value in trainer.logged_metrics.items()}
         self.results["loss"] = self.results["total"].mean()
 
-    def _collecting(self, collect: Callable[..., Any]) -> Callable[..., Any]:
-        def noting(*args: Any, **kwargs: Any) -> Any:
-            experience = collect(*args, **kwargs)
-            for side in ("by_policy", "by_sampler"):
-                self.results[f"scores.{side}"] = getattr(experience.scores, side)
-                self.results[f"reference_logps.{side}"] = getattr(experience.reference_logps, side)
-            return experience
-
-        return noting
+    def on_pairs_collected(self, trainer: Trainer, pl_module: Any, experience: Any) -> None:
+        """Note the scores, and what the reference says."""
+        for side in ("by_policy", "by_sampler"):
+            self.results[f"scores.{side}"] = getattr(experience.scores, side)
+            self.results[f"reference_logps.{side}"] = getattr(experience.reference_logps, side)
 
     def _note_losses(self, experience: Any, measured: dict[str, Tensor]) -> None:
         self._seen += [self.case.texts().index(text) for text in experience.prompts.raw]
@@ -148,9 +143,9 @@ class Noting:
     def __init__(self, objective: Any, note: Callable[[Any, dict[str, Tensor]], None]) -> None:
         self.objective, self.note, self.weights = objective, note, objective.weights
 
-    def __call__(self, policy: nn.Module, experience: Any, **weights: float) -> Any:
+    def evaluate(self, policy: nn.Module, experience: Any, **weights: float) -> Any:
         """Evaluate."""
-        total, measured = self.objective(policy, experience, **weights)
+        total, measured = self.objective.evaluate(policy, experience, **weights)
         self.note(experience, measured)
         return total, measured
 
@@ -197,13 +192,9 @@ def reference_samples() -> dict[str, Tensor]:
     class Keep(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
             fill_adapters(pl_module.policy)
-            collect = pl_module.collect
 
-            def keeping(*args: Any, **kwargs: Any) -> Any:
-                written.append(collect(*args, **kwargs))
-                return written[-1]
-
-            pl_module.collect = keeping
+        def on_pairs_collected(self, trainer: Trainer, pl_module: Any, experience: Any) -> None:
+            written.append(experience)
 
     _fit(module, {"prompt": [text_of(row) for row in rows], "prompt_ids": rows}, Keep())
     completions = written[0].completions

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from xpo_lightning.footprint.shape import Shape
+from xpo_lightning.reporting.memory.model_shape import Shape
 
 LLAMA_1B = Shape(
     layers=16, hidden=2048, heads=32, kv_heads=8, head_dim=64, intermediate=8192, vocabulary=128256, tied=True

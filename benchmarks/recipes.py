@@ -7,9 +7,9 @@ from typing import Any
 import yaml
 from public_models import POLICIES, REWARDS
 
-from xpo_lightning.footprint.estimate import Plan, estimate
-from xpo_lightning.footprint.shape import Shape, weight_count
-from xpo_lightning.footprint.sharded import estimate_sharded, root_weight_count
+from xpo_lightning.reporting.memory.estimate import Plan, estimate
+from xpo_lightning.reporting.memory.fsdp import estimate_sharded, root_weight_count
+from xpo_lightning.reporting.memory.model_shape import Shape, weight_count
 
 FOLDER = Path(__file__).parent.parent / "configs" / "scale"
 OVERLAYS = {"8b_full_nodes": "8b_full_8_gpus", "8b_lora_vllm": "8b_lora_one_gpu"}

@@ -6,8 +6,8 @@ from flops import step_flop
 from public_models import LLAMA_70B as SHAPE
 from scale_time import BFLOAT16, MEMORY, PRODUCTS, checkpointed_extra, decoding, flop_shape
 
-from xpo_lightning.footprint.estimate import FLOAT32, cache_bytes, layer_bytes
-from xpo_lightning.footprint.shape import adapter_count, weight_count
+from xpo_lightning.reporting.memory.estimate import FLOAT32, cache_bytes, layer_bytes
+from xpo_lightning.reporting.memory.model_shape import adapter_count, weight_count
 
 PROMPTS = 2048
 """Prompts of a step."""

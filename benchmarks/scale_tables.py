@@ -21,9 +21,9 @@ from flops import step_flop
 from memory_cases import CASES, predicted
 from public_models import LLAMA_1B, LLAMA_8B, LLAMA_70B
 
-from xpo_lightning.footprint.estimate import Footprint, Plan, estimate
-from xpo_lightning.footprint.shape import Shape
-from xpo_lightning.footprint.sharded import estimate_sharded
+from xpo_lightning.reporting.memory.estimate import Footprint, Plan, estimate
+from xpo_lightning.reporting.memory.fsdp import estimate_sharded
+from xpo_lightning.reporting.memory.model_shape import Shape
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
 MEASURED = Path(__file__).parent / "memory.json"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import flops
 from flops import step_flop
 
-from xpo_lightning.footprint.estimate import cache_bytes
-from xpo_lightning.footprint.shape import Shape, weight_count
-from xpo_lightning.footprint.sharded import root_weight_count
+from xpo_lightning.reporting.memory.estimate import cache_bytes
+from xpo_lightning.reporting.memory.fsdp import root_weight_count
+from xpo_lightning.reporting.memory.model_shape import Shape, weight_count
 
 PRODUCTS = 989e12
 """FLOP a second in bfloat16 of an H100 SXM, without sparsity, as its maker states."""

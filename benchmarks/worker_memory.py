@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 from xpo_lightning import LoRASpec, ModelSpec, PythonReward, Sampling, SequenceClassifierReward, XPOLightningModule
-from xpo_lightning.forward.cpu import keep_memory
+from xpo_lightning.models.forward.cpu import keep_memory
 from xpo_lightning.strategies import FSDP2Strategy
 
 TEXT = "One cold morning, before the first train, Mara found a wet kitten behind the old mill and took it home. "

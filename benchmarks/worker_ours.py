@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from measuring import Prompt, finish_device_work, memory_gib, read_prompts, read_spec, result
 from torch.utils.data import DataLoader
 
-from xpo_lightning import LoRASpec, ModelSpec, Sampling, SequenceClassifierReward, XPOLightningModule
+from xpo_lightning import Experience, LoRASpec, ModelSpec, Sampling, SequenceClassifierReward, XPOLightningModule
 
 WARM_UP_PROMPTS = 8
 
@@ -62,7 +62,11 @@ class StepClock(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: XPOLightningModule) -> None:
         """Note the memory that loading took."""
         self.loaded_gib = memory_gib()
-        _note_lengths(pl_module, self.lengths)
+
+    def on_pairs_collected(self, trainer: Trainer, pl_module: XPOLightningModule, experience: Experience) -> None:
+        """Note how many tokens the completions have."""
+        for side in (experience.completions.by_policy, experience.completions.by_sampler):
+            self.lengths.update(side.lengths.tolist())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: XPOLightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
@@ -113,19 +117,6 @@ def fit(module: XPOLightningModule, steps: list[list[Prompt]], callback: Callbac
 def as_batch(rows: list[Prompt]) -> dict[str, list[Any]]:
     """Put prompts into the columns of a batch."""
     return {"prompt": [row["prompt"] for row in rows], "prompt_ids": [row["prompt_ids"] for row in rows]}
-
-
-def _note_lengths(module: XPOLightningModule, lengths: set[int]) -> None:
-    """Let each step note the lengths of its completions, in tokens."""
-    collect = module.collect
-
-    def collect_noting(*args: Any, **kwargs: Any) -> Any:
-        experience = collect(*args, **kwargs)
-        for side in (experience.completions.by_policy, experience.completions.by_sampler):
-            lengths.update(side.lengths.tolist())
-        return experience
-
-    module.collect = collect_noting  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

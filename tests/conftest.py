@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from xpo_lightning import LoadedModel, ModelSpec, Prompts, Sampling, XPOLightningModule
-from xpo_lightning.batch import Completions, left_pad
-from xpo_lightning.rewards.function import PythonReward
+from xpo_lightning.core.batch import Completions, left_pad
+from xpo_lightning.core.rng import RolloutRNG
+from xpo_lightning.rewards.python import PythonReward
 from xpo_lightning.rollout import opening, replay
-from xpo_lightning.rollout.noise import Noise
 
 torch.set_num_threads(1)
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -227,8 +227,8 @@ def random_rows(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     return [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
-def noise(seed: int = 0) -> Noise:
-    return Noise(seed)
+def noise(seed: int = 0) -> RolloutRNG:
+    return RolloutRNG(seed)
 
 
 def naive_token_logps(model: nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:

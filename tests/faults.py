@@ -38,17 +38,17 @@ from interruptions import digest, kill_group, quiet_trainer_of, save_model
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from xpo_lightning.callbacks import CompletionsTable, PredictionsWriter, RunCheckpoint, RunContinuation
-from xpo_lightning.cli import main
-from xpo_lightning.data.loading import PromptDataset
-from xpo_lightning.guard import lifeline
-from xpo_lightning.memory import Memory
-from xpo_lightning.metrics import PairAverages
-from xpo_lightning.objective import Objective
-from xpo_lightning.optimization import Optimization, WarmupThenDecay
-from xpo_lightning.phases import PhaseTimer
-from xpo_lightning.resume.state import RunState
-from xpo_lightning.run_folder.checkpoint_io import CrashSafeCheckpointIO
-from xpo_lightning.steps import PreferenceSteps
+from xpo_lightning.checkpointing.io import CrashSafeCheckpointIO
+from xpo_lightning.checkpointing.run_state import RunState
+from xpo_lightning.cli.lightning_cli import main
+from xpo_lightning.core.fault_tolerance import lifeline
+from xpo_lightning.core.timer import PhaseTimer
+from xpo_lightning.data.dataloader import PromptDataset
+from xpo_lightning.module import XPOLightningModule
+from xpo_lightning.training.metrics import PairAverages
+from xpo_lightning.training.objective import Objective
+from xpo_lightning.training.optimizer import Optimization, WarmupThenDecay
+from xpo_lightning.training.persistent_state import Memory
 
 LIMIT = 60
 """Seconds that processes may take to end, their start included."""
@@ -148,7 +148,7 @@ def places() -> list[Place]:
         timer(name="step: the policy writes", when=phase("policy_rollout"), **trains),
         Place("step: the reward", here, "letters", "training", spoil=nan_first, statuses=user),
         timer(name="step: forward", when=phase("policy_forward"), occurrence=3, **trains),
-        Place("step: loss", Objective, "__call__", "training", 3, spoil=nan_loss),
+        Place("step: loss", Objective, "evaluate", "training", 3, spoil=nan_loss),
         Place("step: in the forward", LlamaMLP, "forward", "training", 30, when=lambda *_: torch.is_grad_enabled()),
         Place(
             "step: in the backward",
@@ -173,7 +173,7 @@ def places() -> list[Place]:
         timer(name="validation: the reference writes", when=phase("reference_rollout"), stage="validation"),
         timer(name="validation: the policy writes", when=phase("policy_rollout"), stage="validation"),
         Place("validation: the reward", here, "letters", "validation", spoil=nan_first, statuses=user),
-        Place("validation: objective", Objective, "__call__", "validation", 3),
+        Place("validation: objective", Objective, "evaluate", "validation", 3),
         Place("validation: a batch is shown", CompletionsTable, "on_validation_batch_end"),
         Place("validation: averages", PairAverages, "compute", "validation end", 3),
         Place("validation: ends", CompletionsTable, "on_validation_end"),
@@ -215,7 +215,7 @@ def note_stages() -> None:
         return noted
 
     for stage, name in STAGES.items():
-        setattr(PreferenceSteps, name, noting(stage, getattr(PreferenceSteps, name)))
+        setattr(XPOLightningModule, name, noting(stage, getattr(XPOLightningModule, name)))
     forward = LlamaMLP.forward
     LlamaMLP.forward = lambda self, x: InBackward.apply(forward(self, x))  # type: ignore[method-assign]
 

@@ -16,7 +16,7 @@ from xpo_lightning import (
     XPOLightningModule,
 )
 from xpo_lightning.data import PromptDataModule
-from xpo_lightning.models import LoRASpec
+from xpo_lightning.models.policy import LoRASpec
 from xpo_lightning.rewards import PythonReward, SequenceClassifierReward
 
 _NUMBERS = [0, -1, 1, 2, 0.5, 1e-300, 1e300, math.nan, math.inf, -math.inf, 2**63, 10**30, True]
@@ -24,7 +24,7 @@ _WORDS = ["", " ", "x", "null", "1e-3", "ünï\u2028", "\x00", "\ud800", "~nobod
 _NESTED: list[Any] = [
     *([], {}, [1], [[]], ["x"], [None], {"a": 1}, {"class_path": 7}, {"class_path": "nowhere.Nothing"}),
     {"class_path": "Linear", "init_args": {"start": math.nan, "end": 1}},
-    {"class_path": "xpo_lightning.schedules.PerEpoch", "init_args": {"values": []}},
+    {"class_path": "xpo_lightning.losses.schedules.PerEpoch", "init_args": {"values": []}},
     {"class_path": "builtins.dict"},
     {"class_path": "SigmoidLoss", "init_args": {"label_smooth": 1}},
     {"init_args": {}},

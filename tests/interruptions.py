@@ -30,8 +30,8 @@ import yaml
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import PreTrainedTokenizerBase
 
-from xpo_lightning.cli import main
-from xpo_lightning.phases import PhaseTimer
+from xpo_lightning.cli.lightning_cli import main
+from xpo_lightning.core.timer import PhaseTimer
 
 WRITES_OF_A_STEP = 25
 """About how often a step with all its files asks for bytes to be synced, or renames or removes what is complete."""

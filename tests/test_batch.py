@@ -7,7 +7,7 @@ import torch
 from conftest import completions_of, prompts_of
 
 from xpo_lightning import Completions, Experience, Pair, Prompts
-from xpo_lightning.batch import left_pad, same_tokens
+from xpo_lightning.core.batch import left_pad, same_tokens
 
 
 def test_pair_map_applies_to_both_sides():

@@ -66,7 +66,7 @@ def test_the_tables_have_every_phase():
 
     import report
 
-    from xpo_lightning.phases import Phase
+    from xpo_lightning.core.timer import Phase
 
     assert get_args(Phase) == report.PHASES
 
@@ -82,7 +82,7 @@ def test_our_worker_times_a_step_and_all_of_its_phases(
     from conftest import CONFIGS, make_tokenizer
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from xpo_lightning.phases import Phase
+    from xpo_lightning.core.timer import Phase
 
     AutoModelForCausalLM.from_config(CONFIGS["llama"]()).save_pretrained(tmp_path / "policy")
     config = CONFIGS["llama"]()

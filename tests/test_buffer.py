@@ -12,9 +12,9 @@ import torch
 from conftest import PROMPTS, Recorder, completions_of, fit_quietly, loader, noise, prompts_of, quiet_trainer
 
 from xpo_lightning import BufferOptions, Experience, InputError, Pair, SigmoidLoss, XPOLightningModule
-from xpo_lightning.buffer.pairs import Buffer
-from xpo_lightning.buffer.rows import decoded, encoded
-from xpo_lightning.prompts import as_prompts
+from xpo_lightning.data.prompts import as_prompts
+from xpo_lightning.training.replay_buffer.buffer import Buffer
+from xpo_lightning.training.replay_buffer.serialization import decoded, encoded
 
 MakeModule = Callable[..., XPOLightningModule]
 
@@ -64,7 +64,7 @@ def test_pairs_come_back_bit_for_bit(make_module: MakeModule):
     module = make_module()
     module.configure_model()
     prompts = as_prompts(PROMPTS, module.prompt_encoder, module.device)
-    pairs = module.collect(module.policy, prompts, noise(), training=True)
+    pairs = module.collector.collect(module.policy, prompts, noise(), training=True)
     back = decoded(encoded(pairs), "cpu")
     assert back.prompts.raw == pairs.prompts.raw
     for name in ("ids", "mask"):

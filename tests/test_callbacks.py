@@ -27,8 +27,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from xpo_lightning import LoadedModel, LoRASpec, ModelSpec, PromptDataModule, Sampling, XPOLightningModule
 from xpo_lightning import callbacks as all_callbacks
-from xpo_lightning.atomic_files import replacing_folder
-from xpo_lightning.batch import Experience
 from xpo_lightning.callbacks import (
     Baseline,
     CompletionsTable,
@@ -42,13 +40,15 @@ from xpo_lightning.callbacks import (
     draw_curves,
     save_policy,
 )
-from xpo_lightning.callbacks import completions as completions_room
-from xpo_lightning.callbacks import progress as progress_room
-from xpo_lightning.errors import InputError
-from xpo_lightning.guard.guarding import StopAsked
+from xpo_lightning.callbacks import completions_table as completions_room
+from xpo_lightning.callbacks import progress_bar as progress_room
+from xpo_lightning.core.atomic_files import replacing_folder
+from xpo_lightning.core.batch import Experience
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.fault_tolerance.guard import StopAsked
+from xpo_lightning.reporting.metrics_file import read_metrics
 from xpo_lightning.reporting.panels import PANELS
-from xpo_lightning.reporting.series import read_metrics
-from xpo_lightning.rewards.function import PythonReward
+from xpo_lightning.rewards.python import PythonReward
 
 PROMPTS = ["the cat", "a dog", "red hat", "sat on", "mat", "away"]
 CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]

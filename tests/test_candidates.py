@@ -8,7 +8,7 @@ import torch
 from conftest import PROMPTS, fit_quietly, longer_is_better, noise
 
 from xpo_lightning import Candidates, InputError, Pair, PolicySampler, PythonReward, XPOLightningModule
-from xpo_lightning.prompts import as_prompts
+from xpo_lightning.data.prompts import as_prompts
 
 MakeModule = Callable[..., XPOLightningModule]
 
@@ -64,7 +64,7 @@ def test_training_pairs_are_the_chosen_ones_of_all_that_were_scored(make_module:
     module = make_module(arch, reward=PythonReward(reward), candidates=Candidates(3, choose))
     module.configure_model()
     prompts = as_prompts(PROMPTS, module.prompt_encoder, module.device)
-    pairs = module.collect(module.policy, prompts, noise(), training=True)
+    pairs = module.collector.collect(module.policy, prompts, noise(), training=True)
     ((asked, texts),) = seen
     assert asked == PROMPTS * 6
     scores = torch.tensor(longer_is_better(asked, texts, {})).view(2, 3, len(PROMPTS))
@@ -85,7 +85,7 @@ def test_training_pairs_are_the_chosen_ones_of_all_that_were_scored(make_module:
     for side in ("by_policy", "by_sampler"):
         written = getattr(pairs.completions, side).logps
         assert getattr(pairs.reference_logps, side).tolist() == pytest.approx(written.tolist(), abs=1e-3)
-    plain = module.collect(module.policy, prompts, noise())
+    plain = module.collector.collect(module.policy, prompts, noise())
     assert len(seen[1][1]) == 2 * len(PROMPTS), "validation compares one completion a side"
     assert plain.completions.by_policy.texts != pairs.completions.by_policy.texts
 

@@ -16,8 +16,8 @@ from conftest import make_tokenizer
 from test_cli import refused
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
-from xpo_lightning.checking.survey import Prompts, spread
-from xpo_lightning.cli import main
+from xpo_lightning.cli.check.survey import Prompts, spread
+from xpo_lightning.cli.lightning_cli import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PACKAGE = CONFIGS.parent / "xpo_lightning"
@@ -507,7 +507,7 @@ def test_disk_that_does_not_hold_all_checkpoints_is_warned_of(
 def test_memory_that_is_not_there_is_warned_of(
     bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("xpo_lightning.check.memory_of", lambda _: 2**20)
+    monkeypatch.setattr("xpo_lightning.cli.check.check.memory_of", lambda _: 2**20)
     said = report(capsys, "--config", bench.write())
     assert "model.micro_batch_size, model.rollout_batch_size: a step may take" in said["warnings"]
 

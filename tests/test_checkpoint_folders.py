@@ -16,9 +16,9 @@ from test_checkpoint_io import GONE, file_size_limit, flip, names_in
 from test_cli import Write, refused
 
 from xpo_lightning import XPOLightningModule
-from xpo_lightning.cli import main
-from xpo_lightning.errors import InputError
-from xpo_lightning.run_folder.sharded_files import read_folder
+from xpo_lightning.checkpointing.sharded_io import read_folder
+from xpo_lightning.cli.lightning_cli import main
+from xpo_lightning.core.errors import InputError
 
 pytestmark = pytest.mark.timeout(120)
 write_config, prompts_file = test_cli.write_config, test_cli.prompts_file

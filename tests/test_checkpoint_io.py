@@ -19,11 +19,11 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from test_cli import Write, refused, rows_of
 
-from xpo_lightning.cli import XPOCLI, main
-from xpo_lightning.errors import InputError
-from xpo_lightning.owner import this_process
-from xpo_lightning.run_folder.checkpoint_io import CrashSafeCheckpointIO, read_checkpoint
-from xpo_lightning.run_folder.resume_point import Place, newest_checkpoint
+from xpo_lightning.checkpointing.io import CrashSafeCheckpointIO, read_checkpoint
+from xpo_lightning.checkpointing.resume import Place, newest_checkpoint
+from xpo_lightning.cli.lightning_cli import XPOCLI, main
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.owner import this_process
 
 write_config, prompts_file = test_cli.write_config, test_cli.prompts_file
 GONE = replace(this_process(), started=1)
@@ -120,7 +120,7 @@ KILLED_WHILE_SAVING = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from xpo_lightning.run_folder.checkpoint_io import CrashSafeCheckpointIO, read_checkpoint
+from xpo_lightning.checkpointing.io import CrashSafeCheckpointIO, read_checkpoint
 
 def checkpoint(value):
     return {"state_dict": {str(n): torch.full((300_000,), float(value)) for n in range(4)}}
@@ -176,7 +176,7 @@ def test_parts_of_killed_processes_are_removed_at_the_first_save(tmp_path: Path)
 
 SAVING = """
 import collections, sys
-import xpo_lightning.run_folder.checkpoint_io as room
+import xpo_lightning.checkpointing.io as room
 
 class Slow:
     def __reduce__(self):
@@ -335,7 +335,9 @@ def test_damaged_file_is_refused_with_advice(tmp_path: Path, damage: Callable[[b
 def test_damaged_file_that_is_given_is_refused_before_a_model_is_loaded(
     write_config: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("xpo_lightning.models.ModelSpec.load_model", lambda self: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "xpo_lightning.models.policy.ModelSpec.load_model", lambda self: pytest.fail("a model was loaded")
+    )
     file = tmp_path / "a.ckpt"
     CrashSafeCheckpointIO().save_checkpoint(checkpoint_of(1.0, 10_000), file)
     file.write_bytes(flip(file.read_bytes()))

@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 import xpo_lightning
 from xpo_lightning import ModelSpec
-from xpo_lightning.cli import main
-from xpo_lightning.loading import sources
+from xpo_lightning.cli.lightning_cli import main
+from xpo_lightning.core import paths as sources
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DECISION_8 = [
@@ -241,7 +241,9 @@ BAD_DATA = {
 def test_bad_data_is_refused_before_a_model_is_loaded(
     write_config: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, case: str
 ):
-    monkeypatch.setattr("xpo_lightning.models.ModelSpec.load_model", lambda self: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "xpo_lightning.models.policy.ModelSpec.load_model", lambda self: pytest.fail("a model was loaded")
+    )
     text, expected = BAD_DATA[case]
     config = write_config(data__source=data_file(tmp_path, "bad.jsonl", text), data__validation_size=0)
     line = refused(capsys, "fit", "--config", config)

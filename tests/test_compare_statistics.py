@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from xpo_lightning import InputError
-from xpo_lightning.comparing.interval import design_effect, student_quantile, win_rate_interval
+from xpo_lightning.evaluation.win_rate import design_effect, student_quantile, win_rate_interval
 
 LEVEL = 0.95
 REPEATS = 2000

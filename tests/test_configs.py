@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from jsonargparse import Namespace
 
-from xpo_lightning.cli import XPOCLI
-from xpo_lightning.loading.sources import resolve
+from xpo_lightning.cli.lightning_cli import XPOCLI
+from xpo_lightning.core.paths import resolve
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAYS = {

@@ -44,8 +44,8 @@ from xpo_lightning import (
     XPOLightningModule,
 )
 from xpo_lightning.callbacks import PolicyExport, RunCheckpoint
-from xpo_lightning.cli import main
-from xpo_lightning.rewards.asking import is_exchanged
+from xpo_lightning.cli.lightning_cli import main
+from xpo_lightning.rewards.llm_judge import is_exchanged
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "configuration.md").read_text()
@@ -96,14 +96,9 @@ class Run(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         Run.last, self.trainer, self.module = self, trainer, pl_module
-        collect = pl_module._collect
 
-        def keeping(batch: Any, noise: Any, training: bool = False) -> Experience:
-            pairs: Experience = collect(batch, noise, training=training)
-            self.pairs += [pairs] * training
-            return pairs
-
-        pl_module._collect = keeping
+    def on_pairs_collected(self, trainer: pl.Trainer, pl_module: Any, experience: Experience) -> None:
+        self.pairs.append(experience)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})

@@ -15,11 +15,11 @@ from conftest import completions_of, prompts_of
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from xpo_lightning.batch import Completions, Experience, Pair
 from xpo_lightning.callbacks import Baseline, CompletionsTable, LearningCurves, RunContinuation, RunSummary
-from xpo_lightning.errors import InputError
-from xpo_lightning.owner import this_process
-from xpo_lightning.run_folder.csv_logger import ResumableCSVLogger
+from xpo_lightning.checkpointing.csv_logger import ResumableCSVLogger
+from xpo_lightning.core.batch import Completions, Experience, Pair
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.owner import this_process
 
 STEPS = 13  # with validations after 4, 8 and 12, none of which is a step that a run is resumed from
 REPLACED = r"metrics\.csv of an earlier run is replaced"

@@ -22,9 +22,9 @@ from jsonargparse import ArgumentParser
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from xpo_lightning.core.errors import InputError
 from xpo_lightning.data import PromptDataModule
-from xpo_lightning.errors import InputError
-from xpo_lightning.prompts import PromptEncoder
+from xpo_lightning.data.prompts import PromptEncoder
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</>{% endfor %}"
@@ -386,7 +386,7 @@ def test_nothing_is_said_where_all_prompts_fit(source: str, capture_info: list[s
 @pytest.fixture
 def capture_info(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
-    monkeypatch.setattr("xpo_lightning.data.encoding.rank_zero_info", lines.append)
+    monkeypatch.setattr("xpo_lightning.data.preprocessing.rank_zero_info", lines.append)
     return lines
 
 

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from xpo_lightning import PythonReward, RolloutEngine, Sampling, XPOLightningModule
-from xpo_lightning.prompts import as_prompts
+from xpo_lightning.data.prompts import as_prompts
 from xpo_lightning.rollout.local import LocalRollout
-from xpo_lightning.samplers import PythonSampler
+from xpo_lightning.rollout.samplers import PythonSampler
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "hi", "Hello", "[INST]", "[/INST]"]
 MAKES = ["llama", "llama_legacy", "metaspace_first", "metaspace_always", "unigram"]
@@ -269,7 +269,7 @@ def test_a_given_text_becomes_tokens_that_read_the_same_behind_the_prompt(make: 
     module = chain_module(chain, tokenizer, sampler=PythonSampler(from_columns), sampling=sampling)
     module.configure_model()
     prompts = as_prompts({"prompt": ["the cat"], "answer": [text]}, module.prompt_encoder, module.device)
-    written = module.collect(module.policy, prompts, noise(), training=True).completions.by_sampler
+    written = module.collector.collect(module.policy, prompts, noise(), training=True).completions.by_sampler
     ids, prompt = written.ids[0].tolist(), tokenizer("the cat")["input_ids"]
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode([*prompt, *ids[:-1]])[len(tokenizer.decode(prompt)) :] == text

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import xpo_lightning.embedded
-from xpo_lightning.embedded import damage, grammar, judge
-from xpo_lightning.embedded.vocabulary import make_tokenizer
+from tools.quickstart_assets import damage, grammar, judge
+from tools.quickstart_assets.vocabulary import make_tokenizer
 
 ASSETS: Final = Path(xpo_lightning.embedded.__file__).parent
 FRESH_SEED: Final = 987_654

@@ -16,8 +16,8 @@ import pytest
 import torch
 from test_configs import parse
 
-from xpo_lightning.rollout.noise import Noise
-from xpo_lightning.steps import PreferenceSteps
+from xpo_lightning.core.rng import RolloutRNG
+from xpo_lightning.module import XPOLightningModule
 
 HERE = Path(__file__).parent.parent / "experiments" / "exploration"
 ARMS = sorted(file.stem for file in (HERE / "arms").glob("*.yaml"))
@@ -105,10 +105,10 @@ def test_a_seed_among_others_ends_as_it_would_alone(
     shape = PROBLEMS[problem]
     together = train(shape, arm, seeds=3, labels=320)
 
-    def third(module: PreferenceSteps, number: int, *, purpose: int) -> Noise:
-        return Noise(module.run_state.seed, purpose, number, rank=2, world_size=3)
+    def third(module: XPOLightningModule, stream: int, number: int) -> RolloutRNG:
+        return RolloutRNG(module.run_state.seed, stream, number, rank=2, world_size=3)
 
-    monkeypatch.setattr(PreferenceSteps, "_noise", third)
+    monkeypatch.setattr(XPOLightningModule, "_rng", third)
     alone = train(replace(shape, rewards=lambda seeds: shape.rewards(3)[2:]), arm, seeds=1, labels=320)
     assert [row[1] for row in alone] == pytest.approx([row[3] for row in together], rel=1e-3)
     assert abs(alone[-1][1] - alone[0][1]) > 0.005  # it has moved, by more than rounding

@@ -23,7 +23,7 @@ from xpo_lightning import (
     Sampling,
     XPOLightningModule,
 )
-from xpo_lightning.cli import XPOCLI
+from xpo_lightning.cli.lightning_cli import XPOCLI
 from xpo_lightning.rollout.local import LocalRollout
 
 ROOT = Path(__file__).parent.parent

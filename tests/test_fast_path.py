@@ -28,13 +28,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from xpo_lightning import Pair, Sampling, SequenceClassifierReward, XPOLightningModule
-from xpo_lightning import logps as logps_module
-from xpo_lightning.forward import cpu as cpu_module
-from xpo_lightning.forward import head as head_module
-from xpo_lightning.forward import norms
-from xpo_lightning.forward.adapters import adapters_cast
-from xpo_lightning.forward.attention import attention, fast_attention, for_any_shape
-from xpo_lightning.forward.capabilities import (
+from xpo_lightning.core.timer import Phase
+from xpo_lightning.models import logprobs as logps_module
+from xpo_lightning.models.forward import cpu as cpu_module
+from xpo_lightning.models.forward import lm_head as head_module
+from xpo_lightning.models.forward import norms
+from xpo_lightning.models.forward.capabilities import (
     Sharing,
     capabilities_of,
     refuse_untrainable,
@@ -42,7 +41,7 @@ from xpo_lightning.forward.capabilities import (
     sharing_of,
     without_fast_paths,
 )
-from xpo_lightning.forward.cpu import (
+from xpo_lightning.models.forward.cpu import (
     OneDNNLinear,
     keep_memory,
     limit_threads,
@@ -50,17 +49,17 @@ from xpo_lightning.forward.cpu import (
     speed_up_linears,
     threads_allowed,
 )
-from xpo_lightning.forward.head import head_logps
-from xpo_lightning.logps import pair_logps, shares_prompt
-from xpo_lightning.models import LoRASpec
-from xpo_lightning.phases import Phase
-from xpo_lightning.rewards import classifier as classifier_module
-from xpo_lightning.rewards.padding import score_rows
-from xpo_lightning.rewards.scoring import ScoringWays
-from xpo_lightning.rewards.sharing import find_twins, score_twins
+from xpo_lightning.models.forward.cpu_attention import attention, fast_attention, for_any_shape
+from xpo_lightning.models.forward.lm_head import head_logps
+from xpo_lightning.models.logprobs import pair_logps, shares_prompt
+from xpo_lightning.models.lora import adapters_cast
+from xpo_lightning.models.policy import LoRASpec
+from xpo_lightning.rewards.sequence_classifier import reward as classifier_module
+from xpo_lightning.rewards.sequence_classifier.capabilities import ScoringWays
+from xpo_lightning.rewards.sequence_classifier.scoring import find_twins, score_rows, score_twins
 from xpo_lightning.rollout.local import LocalRollout
 from xpo_lightning.rollout.opening import writing_of
-from xpo_lightning.rollout.plain import PlainSession
+from xpo_lightning.rollout.plain_session import PlainSession
 from xpo_lightning.rollout.session import Session
 
 LoadModel = Callable[..., nn.Module]

@@ -9,7 +9,7 @@ import torch
 from conftest import CONFIGS
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, MambaConfig, OPTConfig
 
-from xpo_lightning.footprint.estimate import (
+from xpo_lightning.reporting.memory.estimate import (
     Plan,
     cache_bytes,
     estimate,
@@ -20,7 +20,7 @@ from xpo_lightning.footprint.estimate import (
     rollout_bytes,
     scoring_bytes,
 )
-from xpo_lightning.footprint.shape import Shape, adapter_count, weight_count
+from xpo_lightning.reporting.memory.model_shape import Shape, adapter_count, weight_count
 
 GIB = 2**30
 LLAMA_7B = Shape(

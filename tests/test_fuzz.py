@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from lightning.pytorch.cli import LightningCLI
 
 from xpo_lightning import InputError
-from xpo_lightning.cli import XPOCLI, main
+from xpo_lightning.cli.lightning_cli import XPOCLI, main
 from xpo_lightning.data import PromptDataModule
-from xpo_lightning.prompts import PromptEncoder
+from xpo_lightning.data.prompts import PromptEncoder
 
 # A longer run, for a night: XPO_FUZZ=20 makes twenty times as many examples, other ones each time.
 TIMES = int(os.environ.get("XPO_FUZZ", "1"))

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from xpo_lightning import InputError, PythonReward, SigmoidLoss, XPOLightningModule
 from xpo_lightning.callbacks import RunCheckpoint
-from xpo_lightning.errors import NonFiniteError
-from xpo_lightning.guard.guarding import StopAsked
+from xpo_lightning.core.errors import NonFiniteError
+from xpo_lightning.core.fault_tolerance.guard import StopAsked
 
 MakeModule = Callable[..., XPOLightningModule]
 CALLS_BEFORE = 2

@@ -20,7 +20,7 @@ import jsonargparse
 import pytest
 import torch
 
-from xpo_lightning.errors import InputError, NonFiniteError
+from xpo_lightning.core.errors import InputError, NonFiniteError
 from xpo_lightning.rewards.base import Feedback
 from xpo_lightning.rewards.http_judge import HTTPJudge
 from xpo_lightning.rewards.remote import RemoteReward
@@ -273,7 +273,7 @@ def test_waits_double_from_try_to_try(serve: Serve) -> None:
 
 
 def test_waits_have_a_limit(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xpo_lightning.rewards.http_batch._LONGEST_BACKOFF", 0.05)
+    monkeypatch.setattr("xpo_lightning.core.http.batch._LONGEST_BACKOFF", 0.05)
     server = serve(first(failing(500), 2))
     scores(remote(server, backoff=3600))
     assert all(0.05 <= gap < 2 for gap in server.gaps)
@@ -287,7 +287,7 @@ def test_a_server_says_how_long_to_wait(serve: Serve) -> None:
 
 @pytest.mark.parametrize("text", ["3600", "9" * 5000, formatdate(4e9, usegmt=True)])
 def test_a_server_may_not_ask_for_any_wait(serve: Serve, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr("xpo_lightning.rewards.http_batch._LONGEST_RETRY_AFTER", 0.1)
+    monkeypatch.setattr("xpo_lightning.core.http.batch._LONGEST_RETRY_AFTER", 0.1)
     server = serve(first(failing(503, Retry_After=text)))
     assert scores(remote(server)) == [0.0]
     assert 0.1 <= server.gaps[0] < 2
@@ -452,7 +452,7 @@ def test_a_run_that_is_asked_to_stop_does_not_wait(serve: Serve) -> None:
 def test_a_run_that_is_asked_to_stop_does_not_wait_for_the_next_try(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xpo_lightning.rewards.http_batch._LONGEST_WAIT", 0.1)
+    monkeypatch.setattr("xpo_lightning.core.http.batch._LONGEST_WAIT", 0.1)
     server = serve(failing(503, Retry_After="50"))
     reward, end = remote(server), time.monotonic() + 0.2
 
@@ -467,7 +467,7 @@ def test_a_run_that_is_asked_to_stop_does_not_wait_for_the_next_try(
 
 
 def test_ctrl_c_ends_a_wait_at_once(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xpo_lightning.rewards.http_batch._LONGEST_WAIT", 60.0)
+    monkeypatch.setattr("xpo_lightning.core.http.batch._LONGEST_WAIT", 60.0)
 
     def press(request: Request) -> None:
         os.kill(os.getpid(), signal.SIGINT)

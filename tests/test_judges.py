@@ -23,15 +23,15 @@ from conftest import CONFIGS, make_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from xpo_lightning.batch import RawPrompt
-from xpo_lightning.errors import InputError, NonFiniteError
-from xpo_lightning.guard.guarding import Guard, StopAsked
-from xpo_lightning.rewards.asking import ModelJudge, is_exchanged
+from xpo_lightning.core.batch import RawPrompt
+from xpo_lightning.core.errors import InputError, NonFiniteError
+from xpo_lightning.core.fault_tolerance.guard import Guard, StopAsked
 from xpo_lightning.rewards.base import Judge, Reward
-from xpo_lightning.rewards.human import HumanJudge
+from xpo_lightning.rewards.human_judge import HumanJudge
+from xpo_lightning.rewards.llm_judge import ModelJudge, is_exchanged
 from xpo_lightning.rewards.local_judge import LocalJudge
-from xpo_lightning.rewards.python_judge import PythonJudge
-from xpo_lightning.rewards.weighted import WeightedSum
+from xpo_lightning.rewards.python import PythonJudge
+from xpo_lightning.rewards.weighted_sum import WeightedSum
 
 SHORT = "{prompt}|{first}|{second}"
 PROMPTS = [f"the cat number {number}" for number in range(200)]
@@ -682,8 +682,8 @@ def test_what_was_typed_before_the_question_answers_nothing(terminal: Terminal):
 @pytest.mark.timeout(60)
 def test_a_human_who_quits_stops_the_run_as_ctrl_c_does(terminal: Terminal):
     terminal.answer("q\n")
-    with pytest.raises(StopAsked) as stopped:
-        Guard().run(lambda: ask_human(terminal, ["p"], ["a"], ["b"]))
+    with pytest.raises(StopAsked) as stopped, Guard().together():
+        ask_human(terminal, ["p"], ["a"], ["b"])
     assert stopped.value.code == 130
 
 
@@ -760,13 +760,13 @@ def test_judges_from_yaml():
     parser.add_argument("--judge", type=Judge)
     local = {"path": "some/judge", "both_orders": True, "truncate": "error", "min_probability": 0.5}
     for name, init_args in (
-        ("local_judge.LocalJudge", local),
-        ("python_judge.PythonJudge", {"function": f"{__name__}.shorter", "shuffle": False, "timeout": None}),
-        ("human.HumanJudge", {"invalid": "tie"}),
+        ("LocalJudge", local),
+        ("PythonJudge", {"function": f"{__name__}.shorter", "shuffle": False, "timeout": None}),
+        ("HumanJudge", {"invalid": "tie"}),
     ):
         config = {"class_path": f"xpo_lightning.rewards.{name}", "init_args": init_args}
         judge = parser.instantiate(parser.parse_object({"judge": config})).judge
-        assert type(judge).__name__ == name.split(".")[1]
+        assert type(judge).__name__ == name
         told = judge.identity()
         assert {option: told[option] for option in init_args if option not in ("function", "timeout")} == {
             option: value for option, value in init_args.items() if option not in ("function", "timeout")
@@ -868,12 +868,16 @@ def test_scores_are_standardised_over_all_processes(tmp_path: Path):
 
 def guarded(rank: int, work: Callable[[], Any]) -> Any:
     """Do work as the module does, then once more without trouble: processes that fell out of step would fail then."""
-    guard = Guard(max_skipped=1)
+    guard, outcome = Guard(max_skipped=1), None
     try:
-        outcome = guard.attempt(work)
+        with guard.step() as step:
+            outcome = work()
+        outcome = None if step.is_skipped else outcome
     except (Exception, StopAsked) as error:
         outcome = f"{type(error).__name__}: {error}"
-    return outcome, guard.attempt(lambda: standardised_on(rank))
+    with guard.step():
+        again = standardised_on(rank)
+    return outcome, again
 
 
 def trouble_before_scoring(rank: int) -> Any:

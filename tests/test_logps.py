@@ -11,11 +11,11 @@ from conftest import VOCABULARY, completions_of, naive_token_logps, prompts_of, 
 from torch import Tensor, nn
 
 from xpo_lightning import Completions, Pair, Prompts
-from xpo_lightning.forward import head as head_module
-from xpo_lightning.forward.capabilities import capabilities_of, without_fast_paths
-from xpo_lightning.forward.head import logps_and_entropies
-from xpo_lightning.logps import pair_logps, pair_logps_and_entropies, token_logps
-from xpo_lightning.models import LoRASpec
+from xpo_lightning.models.forward import lm_head as head_module
+from xpo_lightning.models.forward.capabilities import capabilities_of, without_fast_paths
+from xpo_lightning.models.forward.lm_head import logps_and_entropies
+from xpo_lightning.models.logprobs import pair_logps, pair_logps_and_entropies, token_logps
+from xpo_lightning.models.policy import LoRASpec
 
 PROMPT_ROWS = random_rows([6, 3, 9, 1, 7], seed=1)
 COMPLETION_ROWS = random_rows([5, 8, 1, 6, 3], seed=2)

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM
 
 from xpo_lightning import InputError, LoadedModel, LoRASpec, ModelSpec, Sampling, XPOLightningModule
 from xpo_lightning.callbacks import PolicyExport
-from xpo_lightning.forward.adapters import adapters_cast
-from xpo_lightning.prompts import as_prompts
+from xpo_lightning.data.prompts import as_prompts
+from xpo_lightning.models.lora import adapters_cast
 
 MakeModule = Callable[..., XPOLightningModule]
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -148,7 +148,7 @@ def test_a_step_with_default_targets_on_fused_experts(make_module: MakeModule, n
     experts = [layer for layer in module.policy.modules() if isinstance(layer, ParamWrapper)]
     assert all(float(layer.lora_B["default"].weight.detach().abs().max()) > 0 for layer in experts)
     module.policy.eval()
-    pairs = module.collect(module.policy, as_prompts(PROMPTS, module.prompt_encoder, module.device), noise())
+    pairs = module.collector.collect(module.policy, as_prompts(PROMPTS, module.prompt_encoder, module.device), noise())
     written = pairs.completions.by_policy
     for row in range(len(pairs)):
         prompt = pairs.prompts.ids[row][pairs.prompts.mask[row]].tolist()

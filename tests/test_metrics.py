@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from xpo_lightning import Experience, ModelSpec, Pair, Sampling, SigmoidLoss, XPOLightningModule, xpo_loss
-from xpo_lightning.metrics import PairAverages, rollout_metrics, update_metrics
-from xpo_lightning.rewards.function import PythonReward
+from xpo_lightning.rewards.python import PythonReward
+from xpo_lightning.training.metrics import PairAverages, rollout_metrics, update_metrics
 
 MakeModule = Callable[..., XPOLightningModule]
 

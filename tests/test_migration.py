@@ -130,7 +130,7 @@ def test_each_row_names_a_key_of_ours_or_says_none_and_what_then(section):
         if ours == "none":
             assert len(more[0]) > 15, trl
         elif verb := re.fullmatch(r"`xpo (\w+) --(\w+)`(?:, `--(\w+)`)*", ours):
-            function = getattr(importlib.import_module(f"xpo_lightning.verbs.{verb[1]}"), verb[1])
+            function = getattr(importlib.import_module(f"xpo_lightning.cli.commands.{verb[1]}"), verb[1])
             assert {*verb.groups()[1:]} <= inspect.signature(function).parameters.keys(), trl
         else:
             assert re.search(rf"`(?:{KEY}(?:: [^`]+)?|[A-Z]\w+\.\w+)`", ours), trl

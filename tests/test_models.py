@@ -28,12 +28,12 @@ from torch.optim import SGD
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from xpo_lightning import InputError, LoadedModel, LoRASpec, ModelSpec, Pair, Sampling, XPOLightningModule
-from xpo_lightning.callbacks.policy_folder import check_exportable
-from xpo_lightning.loading.sources import is_local, resolve
-from xpo_lightning.logps import token_logps
-from xpo_lightning.models import context_length, end_token_ids
-from xpo_lightning.prompts import as_prompts
-from xpo_lightning.reference import Reference
+from xpo_lightning.core.paths import is_local, resolve
+from xpo_lightning.data.prompts import as_prompts
+from xpo_lightning.models.logprobs import token_logps
+from xpo_lightning.models.policy import context_length, end_token_ids
+from xpo_lightning.models.reference import Reference
+from xpo_lightning.models.saving import check_exportable
 from xpo_lightning.rollout.local import LocalRollout
 
 MakeModule = Callable[..., XPOLightningModule]
@@ -85,7 +85,7 @@ def test_collected_pairs_of_a_lora_policy_are_those_of_two_separate_models(
     merged = get_peft_model(merged, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=32, target_modules="all-linear"))
     randomize_adapters(merged)
     prompts = as_prompts(PROMPTS, module.prompt_encoder, module.device)
-    pairs = module.collect(module.policy, prompts, noise())
+    pairs = module.collector.collect(module.policy, prompts, noise())
     roll = LocalRollout(make_tokenizer(), module.sampling, end_token_ids(base, make_tokenizer()))
     expected = Pair(roll(merged, prompts, noise()), roll(base, prompts, noise()))
     assert pairs.completions.by_policy.texts == expected.by_policy.texts
@@ -300,11 +300,11 @@ def test_dropout_when_the_config_says_0_without_a_point_is_set_all_the_same(tmp_
 def test_dropout_is_off_while_sampling_and_on_while_training(make_module: MakeModule, load_model: LoadModel):
     module, base = make_module("gpt2", spec={"dropout": 0.5}, sampling=Sampling(max_new_tokens=5)), load_model("gpt2")
     module.configure_model()
-    pairs = module.collect(module.policy, as_prompts(PROMPTS, module.prompt_encoder, module.device), noise())
+    pairs = module.collector.collect(module.policy, as_prompts(PROMPTS, module.prompt_encoder, module.device), noise())
     for completions in (pairs.completions.by_policy, pairs.completions.by_sampler):
         expected = token_logps(base, pairs.prompts, completions)
         torch.testing.assert_close(completions.token_logps, expected.detach(), rtol=0, atol=5e-5)
-    first, second = (module.objective(module.policy, pairs, alpha=0.0, beta=0.1)[0] for _ in range(2))
+    first, second = (module.objective.evaluate(module.policy, pairs, alpha=0.0, beta=0.1)[0] for _ in range(2))
     assert not torch.equal(first, second)
 
 
@@ -496,7 +496,7 @@ def test_end_token_ids_without_any_eos_are_refused_by_name(load_model: LoadModel
 def test_sampling_eos_token_ids_replace_those_of_the_model(make_module: MakeModule):
     module = make_module(sampling=Sampling(max_new_tokens=3, eos_token_ids=[11, 12]))
     module.configure_model()
-    assert module.collect.rollout.eos_token_ids == [11, 12]
+    assert module.collector.rollout.eos_token_ids == [11, 12]
 
 
 def test_context_length_is_that_of_the_config():

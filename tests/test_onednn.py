@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from xpo_lightning import LoadedModel, XPOLightningModule
-from xpo_lightning.forward.cpu import OneDNNLinear, speed_up_linears
+from xpo_lightning.models.forward.cpu import OneDNNLinear, speed_up_linears
 
 MakeModule = Callable[..., XPOLightningModule]
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
@@ -35,7 +35,7 @@ def _onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take oneDNN on every processor; only on some is it the faster library."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch is built without oneDNN")
-    monkeypatch.setattr("xpo_lightning.forward.cpu.prefers_onednn", lambda: True)
+    monkeypatch.setattr("xpo_lightning.models.forward.cpu.prefers_onednn", lambda: True)
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:

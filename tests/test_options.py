@@ -24,7 +24,7 @@ from xpo_lightning import (
     SigmoidLoss,
     XPOLightningModule,
 )
-from xpo_lightning.prompts import as_prompts
+from xpo_lightning.data.prompts import as_prompts
 
 MakeModule = Callable[..., XPOLightningModule]
 MANY = PROMPTS * 12
@@ -33,7 +33,7 @@ MANY = PROMPTS * 12
 def collected(module: XPOLightningModule, *, training: bool = True) -> Experience:
     module.configure_model()
     prompts = as_prompts(MANY, module.prompt_encoder, module.device)
-    return module.collect(module.policy, prompts, noise(), training=training)
+    return module.collector.collect(module.policy, prompts, noise(), training=training)
 
 
 def margins_of(pairs: Experience) -> Tensor:
@@ -228,8 +228,8 @@ def test_pairs_without_an_answer_are_skipped_or_tied_or_end_the_run(make_module:
 def test_a_judge_decides_the_win_rate_of_validation(make_module: MakeModule):
     module = make_module(reward=Longer(silent_about="dog"))
     (numbers,) = quiet_trainer().validate(module, loader(MANY), verbose=False)
-    pairs = module.collect(
-        module.policy, as_prompts(MANY, module.prompt_encoder, module.device), module._noise(0, purpose=1)
+    pairs = module.collector.collect(
+        module.policy, as_prompts(MANY, module.prompt_encoder, module.device), module._rng(1, 0)
     )
     lengths = [
         (len(own), len(other), "dog" in prompt)

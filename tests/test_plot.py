@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from test_cli import refused
 
-from xpo_lightning.cli import main
+from xpo_lightning.cli.lightning_cli import main
+from xpo_lightning.reporting.metrics_file import Series, read_metrics, smooth, thin
 from xpo_lightning.reporting.panels import PANELS
 from xpo_lightning.reporting.picture import figure_of, run_colors
 from xpo_lightning.reporting.run_files import find_run, find_runs
-from xpo_lightning.reporting.series import Series, read_metrics, smooth, thin
 
 CSV = """\
 epoch,eval/win_rate,eval/win_rate_stderr,loss/dpo,step,win_rate

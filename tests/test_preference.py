@@ -8,9 +8,9 @@ from conftest import ChainModel, chain_module, make_tokenizer, noise
 from torch import Tensor
 
 from xpo_lightning import Experience, InputError, Sampling
-from xpo_lightning.preference import LabelRule, Preferences, penalize_missing_eos, tempered
-from xpo_lightning.prompts import as_prompts
-from xpo_lightning.rewards.function import PythonReward
+from xpo_lightning.data.prompts import as_prompts
+from xpo_lightning.rewards.labels import LabelRule, Preferences, penalize_missing_eos, tempered
+from xpo_lightning.rewards.python import PythonReward
 
 
 def scored(margins: list[float]) -> Preferences:
@@ -232,7 +232,7 @@ def collected(model: ChainModel, prompts: list[list[int]], kind: str = "distinct
     module = chain_module(model, make_tokenizer(kind), reward=PythonReward(one_each), **options)
     module.configure_model()
     batch = {"prompt": [f"prompt {number}" for number in range(len(prompts))], "prompt_ids": prompts}
-    return module.collect(module.policy, as_prompts(batch, module.prompt_encoder, module.device), noise())
+    return module.collector.collect(module.policy, as_prompts(batch, module.prompt_encoder, module.device), noise())
 
 
 @pytest.mark.parametrize("kind", ["distinct", "pad_is_eos", "bos_is_eos", "no_pad", "chat"])
@@ -312,7 +312,7 @@ def test_a_policy_that_learned_to_end_beats_a_reference_that_is_cut():
     with torch.no_grad():
         module.policy.table.weight[20, tokenizer.eos_token_id] = 200.0
     batch = as_prompts({"prompt": ["x"], "prompt_ids": [[20]]}, module.prompt_encoder, module.device)
-    pairs = module.collect(module.policy, batch, noise())
+    pairs = module.collector.collect(module.policy, batch, noise())
     assert pairs.scores.by_policy.tolist() == [1.0]
     assert pairs.scores.by_sampler.tolist() == [-4.0]
     assert pairs.labels.tolist() == [1.0]

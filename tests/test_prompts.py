@@ -8,7 +8,7 @@ from conftest import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from xpo_lightning import InputError, LoadedModel
-from xpo_lightning.prompts import PromptEncoder, as_prompts
+from xpo_lightning.data.prompts import PromptEncoder, as_prompts
 
 USER = {"role": "user", "content": "the cat"}
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 from test_cli import DECISION_8
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from xpo_lightning.cli import main
+from xpo_lightning.cli.lightning_cli import main
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 

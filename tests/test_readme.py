@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_configs import parse
 
-from xpo_lightning.verbs.dispatch import VERBS, parser_of
+from xpo_lightning.cli.dispatch import VERBS, parser_of
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -50,7 +50,7 @@ def check_pip(words: list[str]) -> None:
 def check_run(words: list[str], checkpoint: Path) -> None:
     """Parse a command; a checkpoint it names is one that an earlier command leaves."""
     if words[0] in VERBS:
-        verb = getattr(importlib.import_module(f"xpo_lightning.verbs.{words[0]}"), words[0])
+        verb = getattr(importlib.import_module(f"xpo_lightning.cli.commands.{words[0]}"), words[0])
         parser_of(verb).parse_args(words[1:])
         return
     if "--ckpt_path" in words:

@@ -27,14 +27,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from xpo_lightning import Experience, InputError, LoadedModel, Sampling, XPOLightningModule
-from xpo_lightning.cli import main
-from xpo_lightning.collector import Collector
-from xpo_lightning.logps import token_logps
-from xpo_lightning.metrics import rollout_metrics
-from xpo_lightning.models import LoRASpec
-from xpo_lightning.objective import Objective
-from xpo_lightning.prompts import as_prompts
+from xpo_lightning.cli.lightning_cli import main
+from xpo_lightning.data.prompts import as_prompts
+from xpo_lightning.models.logprobs import token_logps
+from xpo_lightning.models.policy import LoRASpec
 from xpo_lightning.rewards import PythonReward, Reward, SequenceClassifierReward, WeightedSum
+from xpo_lightning.training.collector import Collector
+from xpo_lightning.training.metrics import rollout_metrics
+from xpo_lightning.training.objective import Objective
 
 MakeModule = Callable[..., XPOLightningModule]
 RATE = 0.03
@@ -45,13 +45,13 @@ RATE = 0.03
 def collected(monkeypatch: pytest.MonkeyPatch) -> list[Experience]:
     """Give a list of all batches of pairs that are collected, in training and elsewhere."""
     kept: list[Experience] = []
-    collect = Collector.__call__
+    collect = Collector.collect
 
     def recording(self: Collector, *args: Any, **options: Any) -> Experience:
         kept.append(collect(self, *args, **options))
         return kept[-1]
 
-    monkeypatch.setattr(Collector, "__call__", recording)
+    monkeypatch.setattr(Collector, "collect", recording)
     return kept
 
 
@@ -151,13 +151,13 @@ def test_losses_of_a_cached_epoch_are_those_of_pairs_that_are_scored_anew(
 ):
     module, recorder = make_module(reference_cache="memory", learning_rate=RATE, alpha=0.1), Recorder()
     states: list[dict[str, Any]] = []
-    evaluate = Objective.__call__
+    evaluate = Objective.evaluate
 
     def remembering(*args: Any, **weights: float) -> Any:
         states.append({name: value.clone() for name, value in module.policy.state_dict().items()})
         return evaluate(*args, **weights)
 
-    monkeypatch.setattr(Objective, "__call__", remembering)
+    monkeypatch.setattr(Objective, "evaluate", remembering)
     fitted(module, callbacks=[recorder])
     second, reference = collected[1], load_model()
     with torch.no_grad():
@@ -196,8 +196,8 @@ def test_only_prompts_without_an_entry_are_sampled(make_module: MakeModule, coll
     alone = make_module(reference_cache="memory")
     fitted(alone, [PROMPTS[1], PROMPTS[3]], epochs=1)
     batch = as_prompts(list(PROMPTS), alone.prompt_encoder, alone.device)
-    mixed = alone.collect(alone.policy, batch, noise(), training=True)
-    plain = alone.collect(alone.policy, batch, noise(), training=False)
+    mixed = alone.collector.collect(alone.policy, batch, noise(), training=True)
+    plain = alone.collector.collect(alone.policy, batch, noise(), training=False)
     before, mine, fresh = (pairs.completions.by_sampler for pairs in (collected[0], mixed, plain))
     assert [mine.texts[row] for row in (1, 3)] == list(before.texts)
     assert [mine.texts[row] for row in (0, 2, 4)] == [fresh.texts[row] for row in (0, 2, 4)]

@@ -23,8 +23,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from xpo_lightning import Completions, LoRASpec, Sampling, XPOLightningModule
-from xpo_lightning.forward.adapters import adapters_cast
-from xpo_lightning.forward.norms import norms_fused
+from xpo_lightning.models.forward.norms import norms_fused
+from xpo_lightning.models.lora import adapters_cast
 from xpo_lightning.rollout import opening, replay
 from xpo_lightning.rollout.local import LocalRollout
 from xpo_lightning.rollout.opening import writing_of

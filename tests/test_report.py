@@ -11,12 +11,12 @@ import pytest
 from browser import Page, browsing, find_browser
 from test_cli import refused
 
-from xpo_lightning.cli import main
-from xpo_lightning.reporting.chart import chart_of
-from xpo_lightning.reporting.facts import Value, headlines
+from xpo_lightning.cli.lightning_cli import main
+from xpo_lightning.reporting.html_report import Value, headlines
+from xpo_lightning.reporting.metrics_file import Series
 from xpo_lightning.reporting.panels import PANELS
 from xpo_lightning.reporting.samples import samples_of
-from xpo_lightning.reporting.series import Series
+from xpo_lightning.reporting.svg_chart import chart_of
 
 SCRIPT = "<script>window.broken = 1; console.error('broken')</script><img src=x onerror='window.broken = 1'>"
 LONG = "unbreakable" * 60

@@ -48,17 +48,9 @@ class Tape(pl.Callback):
         self.held_out: dict[int, dict[str, float]] = {}
         self.sampled: dict[int, list[Any]] = {}
 
-    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        collect = pl_module._collect
-
-        def recording(*args: Any, training: bool = False) -> Experience:
-            pairs: Experience = collect(*args, training=training)
-            if training:
-                both = pairs.completions.map(lambda side: side.texts)
-                self.sampled[trainer.global_step + 1] = [pairs.prompts.raw, both.by_policy, both.by_sampler]
-            return pairs
-
-        pl_module._collect = recording
+    def on_pairs_collected(self, trainer: pl.Trainer, pl_module: Any, experience: Experience) -> None:
+        both = experience.completions.map(lambda side: side.texts)
+        self.sampled[trainer.global_step + 1] = [experience.prompts.raw, both.by_policy, both.by_sampler]
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self.logged[trainer.global_step] = numbers_of(trainer)

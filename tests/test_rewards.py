@@ -26,12 +26,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-from xpo_lightning.batch import RawPrompt
-from xpo_lightning.cli import main
-from xpo_lightning.errors import InputError, NonFiniteError
+from xpo_lightning.cli.lightning_cli import main
+from xpo_lightning.core.batch import RawPrompt
+from xpo_lightning.core.errors import InputError, NonFiniteError
 from xpo_lightning.rewards import PythonReward, Reward, SequenceClassifierReward, WeightedSum
-from xpo_lightning.rewards.checks import as_scores
-from xpo_lightning.rewards.padding import pad_right
+from xpo_lightning.rewards.sequence_classifier.scoring import pad_right
+from xpo_lightning.rewards.validation import as_scores
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<user>", "<assistant>", "<end>"]
 WORDS = [*SPECIAL, "the", "cat", "dog", "sat", "ran", "on", "a", "mat", "away", "from", "red", "hat", "today"]
@@ -524,7 +524,7 @@ def test_attention_and_revision_reach_transformers(llama: str, monkeypatch: pyte
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", spy)
     with pytest.raises(InputError, match=r"model\.reward\.init_args\.revision is for hub ids"):
         loaded(llama, revision="abc")
-    monkeypatch.setattr("xpo_lightning.rewards.loading.is_local", lambda name: False)
+    monkeypatch.setattr("xpo_lightning.rewards.sequence_classifier.loading.is_local", lambda name: False)
     seen.clear()
     loaded(llama, revision="abc")
     loaded(llama, revision="abc", tokenizer=llama, trust_remote_code=True)
@@ -1031,10 +1031,20 @@ def test_a_run_with_a_broken_reward_function_ends_with_one_line(
 
 def test_a_process_ends_although_its_reward_function_hangs(model_folder: Callable[..., str], tmp_path: Path) -> None:
     args = run_with(tmp_path, model_folder(), "hangs", timeout=0.2)
-    code = f"import sys; from xpo_lightning.cli import main; main({args!r})"
+    code = f"import sys; from xpo_lightning.cli.lightning_cli import main; main({args!r})"
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 2
     assert "has not returned after 0.2 seconds" in done.stderr.splitlines()[-1]
+
+
+def test_identities_keep_the_names_that_reference_caches_know(model_folder: Callable[..., str]):
+    """Reward classes may move inside the package, and caches that were written before must stay valid."""
+    assert PythonReward(short).identity()["class"] == "xpo_lightning.rewards.function.PythonReward"
+    classifier = SequenceClassifierReward(model_folder("llama"), allow_untrained_head=True)
+    classifier.load()
+    assert classifier.identity()["class"] == "xpo_lightning.rewards.classifier.SequenceClassifierReward"
+    both = WeightedSum([PythonReward(short), PythonReward(short)], [1.0, 1.0])
+    assert both.identity()["class"] == "xpo_lightning.rewards.weighted.WeightedSum"

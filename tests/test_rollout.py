@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from xpo_lightning import Completions, InputError, Prompts, Sampling
-from xpo_lightning.logps import token_logps
+from xpo_lightning.models.logprobs import token_logps
 from xpo_lightning.rollout import local as local_module
 from xpo_lightning.rollout import sampling as sampling_module
 from xpo_lightning.rollout.local import LocalRollout

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import PROMPTS, Recorder, fit_quietly, quiet_trainer
 
-from xpo_lightning import PromptDataModule, XPOLightningModule, room
+from xpo_lightning import PromptDataModule, XPOLightningModule
+from xpo_lightning.training import memory_budget as room
 
 MakeModule = Callable[..., XPOLightningModule]
 MIB = 2**20

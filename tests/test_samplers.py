@@ -30,8 +30,8 @@ from xpo_lightning import (
     Sampling,
     XPOLightningModule,
 )
-from xpo_lightning.prompts import as_prompts
-from xpo_lightning.snapshot import Snapshot
+from xpo_lightning.data.prompts import as_prompts
+from xpo_lightning.models.snapshot import Snapshot
 
 MakeModule = Callable[..., XPOLightningModule]
 GREEDY = Sampling(max_new_tokens=6, temperature=0.0)
@@ -52,7 +52,7 @@ def moved(module: XPOLightningModule, seed: int = 3) -> XPOLightningModule:
 
 def collected(module: XPOLightningModule, *, training: bool = True, seed: int = 0) -> Experience:
     prompts = as_prompts(PROMPTS, module.prompt_encoder, module.device)
-    return module.collect(module.policy, prompts, noise(seed), training=training)
+    return module.collector.collect(module.policy, prompts, noise(seed), training=training)
 
 
 def rows_of(pairs: Experience, side: str) -> Iterator[tuple[list[int], list[int]]]:
@@ -99,15 +99,8 @@ class Watch(pl.Callback):
         self.weights: list[dict[str, torch.Tensor]] = []
         self.sampled: list[Experience] = []
 
-    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        collect = pl_module._collect
-
-        def recording(*args: Any, training: bool = False) -> Experience:
-            pairs: Experience = collect(*args, training=training)
-            self.sampled.append(pairs)
-            return pairs
-
-        pl_module._collect = recording
+    def on_pairs_collected(self, trainer: pl.Trainer, pl_module: Any, experience: Experience) -> None:
+        self.sampled.append(experience)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         self.weights.append({name: value.clone() for name, value in pl_module.policy.state_dict().items()})
@@ -186,7 +179,7 @@ def test_a_function_writes_what_it_returns(make_module: MakeModule, load_model: 
     module = moved(make_module(sampler=PythonSampler(from_columns, {"suffix": " mat"})))
     batch = {"prompt": PROMPTS[:2], "answer": ["the", "a very long tale of a dog and of a cat"]}
     prompts = as_prompts(batch, module.prompt_encoder, module.device)
-    pairs = module.collect(module.policy, prompts, noise(), training=True)
+    pairs = module.collector.collect(module.policy, prompts, noise(), training=True)
     written, tokenizer = pairs.completions.by_sampler, module.tokenizer
     ids = [row for _, row in rows_of(pairs, "by_sampler")]
     assert ids[0] == [*tokenizer("the mat", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -205,7 +198,7 @@ def test_a_text_ends_with_its_first_stop_string_and_holds_no_special_token(make_
     module.configure_model()
     batch = {"prompt": PROMPTS[:2], "answer": ["red halt stop here", "red<eos>cat"]}
     prompts = as_prompts(batch, module.prompt_encoder, module.device)
-    written = module.collect(module.policy, prompts, noise(), training=True).completions.by_sampler
+    written = module.collector.collect(module.policy, prompts, noise(), training=True).completions.by_sampler
     tokenizer, (stopped, other) = (
         module.tokenizer,
         ([*row[real]] for row, real in zip(written.ids, written.mask, strict=True)),

@@ -15,7 +15,7 @@ from test_configs import CONFIGS as RUNS
 from test_configs import parse_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from xpo_lightning.footprint.shape import Shape, weight_count
+from xpo_lightning.reporting.memory.model_shape import Shape, weight_count
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -238,7 +238,7 @@ def test_torch_counts_the_products_that_are_worked_out(assets: Path, monkeypatch
     from torch.utils.flop_counter import FlopCounterMode
 
     monkeypatch.setattr(
-        "xpo_lightning.forward.cpu.prefers_onednn", lambda: False
+        "xpo_lightning.models.forward.cpu.prefers_onednn", lambda: False
     )  # torch knows nothing of its products
     counter = FlopCounterMode(display=False)
 

@@ -9,10 +9,10 @@ import torch
 from conftest import PROMPTS, Recorder, completions_of, fit_quietly, loader, noise, prompts_of, quiet_trainer
 
 from xpo_lightning import Constant, Cosine, InputError, IPOLoss, Linear, PerEpoch, PerIteration, XPOLightningModule
-from xpo_lightning.batch import Experience, Pair
-from xpo_lightning.optimization import WarmupThenDecay
-from xpo_lightning.schedules import Progress, as_schedule, learning_rate_factor
-from xpo_lightning.updates import UpdatePlan
+from xpo_lightning.core.batch import Experience, Pair
+from xpo_lightning.losses.schedules import Progress, as_schedule, learning_rate_factor
+from xpo_lightning.training.optimizer import WarmupThenDecay
+from xpo_lightning.training.update_plan import UpdatePlan
 
 MakeModule = Callable[..., XPOLightningModule]
 

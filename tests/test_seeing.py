@@ -11,9 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_cli import refused
 from test_configs import parse
 
-from xpo_lightning.callbacks import progress
-from xpo_lightning.cli import main
-from xpo_lightning.reporting.series import read_metrics
+from xpo_lightning.callbacks import progress_bar as progress
+from xpo_lightning.cli.lightning_cli import main
+from xpo_lightning.reporting.metrics_file import read_metrics
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "seeing.md").read_text()

@@ -12,8 +12,9 @@ from test_checkpoint_folders import Evil, sign
 from test_processes import Begin, begin, ended, metrics, weights
 from transformers import AutoModelForCausalLM
 
-from xpo_lightning import InputError, sharding
-from xpo_lightning.run_folder.sharded_files import read_folder
+from xpo_lightning import InputError
+from xpo_lightning.checkpointing.sharded_io import read_folder
+from xpo_lightning.models import sharding
 
 __all__ = ["begin"]
 

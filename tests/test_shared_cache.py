@@ -13,7 +13,7 @@ import yaml
 from conftest import completions_of, prompts_of
 from interruptions import write_config
 
-from xpo_lightning.reference_cache import ReferenceCache
+from xpo_lightning.rollout.reference_cache import ReferenceCache
 
 pytestmark = pytest.mark.timeout(180)
 

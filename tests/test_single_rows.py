@@ -28,8 +28,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from xpo_lightning import InputError, LocalJudge, Pair, Sampling, SequenceClassifierReward
-from xpo_lightning.forward.ladder import Ladder
-from xpo_lightning.logps import pair_logps
+from xpo_lightning.models.forward.ladder import Ladder
+from xpo_lightning.models.logprobs import pair_logps
 from xpo_lightning.rollout.local import LocalRollout
 
 LONG = [300, 200, 40, 260, 120]  # tokens; GPT-Neo's published window is 256

@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch import Callback
 from test_cli import Write, letters, refused
 
-from xpo_lightning.cli import main
-from xpo_lightning.owner import this_process
+from xpo_lightning.cli.lightning_cli import main
+from xpo_lightning.core.owner import this_process
 
 pytestmark = pytest.mark.timeout(120)
 write_config, prompts_file = test_cli.write_config, test_cli.prompts_file
@@ -115,7 +115,7 @@ def test_error_after_a_weight_was_changed_saves_nothing(config: str, tmp_path: P
             raise RuntimeError("in the middle")
         return whole(*arguments)
 
-    import xpo_lightning.steps as room
+    import xpo_lightning.module as room
 
     whole = room.add_gradients
     monkeypatch.setattr(room, "add_gradients", add_gradients)

@@ -28,9 +28,9 @@ from interruptions import FOLDERS, quiet_trainer_of
 from test_fuzz import TIMES, within
 from transformers import AutoModelForCausalLM
 
-from xpo_lightning.cli import main
-from xpo_lightning.errors import InputError
-from xpo_lightning.models import ModelSpec
+from xpo_lightning.cli.lightning_cli import main
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.models.policy import ModelSpec
 
 pytestmark = [
     pytest.mark.slow,

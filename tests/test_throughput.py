@@ -16,12 +16,13 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from xpo_lightning import XPOLightningModule, phases
+from xpo_lightning import XPOLightningModule
 from xpo_lightning.callbacks import Throughput
-from xpo_lightning.errors import InputError
-from xpo_lightning.phases import Phase, PhaseTimer
-from xpo_lightning.reporting.series import read_metrics
-from xpo_lightning.rewards.function import PythonReward
+from xpo_lightning.core import timer as phases
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.timer import Phase, PhaseTimer
+from xpo_lightning.reporting.metrics_file import read_metrics
+from xpo_lightning.rewards.python import PythonReward
 
 MakeModule = Callable[..., XPOLightningModule]
 

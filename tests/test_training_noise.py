@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from xpo_lightning import InputError, LoRASpec, ModelSpec, XPOLightningModule
-from xpo_lightning.prompts import as_prompts
+from xpo_lightning.data.prompts import as_prompts
 
 MakeModule = Callable[..., XPOLightningModule]
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -61,9 +61,9 @@ def losses_of(module: XPOLightningModule, policy: nn.Module | None = None) -> li
     """Evaluate the objective of the same pairs three times, as the policy trains."""
     module.policy.eval()
     prompts = as_prompts(PROMPTS, module.prompt_encoder, module.device)
-    pairs = module.collect(module.policy, prompts, noise())
+    pairs = module.collector.collect(module.policy, prompts, noise())
     module.policy.train()
-    return [module.objective(module.policy, pairs, alpha=0.01, beta=0.1)[0] for _ in range(3)]
+    return [module.objective.evaluate(module.policy, pairs, alpha=0.01, beta=0.1)[0] for _ in range(3)]
 
 
 def are_equal(values: list[Tensor]) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from xpo_lightning.cli import main
+from xpo_lightning.cli.lightning_cli import main
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()

@@ -11,10 +11,10 @@ from conftest import PROMPTS, fit_quietly
 from test_checkpoint_io import file_size_limit
 from test_cli import Write, refused
 
-from xpo_lightning.buffer.pairs import BufferOptions
-from xpo_lightning.cli import main
-from xpo_lightning.complaints import explanation
-from xpo_lightning.errors import InputError
+from xpo_lightning.cli.lightning_cli import main
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.explanations import explanation
+from xpo_lightning.training.replay_buffer.buffer import BufferOptions
 
 pytestmark = pytest.mark.timeout(120)
 write_config, prompts_file = test_cli.write_config, test_cli.prompts_file

@@ -23,14 +23,13 @@ from test_cli import Write, prompts_file, refused, write_config  # noqa: F401  (
 from transformers import AutoModelForCausalLM
 
 from xpo_lightning import InputError, PythonJudge, PythonReward, Sampling
-from xpo_lightning.batch import Pair
-from xpo_lightning.cli import main
-from xpo_lightning.comparing.contest import outcome
-from xpo_lightning.comparing.encoded import Encoded
-from xpo_lightning.recipes import recipes
-from xpo_lightning.saved.writers import SeatedWriter, Writer, find_writer
-from xpo_lightning.verbs.chat import Speaker
-from xpo_lightning.verbs.dispatch import RUNS, VERBS
+from xpo_lightning.cli.commands.chat import Speaker
+from xpo_lightning.cli.dispatch import RUNS, VERBS
+from xpo_lightning.cli.lightning_cli import main
+from xpo_lightning.core.batch import Pair
+from xpo_lightning.core.recipes import recipes
+from xpo_lightning.evaluation.compare import Encoded, outcome
+from xpo_lightning.evaluation.policies import SeatedWriter, Writer, find_writer
 
 ROOT = Path(__file__).parent.parent
 LORA = {"r": 2, "target_modules": "all-linear"}
@@ -70,7 +69,7 @@ def test_help_of_a_verb_describes_each_of_its_options(verb: str, capsys: pytest.
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     assert f"usage: xpo {verb}" in shown
-    function = getattr(importlib.import_module(f"xpo_lightning.verbs.{verb}"), verb)
+    function = getattr(importlib.import_module(f"xpo_lightning.cli.commands.{verb}"), verb)
     described = {one.arg_name: one.description for one in parse_docstring(function.__doc__).params}
     assert list(described) == list(inspect.signature(function).parameters)
     for name, text in described.items():
@@ -82,10 +81,9 @@ def test_help_of_a_verb_describes_each_of_its_options(verb: str, capsys: pytest.
     "words", [["--help"], ["--version"], ["fti"], ["recipes"], ["plot", "nowhere"], ["report", "nowhere"]], ids=" ".join
 )
 def test_what_needs_no_model_starts_without_torch(words: list[str]):
-    code = (
-        f"import sys; sys.argv[1:] = {words!r}\nfrom xpo_lightning.start import main\ntry: main()\nexcept SystemExit:"
-    )
-    code += " pass\nprint(sorted({'torch', 'transformers', 'lightning', 'peft'} & set(sys.modules)))"
+    code = f"import sys; sys.argv[1:] = {words!r}\nfrom xpo_lightning.cli.main import main\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
+    code += "print(sorted({'torch', 'transformers', 'lightning', 'peft'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
@@ -123,7 +121,7 @@ def test_control_c_in_a_verb_ends_with_its_status(monkeypatch: pytest.MonkeyPatc
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("xpo_lightning.verbs.dispatch.run", interrupted)
+    monkeypatch.setattr("xpo_lightning.cli.dispatch.run", interrupted)
     with pytest.raises(SystemExit) as stopped:
         main(["chat", "anything"])
     assert stopped.value.code == 130
@@ -271,7 +269,7 @@ def test_what_is_wrong_with_reward_or_column_is_said_before_anybody_writes(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("xpo_lightning.comparing.contest.Contest.write", lambda *_: pytest.fail("it wrote"))
+    monkeypatch.setattr("xpo_lightning.evaluation.compare.Contest.write", lambda *_: pytest.fail("it wrote"))
     policy = ["package:xpo_lightning/embedded/policy"] * 2
     reward = ["--reward", "SequenceClassifierReward", "--reward.path", "./nowhere"]
     assert "./nowhere" in refused(capsys, "compare", *policy, "--prompts", str(prompts_file), *reward)
@@ -331,7 +329,7 @@ def test_push_uploads_the_folder_and_shows_no_token(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("xpo_lightning.saved.hub.HfApi", StubHub)
+    monkeypatch.setattr("xpo_lightning.cli.commands.export.HfApi", StubHub)
     monkeypatch.setattr(StubHub, "calls", [])
     config = write_config()
     words = ["export", trained(config, tmp_path), "--config", config, "--out", str(tmp_path / "out")]
@@ -339,7 +337,7 @@ def test_push_uploads_the_folder_and_shows_no_token(
     assert "HF_HUB_OFFLINE" in refused(capsys, *words, "--private")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("xpo_lightning.saved.hub.get_token", lambda: os.environ.get("HF_TOKEN"))
+    monkeypatch.setattr("xpo_lightning.cli.commands.export.get_token", lambda: os.environ.get("HF_TOKEN"))
     assert "hf auth login" in refused(capsys, *words)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert "owner/name" in refused(capsys, *words[:-1], "policy")

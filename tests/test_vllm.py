@@ -49,7 +49,7 @@ from xpo_lightning import (
     VLLMRollout,
     XPOLightningModule,
 )
-from xpo_lightning.cli import main
+from xpo_lightning.cli.lightning_cli import main
 from xpo_lightning.rollout.engine import Asked
 from xpo_lightning.rollout.local import LocalRollout
 

@@ -4,17 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xpo_lightning.batch import Completions, Experience, Pair, Prompts
-    from xpo_lightning.buffer.pairs import BufferOptions
-    from xpo_lightning.candidates import Candidates
+    from xpo_lightning.checkpointing.csv_logger import ResumableCSVLogger
+    from xpo_lightning.checkpointing.io import CrashSafeCheckpointIO
+    from xpo_lightning.core.batch import Completions, Experience, Pair, Prompts
+    from xpo_lightning.core.errors import InputError
     from xpo_lightning.data import PromptDataModule
-    from xpo_lightning.desk import Desk
-    from xpo_lightning.errors import InputError
-    from xpo_lightning.losses import XPOLoss, xpo_loss
-    from xpo_lightning.models import LoadedModel, LoRASpec, ModelSpec
-    from xpo_lightning.module import XPOLightningModule
-    from xpo_lightning.preference import LabelRule
-    from xpo_lightning.preference_losses import (
+    from xpo_lightning.losses.preference import (
         DPOPositiveLoss,
         HingeLoss,
         IPOLoss,
@@ -22,7 +17,11 @@ if TYPE_CHECKING:
         RobustLoss,
         SigmoidLoss,
     )
-    from xpo_lightning.reference import ReferenceRefresh
+    from xpo_lightning.losses.schedules import Constant, Cosine, Linear, PerEpoch, PerIteration, Progress, Schedule
+    from xpo_lightning.losses.xpo import XPOLoss, xpo_loss
+    from xpo_lightning.models.policy import LoadedModel, LoRASpec, ModelSpec
+    from xpo_lightning.models.reference import ReferenceRefresh
+    from xpo_lightning.module import XPOLightningModule
     from xpo_lightning.rewards import (
         HTTPJudge,
         HumanJudge,
@@ -35,14 +34,21 @@ if TYPE_CHECKING:
         SequenceClassifierReward,
         WeightedSum,
     )
+    from xpo_lightning.rewards.labels import LabelRule
+    from xpo_lightning.rollout.context import Desk
     from xpo_lightning.rollout.engine import Asked, RolloutEngine
+    from xpo_lightning.rollout.pair_selection import Candidates
+    from xpo_lightning.rollout.samplers import (
+        PolicySampler,
+        PreviousPolicySampler,
+        PythonSampler,
+        ReferenceSampler,
+        Sampler,
+    )
     from xpo_lightning.rollout.sampling import Sampling
-    from xpo_lightning.rollout.vllm import VLLMRollout
-    from xpo_lightning.run_folder.checkpoint_io import CrashSafeCheckpointIO
-    from xpo_lightning.run_folder.csv_logger import ResumableCSVLogger
-    from xpo_lightning.samplers import PolicySampler, PreviousPolicySampler, PythonSampler, ReferenceSampler, Sampler
-    from xpo_lightning.schedules import Constant, Cosine, Linear, PerEpoch, PerIteration, Progress, Schedule
+    from xpo_lightning.rollout.vllm.engine import VLLMRollout
     from xpo_lightning.strategies import FSDP2Strategy
+    from xpo_lightning.training.replay_buffer.buffer import BufferOptions
 
 __version__ = "0.1.0"
 
@@ -102,20 +108,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "batch": ("Completions", "Experience", "Pair", "Prompts"),
-    "buffer.pairs": ("BufferOptions",),
-    "candidates": ("Candidates",),
-    "run_folder.checkpoint_io": ("CrashSafeCheckpointIO",),
-    "run_folder.csv_logger": ("ResumableCSVLogger",),
+    "core.batch": ("Completions", "Experience", "Pair", "Prompts"),
+    "training.replay_buffer.buffer": ("BufferOptions",),
+    "rollout.pair_selection": ("Candidates",),
+    "checkpointing.io": ("CrashSafeCheckpointIO",),
+    "checkpointing.csv_logger": ("ResumableCSVLogger",),
     "data": ("PromptDataModule",),
-    "desk": ("Desk",),
-    "errors": ("InputError",),
-    "losses": ("XPOLoss", "xpo_loss"),
-    "models": ("LoRASpec", "LoadedModel", "ModelSpec"),
+    "rollout.context": ("Desk",),
+    "core.errors": ("InputError",),
+    "losses.xpo": ("XPOLoss", "xpo_loss"),
+    "models.policy": ("LoRASpec", "LoadedModel", "ModelSpec"),
     "module": ("XPOLightningModule",),
-    "preference": ("LabelRule",),
-    "preference_losses": ("DPOPositiveLoss", "HingeLoss", "IPOLoss", "PreferenceLoss", "RobustLoss", "SigmoidLoss"),
-    "reference": ("ReferenceRefresh",),
+    "rewards.labels": ("LabelRule",),
+    "losses.preference": ("DPOPositiveLoss", "HingeLoss", "IPOLoss", "PreferenceLoss", "RobustLoss", "SigmoidLoss"),
+    "models.reference": ("ReferenceRefresh",),
     "rewards": (
         "HTTPJudge",
         "HumanJudge",
@@ -130,9 +136,9 @@ _HOMES = {
     ),
     "rollout.engine": ("Asked", "RolloutEngine"),
     "rollout.sampling": ("Sampling",),
-    "rollout.vllm": ("VLLMRollout",),
-    "samplers": ("PolicySampler", "PreviousPolicySampler", "PythonSampler", "ReferenceSampler", "Sampler"),
-    "schedules": ("Constant", "Cosine", "Linear", "PerEpoch", "PerIteration", "Progress", "Schedule"),
+    "rollout.vllm.engine": ("VLLMRollout",),
+    "rollout.samplers": ("PolicySampler", "PreviousPolicySampler", "PythonSampler", "ReferenceSampler", "Sampler"),
+    "losses.schedules": ("Constant", "Cosine", "Linear", "PerEpoch", "PerIteration", "Progress", "Schedule"),
     "strategies": ("FSDP2Strategy",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

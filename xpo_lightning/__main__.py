@@ -1,6 +1,6 @@
 """`python -m xpo_lightning` is `xpo`."""
 
-from xpo_lightning.start import main
+from xpo_lightning.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -1,48 +1,69 @@
-"""`XPOLightningModule`: holds the policy, the reference and the reward; `steps.py` takes them through a batch."""
+"""`XPOLightningModule`: holds the policy, the reference and the reward, and takes them through training."""
 
-from functools import cached_property, partial
+from contextlib import AbstractContextManager, ExitStack
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
-from xpo_lightning.buffer.pairs import Buffer, BufferOptions
-from xpo_lightning.candidates import Candidates
-from xpo_lightning.checkpoint import check_reference, check_trained_state, trained_state
-from xpo_lightning.collector import Collector
-from xpo_lightning.combinations import refuse_combinations
-from xpo_lightning.environment import check_trainer
-from xpo_lightning.errors import InputError
-from xpo_lightning.forward.cpu import keep_memory, speed_up_linears
-from xpo_lightning.guard.watch import watch
-from xpo_lightning.losses import BonusTarget
-from xpo_lightning.memory import Memory
-from xpo_lightning.models import LoadedModel, LoRASpec, ModelSpec, check_loaded, end_token_ids, prompt_limit
-from xpo_lightning.objective import Objective, ObjectiveTerms
-from xpo_lightning.optimization import Optimization
-from xpo_lightning.preference import LabelRule, check_penalty
-from xpo_lightning.preference_losses import PreferenceLoss, SigmoidLoss
-from xpo_lightning.prompts import PromptEncoder
-from xpo_lightning.reference import Reference, ReferenceRefresh
-from xpo_lightning.resume.standing import before_training, settle
+from xpo_lightning.checkpointing.run_state import RunState
+from xpo_lightning.checkpointing.weights import check_reference, check_trained_state, trained_state
+from xpo_lightning.core.batch import Experience
+from xpo_lightning.core.distributed import gathered
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.fault_tolerance.guard import Guard
+from xpo_lightning.core.fault_tolerance.watch import watch
+from xpo_lightning.core.rng import RolloutRNG, Stream
+from xpo_lightning.core.timer import PhaseTimer
+from xpo_lightning.core.trainer_progress import (
+    batches_done,
+    before_training,
+    begin_batch,
+    forget_logged,
+    has_begun,
+    settle,
+)
+from xpo_lightning.data.prompts import PromptEncoder, as_prompts
+from xpo_lightning.losses.preference import PreferenceLoss, SigmoidLoss
+from xpo_lightning.losses.schedules import FIRST_STEP, LearningRateShape, Progress, Schedule
+from xpo_lightning.losses.xpo import BonusTarget
+from xpo_lightning.models.forward.capabilities import refuse_untrainable
+from xpo_lightning.models.forward.cpu import keep_memory, speed_up_linears
+from xpo_lightning.models.forward.randomness import stop_random_draws
+from xpo_lightning.models.policy import LoadedModel, LoRASpec, ModelSpec, check_loaded, end_token_ids, prompt_limit
+from xpo_lightning.models.reference import Reference, ReferenceRefresh
+from xpo_lightning.models.sharding import shard_all, whole
 from xpo_lightning.rewards.base import Feedback
+from xpo_lightning.rewards.labels import LabelRule, check_penalty
+from xpo_lightning.rewards.scorer import Verdicts
 from xpo_lightning.rollout.engine import RolloutEngine
 from xpo_lightning.rollout.local import LocalRollout
 from xpo_lightning.rollout.opening import try_ways
+from xpo_lightning.rollout.pair_selection import Candidates
+from xpo_lightning.rollout.samplers import ReferenceSampler, Sampler
 from xpo_lightning.rollout.sampling import Sampling
-from xpo_lightning.samplers import PreviousPolicySampler, ReferenceSampler, Sampler
-from xpo_lightning.schedules import LearningRateShape, Schedule
-from xpo_lightning.sharding import shard_all
-from xpo_lightning.steps import PreferenceSteps
-from xpo_lightning.updates import UpdatePlan
-from xpo_lightning.verdicts import Verdicts
+from xpo_lightning.training.collector import Collector, check_rollout
+from xpo_lightning.training.config_checks import check_trainer, refuse_combinations, refuse_own_steps, refuse_sharding
+from xpo_lightning.training.gradients import add_gradients, clip_gradient
+from xpo_lightning.training.memory_budget import Room, counts_memory
+from xpo_lightning.training.metrics import PairAverages, rollout_metrics
+from xpo_lightning.training.objective import Objective, ObjectiveTerms
+from xpo_lightning.training.optimizer import Optimization, WarmupThenDecay, total_steps
+from xpo_lightning.training.persistent_state import Memory
+from xpo_lightning.training.replay_buffer.buffer import Buffer, BufferOptions
+from xpo_lightning.training.update_plan import Pairs, UpdatePlan, most_tokens
 
 
-class XPOLightningModule(PreferenceSteps):
+class XPOLightningModule(LightningModule):
     """Exploratory Preference Optimization (Xie et al. 2024, arXiv 2405.21046, Algorithm 1) of a language model.
 
     For each prompt the policy and the frozen reference write a completion each, the reward says which is better, and
@@ -105,7 +126,10 @@ class XPOLightningModule(PreferenceSteps):
     """
 
     strict_loading = False
+    policy: nn.Module
     reference: Reference
+    collector: Collector
+    memory: Memory
 
     def __init__(
         self,
@@ -144,7 +168,8 @@ class XPOLightningModule(PreferenceSteps):
         epochs_per_rollout: int = 1,
         max_skipped_steps: int = 0,
     ) -> None:
-        super().__init__(max_skipped_steps)
+        super().__init__()
+        self.automatic_optimization = False
         self.policy_spec: ModelSpec | LoadedModel = policy
         self.lora, self.sampling, self.reward = lora, sampling, reward
         self.sampler, self.candidates, self.label_rule = sampler or ReferenceSampler(), candidates, labels
@@ -158,7 +183,12 @@ class XPOLightningModule(PreferenceSteps):
         self.reference_refresh, self.buffer_options = reference_refresh, buffer
         self.missing_eos_penalty = check_penalty(missing_eos_penalty)
         self.plan = UpdatePlan(micro_batch_size, micro_batch_tokens, updates_per_rollout, epochs_per_rollout)
-        self._configured = False
+        self.timer, self.guard = PhaseTimer(), Guard(max_skipped_steps)
+        self.run_state = RunState(self.guard)
+        self.rollout_averages, self.update_averages = PairAverages(), PairAverages()
+        self.eval_rollout_averages, self.eval_averages = PairAverages(), PairAverages()
+        self._is_configured = self._is_quiet = False
+        self._together = ExitStack()
         refuse_combinations(self)
 
     @cached_property
@@ -176,9 +206,9 @@ class XPOLightningModule(PreferenceSteps):
 
     def configure_model(self) -> None:
         """Load the policy, the reference and the reward; a second call does nothing."""
-        if self._configured:
+        if self._is_configured:
             return
-        self._configured = True
+        self._is_configured = True
         keep_memory()
         model = self.policy_spec.load_model()
         check_loaded(model, self.tokenizer, self.sampling.eos_token_ids)
@@ -200,32 +230,17 @@ class XPOLightningModule(PreferenceSteps):
         )
         self.reference_identity = self.reference.identity(self.policy_spec)
         if self.device_mesh is not None:
-            self._refuse_sharded()
+            refuse_sharding(self)
             try_ways(*(model for model in (self.policy, self.reference.frozen) if model is not None))
             shard_all([self.policy, self.reference, self.reward], self.device_mesh)
         if self.rollout is not None:
             self.rollout.set_check(self.guard.stop.check)
             self.rollout.begin(rollout)
         verdicts = Verdicts(self.reward, self.missing_eos_penalty, self.timer)
-        self.collect = Collector(
+        self.collector = Collector(
             rollout, self.memory, self.candidates, verdicts, self.label_rule, self.timer, self.rollout
         )
         speed_up_linears(self.policy, self.reference, self.reward)
-
-    def _refuse_sharded(self) -> None:
-        """Refuse options that need all of a policy's weights while they are spread over processes."""
-        options = {
-            "model.sampler=PreviousPolicySampler": isinstance(self.sampler, PreviousPolicySampler),
-            "model.reference_refresh": self.reference_refresh is not None,
-            "model.rollout": self.rollout is not None,
-            "model.policy.quantize": getattr(self.policy_spec, "quantize", None) is not None,
-        }
-        for option, is_set in options.items():
-            if is_set:
-                raise InputError(
-                    f"{option} needs the policy's weights whole, and trainer.strategy spreads them over processes; use "
-                    f"ddp, or leave the option out"
-                )
 
     def new_policy(self) -> nn.Module:
         """Build another model of the policy's kind, as it was before training."""
@@ -245,23 +260,216 @@ class XPOLightningModule(PreferenceSteps):
         self.sampler.begin(self.policy)
         self.reference.begin()
         with self._models_whole():
-            self.collect.open_cache(self.reference_cache, self.reference_identity, self.trainer)
+            self.collector.open_cache(self.reference_cache, self.reference_identity, self.trainer)
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         if self.buffer_options is not None:
             self.memory.buffer = Buffer(self.buffer_options, folder, self.global_rank)
         before_training(self.trainer, lambda: self.run_state.take_up(self.trainer, self.memory))
 
+    def on_train_start(self) -> None:
+        """Set the length of the run."""
+        self.optimization.take_settings(self._optimizer.optimizer, self._scheduler)
+        if isinstance(self._scheduler, WarmupThenDecay):
+            self._scheduler.begin(self._total_steps)
+
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Take a batch through the steps, and log how far an engine's log-probabilities were from those here."""
-        super().training_step(batch, batch_idx)
-        if self.rollout is not None:
+        """Sample and label pairs for the whole batch, then take the optimizer steps on all that are kept."""
+        begin_batch(self.trainer)
+        done = batches_done(self.trainer)
+        rng = self._rng(Stream.TRAINING, done)
+        experience, settings = None, {}
+        with self.run_state.step():
+            with self._models_whole(), self.guard.step() as step:
+                experience = self._collect(batch, rng, training=True)
+            if experience is not None and not step.is_skipped:
+                self._show_pairs(experience)
+                settings = self._take_steps(experience, rng)
+            self._log_step(experience if settings else None, settings)
+            self.memory.after_batch(done + 1, self.policy, taken=bool(settings))
+
+    def _show_pairs(self, experience: Experience) -> None:
+        """Call `on_pairs_collected(trainer, module, experience)` of each callback that has it."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "on_pairs_collected"):
+                callback.on_pairs_collected(self.trainer, self, experience)
+
+    def _take_steps(self, experience: Experience, rng: RolloutRNG) -> dict[str, Any]:
+        """Take the optimizer steps of a batch; return what the last was taken with, nothing where it was left out."""
+        self._stop_noise()
+        self.update_averages.reset()
+        pairs: Pairs = experience
+        if self.memory.buffer is not None:
+            with self.guard.together():
+                pairs = self.memory.buffer.add(experience)
+        settings: dict[str, Any] = {}
+        plan = self.plan.within(self.run_state.tokens_together)
+        for number, micro_batches in enumerate(plan(pairs, rng)):
+            if 0 < self.trainer.max_steps <= self.global_step:
+                break
+            settings |= self._optimizer_step(pairs, micro_batches, may_stop=number == 0)
+        return settings
+
+    def _optimizer_step(self, pairs: Pairs, micro_batches: list[list[int]], may_stop: bool) -> dict[str, Any]:
+        """Take one optimizer step; return alpha, beta, learning rate and gradient norm, nothing if it is left out."""
+        weights = self._weights()
+        learning_rate = self._optimizer.param_groups[0]["lr"]
+        self._optimizer.zero_grad()
+        is_unmeasured = self.plan.is_open and self.run_state.tokens_together is None
+        room = Room(self.device) if is_unmeasured and counts_memory(self.device) else None
+        added = add_gradients(self, pairs, micro_batches, weights, self.guard.stop if may_stop else None)
+        if room is not None:
+            room.after_gradients()
+        norm = clip_gradient(self)
+        with self.guard.step(may_stop=may_stop) as step:
+            added.check(norm)
+        if step.is_skipped:
+            self._optimizer.zero_grad()
+            return {}
+        for measured in added.numbers:
+            self.update_averages.update(measured)
+        with self.timer("optimizer", self.device):
+            self.run_state.changed = batches_done(self.trainer)
+            self._optimizer.step()
+            self._scheduler.step()
+        self.guard.record_step()
+        if room is not None:
+            tokens = room.tokens(most_tokens(pairs.sizes, micro_batches))
+            self.run_state.tokens_together = min(gathered(tokens))
+        return {**weights, "lr": learning_rate, "grad_norm": norm}
+
+    def _log_step(self, experience: Experience | None, settings: dict[str, Any]) -> None:
+        """Log what was measured of a batch and of the steps on it; of one that was left out, that it was."""
+        averages = {}
+        if experience is None:
+            forget_logged(self.trainer)
+        else:
+            self.rollout_averages.reset()
+            self.rollout_averages.update(rollout_metrics(experience, settings["beta"]))
+            averages = {**self.rollout_averages.compute(), **self.update_averages.compute()}
+        self.log_dict({**averages, **settings, **self.guard.counts(), "step": float(self.global_step)})
+        if self.rollout is not None:  # how far an engine's log-probabilities were from those here
             self.log_dict(self.rollout.measured, sync_dist=True)
 
+    def on_validation_start(self) -> None:
+        """Let validation not touch the randomness of training, and forget the pairs of the last one."""
+        self.run_state.begin_validation()
+        self.eval_averages.reset()
+        self.eval_rollout_averages.reset()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Experience:  # type: ignore[override]
+        """Sample pairs for held-out prompts, one completion a side and the reference's second, and measure them.
+
+        The randomness is the same each time: two validations differ by the policy alone.
+        """
+        with self._models_whole(), self.guard.together():
+            weights = self._weights()
+            experience = self._collect(batch, self._rng(Stream.VALIDATION, batch_idx))
+            self.eval_rollout_averages.update(rollout_metrics(experience, weights["beta"]))
+            plan = self.plan.within(self.run_state.tokens_together)
+            for rows in plan.micro_batches(experience.sizes, range(len(experience))):
+                _, numbers = self.objective.evaluate(self.policy, experience.select(rows), **weights)
+                self.eval_averages.update(numbers)
+        return experience
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the averages over all held-out prompts and processes."""
+        self.run_state.end_validation(self.trainer)
+        numbers = {**self.eval_rollout_averages.compute(), **self.eval_averages.compute()}
+        named = {f"eval/{name}": value for name, value in numbers.items()}
+        self.log_dict({**named, "step": float(self.global_step)})
+
     def on_predict_start(self) -> None:
-        """Bring an engine the policy while all processes are here; each takes as many batches as it has."""
-        super().on_predict_start()
+        """Put models together for all batches: processes may differ in how many they have; sync an engine once."""
+        self._together.enter_context(self._models_whole())
         if self.rollout is not None:
-            self.guard.run(partial(self.rollout.sync, self.policy))
+            with self.guard.together():
+                self.rollout.sync(self.policy)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Experience:
+        """Sample and score pairs for a batch of prompts; no process waits for another."""
+        self.guard.stop.check()
+        return self._collect(batch, self._rng(Stream.PREDICTION, batch_idx))
+
+    def on_predict_end(self) -> None:
+        """Spread the models over processes again."""
+        self._together.close()
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the policy's weights that are trained."""
+        return [weight for weight in self.policy.parameters() if weight.requires_grad]
+
+    def sample(self, batch: Any) -> Experience:
+        """Sample and label pairs, for a training step of a module that holds this one and takes the steps itself.
+
+        Args:
+            batch: B prompts, in any form that a batch of this module may have.
+
+        Returns:
+            B labelled pairs, for `losses`.
+
+        Raises:
+            InputError: An option is set that acts through this module's own steps; or what goes wrong in a rollout.
+        """
+        refuse_own_steps(self)
+        rng = self._rng(Stream.TRAINING, batches_done(self.trainer))
+        with self._models_whole(), self.guard.together():
+            return self._collect(batch, rng, training=True)
+
+    def losses(self, experience: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+        """Evaluate the objective of pairs with alpha and beta as they are now.
+
+        Args:
+            experience: B labelled pairs, all of which go through the policy at once.
+
+        Returns:
+            The objective of each pair, with gradient (B,), and each metric (B,) by name.
+        """
+        self._stop_noise()
+        return self.objective.evaluate(self.policy, experience, **self._weights())
+
+    def _stop_noise(self) -> None:
+        """Before the first gradient, when the policy is where it trains: honour a dropout of 0 in every module."""
+        if self._is_quiet or getattr(self.policy_spec, "dropout", None) != 0:
+            return
+        self._is_quiet = True
+        refuse_untrainable(self.policy)
+        names = stop_random_draws(self.policy)
+        if names:
+            rank_zero_info(
+                f"model.policy.dropout=0: {', '.join(names)} would draw random numbers in training, and so stays in "
+                f"eval mode"
+            )
+
+    def _collect(self, batch: Any, rng: RolloutRNG, training: bool = False) -> Experience:
+        """Collect the labelled pairs of a batch."""
+        prompts = as_prompts(batch, self.prompt_encoder, self.device)
+        return check_rollout(self.collector.collect(self.policy, prompts, rng, training=training))
+
+    def _models_whole(self) -> AbstractContextManager[None]:
+        """Put the weights together that are spread over processes, for rollouts and scores."""
+        return whole(self.policy, self.memory.reference, self.reward)
+
+    def _weights(self) -> dict[str, float]:
+        """Return alpha and beta now; outside of training, and before it, those of the first step."""
+        if not has_begun(self.trainer):
+            return self.objective.weights(FIRST_STEP)
+        batches = batches_done(self.trainer)
+        return self.objective.weights(Progress(self.global_step, self.current_epoch, self._total_steps, batches))
+
+    def _rng(self, stream: Stream, number: int) -> RolloutRNG:
+        return RolloutRNG(self.run_state.seed, stream, number, self.global_rank, self.trainer.world_size)
+
+    @property
+    def _optimizer(self) -> LightningOptimizer:
+        return cast("LightningOptimizer", self.optimizers())
+
+    @property
+    def _scheduler(self) -> LRScheduler:
+        return cast("LRScheduler", self.lr_schedulers())
+
+    @property
+    def _total_steps(self) -> int | None:
+        return total_steps(self.trainer, self.plan.steps)
 
     def teardown(self, stage: str) -> None:
         """Let an engine forget the policy."""

@@ -10,7 +10,7 @@ from lightning.fabric.strategies.model_parallel import _load_checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
-from xpo_lightning.run_folder.sharded_files import load_folder, save_folder
+from xpo_lightning.checkpointing.sharded_io import load_folder, save_folder
 
 
 class FSDP2Strategy(ModelParallelStrategy):

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from xpo_lightning.callbacks.run import run_folder
+from xpo_lightning.callbacks.base import run_folder
 
 
 def facts(problem: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import yaml
 from plan import Run
 from problems import PROBLEMS, write
 
-from xpo_lightning.cli import main
+from xpo_lightning.cli.lightning_cli import main
 
 HERE = Path(__file__).resolve().parent
 

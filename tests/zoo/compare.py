@@ -11,9 +11,9 @@ from conftest import randomize_adapters
 from torch import Tensor, nn
 
 from xpo_lightning import InputError
-from xpo_lightning.forward.capabilities import Sharing, sharing_of
-from xpo_lightning.forward.capabilities import rows_of as way_of_rows
-from xpo_lightning.forward.unshared import Rows
+from xpo_lightning.models.forward.capabilities import Sharing, sharing_of
+from xpo_lightning.models.forward.capabilities import rows_of as way_of_rows
+from xpo_lightning.models.forward.unshared import Rows
 from xpo_lightning.rollout.opening import writing_of
 from xpo_lightning.rollout.writing import Memory
 from zoo.naive import NaiveStep, count_not_greedy, logits_of, rows_of, take_step

@@ -31,7 +31,7 @@ from xpo_lightning import (
     Sampling,
     XPOLightningModule,
 )
-from xpo_lightning.collector import Collector
+from xpo_lightning.training.collector import Collector
 
 LENGTHS = (2, 30, 7, 19, 3, 11)  # tokens of the prompts
 ALPHA, BETA = 0.01, 0.1
@@ -153,10 +153,10 @@ class _Captured(XPOLightningModule):
     def configure_model(self) -> None:
         """See the module."""
         super().configure_model()
-        if not isinstance(self.collect, _Recording):
+        if not isinstance(self.collector, _Recording):
             randomize_adapters(self.policy, 0.1)
-            self.collect = _Recording(**vars(self.collect))
-            self.collect.keep = lambda experience: setattr(self, "experience", experience)
+            self.collector = _Recording(**vars(self.collector))
+            self.collector.keep = lambda experience: setattr(self, "experience", experience)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """See Lightning."""
@@ -167,7 +167,7 @@ class _Captured(XPOLightningModule):
 class _Recording(Collector):
     keep: Callable[[Experience], None]
 
-    def __call__(self, *args: Any, **options: Any) -> Experience:
-        experience = super().__call__(*args, **options)
+    def collect(self, *args: Any, **options: Any) -> Experience:
+        experience = super().collect(*args, **options)
         self.keep(experience)
         return experience

@@ -1,18 +1,17 @@
 """Callbacks: what a run shows and leaves behind, each on or off in `trainer.callbacks`."""
 
 from xpo_lightning.callbacks.baseline import Baseline
-from xpo_lightning.callbacks.checkpoints import RunCheckpoint
-from xpo_lightning.callbacks.completions import CompletionsTable
-from xpo_lightning.callbacks.continuation import RunContinuation
-from xpo_lightning.callbacks.curves import LearningCurves
-from xpo_lightning.callbacks.export import PolicyExport
-from xpo_lightning.callbacks.policy_folder import save_policy
-from xpo_lightning.callbacks.predictions import PredictionsWriter
-from xpo_lightning.callbacks.progress import XPOProgressBar
-from xpo_lightning.callbacks.report import RunReport
-from xpo_lightning.callbacks.stop import GracefulStop
-from xpo_lightning.callbacks.summary import RunSummary
+from xpo_lightning.callbacks.checkpoint import RunCheckpoint
+from xpo_lightning.callbacks.completions_table import CompletionsTable
+from xpo_lightning.callbacks.graceful_stop import GracefulStop
+from xpo_lightning.callbacks.policy_export import PolicyExport
+from xpo_lightning.callbacks.predictions_writer import PredictionsWriter
+from xpo_lightning.callbacks.progress_bar import XPOProgressBar
+from xpo_lightning.callbacks.resume_metrics import RunContinuation
+from xpo_lightning.callbacks.run_artifacts import LearningCurves, RunReport
+from xpo_lightning.callbacks.run_summary import RunSummary
 from xpo_lightning.callbacks.throughput import Throughput
+from xpo_lightning.models.saving import save_policy
 from xpo_lightning.reporting.picture import draw_curves
 
 __all__ = [

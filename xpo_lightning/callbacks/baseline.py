@@ -2,8 +2,8 @@
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from xpo_lightning.callbacks.run import is_fast_dev_run, runs_whole_sanity_check
-from xpo_lightning.errors import InputError
+from xpo_lightning.callbacks.base import is_fast_dev_run, runs_whole_sanity_check
+from xpo_lightning.core.errors import InputError
 
 
 class Baseline(Callback):

@@ -7,10 +7,10 @@ from typing import Any, get_args
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from xpo_lightning.callbacks.run import is_fast_dev_run
-from xpo_lightning.errors import InputError
+from xpo_lightning.callbacks.base import is_fast_dev_run
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.timer import Phase, PhaseTimer
 from xpo_lightning.module import XPOLightningModule
-from xpo_lightning.phases import Phase, PhaseTimer
 
 TIMED = ("step", *get_args(Phase))
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from xpo_lightning.reporting.series import Metrics
+from xpo_lightning.reporting.metrics_file import Metrics
 
 
 @dataclass(frozen=True)

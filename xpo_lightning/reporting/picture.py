@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from xpo_lightning.atomic_files import replacing_file
-from xpo_lightning.errors import InputError
+from xpo_lightning.core.atomic_files import replacing_file
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.reporting.metrics_file import Metrics, Series, read_metrics, smooth
 from xpo_lightning.reporting.panels import PANELS, Panel
-from xpo_lightning.reporting.series import Metrics, Series, read_metrics, smooth
 
 COLORS = ("#2563a8", "#d9822b", "#2f8f5b", "#b8405e", "#7a5bb0", "#8a6d3b", "#1f9aa8", "#c45ab3")
 GREY, INK = "#8a8f98", "#4a4f57"

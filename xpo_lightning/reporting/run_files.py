@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from xpo_lightning.errors import InputError
+from xpo_lightning.core.errors import InputError
 
 METRICS, CONFIG, COMPLETIONS, START = "metrics.csv", "config.yaml", "completions.jsonl", "start.json"
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from xpo_lightning.errors import InputError
+from xpo_lightning.core.errors import InputError
 
 Row = dict[str, Any]
 _KINDS: list[tuple[str, Any]] = [

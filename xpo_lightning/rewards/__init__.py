@@ -1,14 +1,13 @@
 """Rewards and judges: what says which completion is better."""
 
 from xpo_lightning.rewards.base import Judge, Reward
-from xpo_lightning.rewards.classifier import SequenceClassifierReward
-from xpo_lightning.rewards.function import PythonReward
 from xpo_lightning.rewards.http_judge import HTTPJudge
-from xpo_lightning.rewards.human import HumanJudge
+from xpo_lightning.rewards.human_judge import HumanJudge
 from xpo_lightning.rewards.local_judge import LocalJudge
-from xpo_lightning.rewards.python_judge import PythonJudge
+from xpo_lightning.rewards.python import PythonJudge, PythonReward
 from xpo_lightning.rewards.remote import RemoteReward
-from xpo_lightning.rewards.weighted import WeightedSum
+from xpo_lightning.rewards.sequence_classifier.reward import SequenceClassifierReward
+from xpo_lightning.rewards.weighted_sum import WeightedSum
 
 __all__ = [
     "HTTPJudge",

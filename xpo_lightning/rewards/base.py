@@ -7,10 +7,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from xpo_lightning.batch import RawPrompt
-from xpo_lightning.errors import InputError
-from xpo_lightning.identity import fingerprint, import_path, settings_of
-from xpo_lightning.rewards.checks import as_probabilities, raised
+from xpo_lightning.core.batch import RawPrompt
+from xpo_lightning.core.errors import InputError, describe_error
+from xpo_lightning.core.fingerprint import fingerprint, import_path, recorded_path, settings_of
+from xpo_lightning.rewards.validation import as_probabilities
 
 OnInvalid = Literal["skip", "tie", "error"]
 
@@ -56,7 +56,7 @@ class Feedback(nn.Module, ABC):
         Returns:
             Plain values by name. Called after `load`.
         """
-        named = {"class": import_path(type(self)), **settings_of(self)}
+        named = {"class": recorded_path(type(self)), **settings_of(self)}
         weights = list(self.named_parameters())
         return {**named, "fingerprint": fingerprint(weights)} if weights else named
 
@@ -96,7 +96,7 @@ class Reward(Feedback):
         except InputError:
             raise
         except Exception as error:  # StopIteration too: as it is, it would end the training loop without a word
-            raise InputError(f"reward {import_path(type(self))} {raised(error)}") from error
+            raise InputError(f"reward {import_path(type(self))} {describe_error(error)}") from error
 
 
 class Judge(Feedback):
@@ -165,7 +165,7 @@ class Judge(Feedback):
         except InputError:
             raise
         except Exception as error:  # StopIteration too: as it is, it would end the training loop without a word
-            raise InputError(f"judge {name} {raised(error)}") from error
+            raise InputError(f"judge {name} {describe_error(error)}") from error
         missing = int(answers.isnan().sum())
         if missing and self.invalid == "error":
             raise InputError(

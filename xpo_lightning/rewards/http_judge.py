@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from xpo_lightning.errors import InputError
-from xpo_lightning.rewards.asking import TEMPLATE, VERDICTS, ModelJudge
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.http.client import HTTPClient, RequestError, UnusableError, checked_url
 from xpo_lightning.rewards.base import OnInvalid
-from xpo_lightning.rewards.http import HTTPClient, RequestError, UnusableError, checked_url
+from xpo_lightning.rewards.llm_judge import TEMPLATE, VERDICTS, ModelJudge
 
 _OPTIONS = "model.reward.init_args"
 _TOKENS = 8  # enough for a letter with blanks, stars or brackets around it

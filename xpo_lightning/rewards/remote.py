@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from xpo_lightning.batch import RawPrompt
-from xpo_lightning.errors import InputError
+from xpo_lightning.core.batch import RawPrompt
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.http.client import HTTPClient, UnusableError
 from xpo_lightning.rewards.base import Reward
-from xpo_lightning.rewards.checks import as_scores
-from xpo_lightning.rewards.http import HTTPClient, UnusableError
+from xpo_lightning.rewards.validation import as_scores
 
 _OPTIONS = "model.reward.init_args"
 

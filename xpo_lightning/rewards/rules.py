@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xpo_lightning.batch import RawPrompt
+from xpo_lightning.core.batch import RawPrompt
 
 
 def concise(

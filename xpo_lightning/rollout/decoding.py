@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from xpo_lightning.batch import Prompts
+from xpo_lightning.core.batch import Prompts
 
 SHORT_END = 16
 """Tokens of a prompt that are decoded with its completion, if they are enough."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from xpo_lightning.batch import Completions, Prompts
-from xpo_lightning.errors import InputError
+from xpo_lightning.core.batch import Completions, Prompts
+from xpo_lightning.core.errors import InputError
 from xpo_lightning.rollout.local import LocalRollout
 
 Writer = Literal["policy", "reference"]

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
-from xpo_lightning.batch import Completions, Prompts, cut, stack
-from xpo_lightning.errors import InputError
-from xpo_lightning.forward.adapters import adapters_cast
-from xpo_lightning.forward.call import evaluating
-from xpo_lightning.forward.capabilities import capabilities_of
-from xpo_lightning.forward.head import apply_head
-from xpo_lightning.logps import token_logps
-from xpo_lightning.rollout.cache import most_rows
+from xpo_lightning.core.batch import Completions, Prompts, cut, stack
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.rng import RolloutRNG
+from xpo_lightning.models.forward.capabilities import capabilities_of
+from xpo_lightning.models.forward.causal_forward import evaluating
+from xpo_lightning.models.forward.lm_head import apply_head
+from xpo_lightning.models.logprobs import token_logps
+from xpo_lightning.models.lora import adapters_cast
 from xpo_lightning.rollout.decoding import CompletionDecoder
-from xpo_lightning.rollout.given import given_completions
-from xpo_lightning.rollout.noise import Noise
+from xpo_lightning.rollout.from_text import given_completions
+from xpo_lightning.rollout.kv_cache import most_rows
 from xpo_lightning.rollout.opening import AnySession, open_session
 from xpo_lightning.rollout.replay import Replay
 from xpo_lightning.rollout.sampling import Sampling, TokenSampler
@@ -88,7 +88,7 @@ class LocalRollout:
             raise ValueError("expected at least one set of uniforms")
         return session, written
 
-    def __call__(self, model: nn.Module, prompts: Prompts, noise: Noise) -> Completions:
+    def __call__(self, model: nn.Module, prompts: Prompts, noise: RolloutRNG) -> Completions:
         """Sample one completion for each prompt.
 
         Args:
@@ -129,7 +129,7 @@ class LocalRollout:
             most = most_rows(model, prompts.ids.shape[1] + self.sampling.max_new_tokens)
         return [list(rows) for rows in cut(order, most)]
 
-    def uniforms(self, prompts: Prompts, noise: Noise) -> Tensor:
+    def uniforms(self, prompts: Prompts, noise: RolloutRNG) -> Tensor:
         """Draw all the randomness of a rollout beforehand, so that no row's depends on the rows beside it.
 
         Returns:

@@ -5,14 +5,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from xpo_lightning.batch import Completions, Prompts
-from xpo_lightning.errors import InputError
-from xpo_lightning.forward.attention import cache_dtype
-from xpo_lightning.forward.call import base_of
-from xpo_lightning.forward.capabilities import capabilities_of, rows_of, sharing_of
-from xpo_lightning.forward.truth import name_of
-from xpo_lightning.forward.unshared import Rows
-from xpo_lightning.rollout.plain import PlainSession
+from xpo_lightning.core.batch import Completions, Prompts
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.models.forward.capabilities import capabilities_of, rows_of, sharing_of
+from xpo_lightning.models.forward.causal_forward import base_of
+from xpo_lightning.models.forward.cpu_attention import cache_dtype
+from xpo_lightning.models.forward.truth import name_of
+from xpo_lightning.models.forward.unshared import Rows
+from xpo_lightning.rollout.plain_session import PlainSession
 from xpo_lightning.rollout.session import Session
 from xpo_lightning.rollout.workspace import Workspaces
 from xpo_lightning.rollout.writing import Writing, ways_for

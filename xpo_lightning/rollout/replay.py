@@ -15,12 +15,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from xpo_lightning.forward.buckets import rows_of_bucket
-from xpo_lightning.forward.capabilities import capabilities_of
-from xpo_lightning.forward.head import apply_head
-from xpo_lightning.forward.judging import is_coarse
-from xpo_lightning.forward.norms import norms_fused
-from xpo_lightning.forward.truth import COARSE, EXACT, FAILURES, described, name_of, relative_error
+from xpo_lightning.models.forward.buckets import rows_of_bucket
+from xpo_lightning.models.forward.capabilities import capabilities_of
+from xpo_lightning.models.forward.judging import is_coarse
+from xpo_lightning.models.forward.lm_head import apply_head
+from xpo_lightning.models.forward.norms import norms_fused
+from xpo_lightning.models.forward.truth import COARSE, EXACT, FAILURES, described, name_of, relative_error
 from xpo_lightning.rollout.sampling import TokenSampler
 from xpo_lightning.rollout.session import Session
 from xpo_lightning.rollout.workspace import Workspace

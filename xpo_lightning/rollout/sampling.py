@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from xpo_lightning.errors import InputError
+from xpo_lightning.core.errors import InputError
 
 BLOCK = 256
 """Weights that are summed before any is looked at singly."""

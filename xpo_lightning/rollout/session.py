@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from xpo_lightning.batch import Completions, Prompts
-from xpo_lightning.forward.call import last_features
-from xpo_lightning.forward.capabilities import capabilities_of
-from xpo_lightning.forward.prefix import run_completions, run_prompts
-from xpo_lightning.forward.unshared import Rows
-from xpo_lightning.logps import logps_of
-from xpo_lightning.rollout.cache import RolloutCache, exchange
+from xpo_lightning.core.batch import Completions, Prompts
+from xpo_lightning.models.forward.capabilities import capabilities_of
+from xpo_lightning.models.forward.causal_forward import last_features
+from xpo_lightning.models.forward.prefix_sharing import run_completions, run_prompts
+from xpo_lightning.models.forward.unshared import Rows
+from xpo_lightning.models.logprobs import logps_of
+from xpo_lightning.rollout.kv_cache import RolloutCache, exchange
 from xpo_lightning.rollout.workspace import Workspace, Workspaces
 from xpo_lightning.rollout.writing import Writing
 from xpo_lightning.rollout.written import Written

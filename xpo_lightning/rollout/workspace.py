@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xpo_lightning.forward.buckets import columns_of_bucket, rows_of_bucket
-from xpo_lightning.forward.call import base_of, last_features
-from xpo_lightning.rollout.cache import RolloutCache
+from xpo_lightning.models.forward.buckets import columns_of_bucket, rows_of_bucket
+from xpo_lightning.models.forward.causal_forward import base_of, last_features
+from xpo_lightning.rollout.kv_cache import RolloutCache
 from xpo_lightning.rollout.written import Written
 
 MakeWritten = Callable[[int, int, torch.device], Written]

@@ -5,7 +5,7 @@ from enum import Enum
 
 import torch
 
-from xpo_lightning.forward.unshared import Rows
+from xpo_lightning.models.forward.unshared import Rows
 
 
 class Memory(Enum):

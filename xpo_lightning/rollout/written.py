@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xpo_lightning.batch import Prompts
+from xpo_lightning.core.batch import Prompts
 from xpo_lightning.rollout.sampling import TokenSampler
 
 

@@ -1,0 +1,66 @@
+"""`RunCheckpoint`: Lightning's `ModelCheckpoint`, for a module that takes its optimizer steps itself."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from xpo_lightning.core.trainer_progress import validation_is_due
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Saves checkpoints, as `lightning.pytorch.callbacks.ModelCheckpoint` with the same options does.
+
+    It differs where Lightning's leaves a module out that takes its optimizer steps itself: `train_time_interval` is
+    honoured; `every_n_train_steps` also saves where a batch takes several steps and passes over a multiple of it; and a
+    checkpoint that is due together with a validation is saved after it, with what was measured.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._steps_before = 0
+        self._waits_for_validation = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember where the batch began."""
+        self._steps_before = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, if that is due, or wait for the validation that comes now."""
+        if self._is_due(trainer):
+            self._last_time_checked = time.monotonic()
+            self._waits_for_validation = validation_is_due(trainer)
+            if not self._waits_for_validation:
+                self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what waited for the validation, or what is due after one."""
+        if self._waits_for_validation and not trainer.sanity_checking:
+            self._waits_for_validation = False
+            self._save(trainer)
+        else:
+            super().on_validation_end(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember that this step has been saved."""
+        self._last_global_step_saved = checkpoint["global_step"]
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        every, interval = self._every_n_train_steps, self._train_time_interval
+        if every >= 1 and trainer.global_step // every > self._steps_before // every:
+            return True
+        if interval is None:
+            return False
+        since = time.monotonic() - (self._last_time_checked or 0)
+        return bool(trainer.strategy.broadcast(since >= interval.total_seconds()))  # Clocks differ between processes.
+
+    def _save(self, trainer: Trainer) -> None:
+        candidates = self._monitor_candidates(trainer)
+        if self.monitor is not None and self.monitor not in candidates:
+            self._waits_for_validation = True  # It has not been measured yet.
+        elif not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)

@@ -1,0 +1,128 @@
+"""`RunReport` and `CurvesPlot`: a page and a picture of the run, written when it ends."""
+
+from abc import abstractmethod
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from xpo_lightning.callbacks.base import FileWriter, is_fast_dev_run, say
+from xpo_lightning.core.errors import InputError, one_line
+from xpo_lightning.core.fault_tolerance.guard import StopAsked
+from xpo_lightning.reporting.html_report import write_report
+from xpo_lightning.reporting.picture import draw_curves
+from xpo_lightning.reporting.run_files import RunFiles
+
+
+class MadeAtEnd(FileWriter):
+    """Makes a file of `metrics.csv` at the end of training, and when somebody asks for it to stop.
+
+    Args:
+        file: Where to write; a relative path starts in the run's folder.
+    """
+
+    kind: str
+    suffix: str
+
+    def __init__(self, file: str) -> None:
+        super().__init__()
+        if Path(file).suffix != self.suffix:
+            raise InputError(
+                f"trainer.callbacks: {type(self).__name__}.file must end with {self.suffix}, but is {file!r}"
+            )
+        self.file = file
+        self._metrics: Path | None = None
+
+    @abstractmethod
+    def make(self, metrics: Path, path: Path) -> None:
+        """Make the file.
+
+        Args:
+            metrics: The metrics file.
+            path: Where to write.
+
+        Raises:
+            InputError: There is nothing to make it of.
+        """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the metrics file.
+
+        Raises:
+            InputError: There is no CSVLogger, or it renames the metrics.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit" or is_fast_dev_run(trainer):
+            return
+        name = type(self).__name__
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+        if not loggers:
+            raise InputError(
+                f"trainer.logger: {name} needs a ResumableCSVLogger, or Lightning's CSVLogger; add one, or remove "
+                f"{name} from trainer.callbacks"
+            )
+        if loggers[0]._prefix:
+            raise InputError(f"trainer.logger: {name} cannot read metrics with a prefix; remove it from CSVLogger")
+        self._metrics = Path(loggers[0].log_dir) / "metrics.csv"
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make it."""
+        self._make(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Make it of what there is, if the training was asked to stop."""
+        if isinstance(exception, (KeyboardInterrupt, StopAsked)) and trainer.state.fn == "fit":
+            self._make(trainer)
+
+    def _make(self, trainer: Trainer) -> None:
+        if self._metrics is None or not trainer.is_global_zero:
+            return
+        path = self.folder / self.file
+        try:
+            self.make(self._metrics, path)
+        except Exception as error:  # A run that is done must not fail for want of a picture.
+            known = isinstance(error, InputError)
+            say(f"No {self.kind}: {'' if known else f'{type(error).__name__}: '}{one_line(error)}")
+        else:
+            self.written[self.kind] = path
+
+
+class LearningCurves(MadeAtEnd):
+    """Draws the learning curves at the end of training, and when somebody asks for it to stop.
+
+    It reads `metrics.csv`, so it needs a `ResumableCSVLogger` or a `CSVLogger` among the loggers. `xpo plot` draws
+    them at any other time.
+
+    Args:
+        file: Where to draw; a relative path starts in the run's folder. PNG.
+    """
+
+    kind, suffix = "learning curves", ".png"
+
+    def __init__(self, file: str = "curves.png") -> None:
+        super().__init__(file)
+
+    def make(self, metrics: Path, path: Path) -> None:
+        """Draw."""
+        draw_curves(metrics, path)
+
+
+class RunReport(MadeAtEnd):
+    """Writes a page about the run at the end of training, and when somebody asks for it to stop.
+
+    It shows what lies in the run's folder then: curves from `metrics.csv`, for which it needs a `ResumableCSVLogger`
+    or a `CSVLogger` among the loggers, completions where there is a `CompletionsTable`, models and versions where there
+    is a `RunSummary`. `xpo report` writes it at any other time.
+
+    Args:
+        file: Where to write; a relative path starts in the run's folder. HTML.
+    """
+
+    kind, suffix = "report", ".html"
+
+    def __init__(self, file: str = "report.html") -> None:
+        super().__init__(file)
+
+    def make(self, metrics: Path, path: Path) -> None:
+        """Write."""
+        write_report(RunFiles(metrics), path)

@@ -1,0 +1,107 @@
+"""`RunSummary`: what a run is, where everything is, and what came of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from xpo_lightning.callbacks.base import FileWriter, counts_as_validation, is_fast_dev_run, say
+from xpo_lightning.core.atomic_files import replacing_file
+from xpo_lightning.core.versions import surroundings, versions
+from xpo_lightning.module import XPOLightningModule
+from xpo_lightning.reporting.run_description import opening_lines
+from xpo_lightning.reporting.run_files import START
+
+HELD_OUT = ("eval/win_rate", "eval/objective/kl")
+
+
+class RunSummary(FileWriter):
+    """Prints what a training run is before it starts, and after it where its files are, and what became better.
+
+    At the start: the models and how much of them is trained, the data, the length of the run, and the memory that a
+    step is expected to take (see `xpo check`). The same goes into `start.json` in the run's folder, with versions and
+    hardware. At the end: files, and how the held-out win rate and KL changed.
+
+    Its place among the callbacks does not matter: it prints the end in `teardown`, which Lightning calls after every
+    callback has seen the end of training. A run that fails or is interrupted has no end; one that is resumed compares
+    with the first validation there ever was.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._first: dict[str, str] = {}
+        self._last: dict[str, str] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the run's folder, on all processes."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._first, self._last = {}, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the first and the last validation."""
+        return {"first": self._first, "last": self._last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them up again."""
+        self._first, self._last = state_dict["first"], state_dict["last"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what the run is, before anything is sampled."""
+        if not trainer.is_global_zero or not isinstance(pl_module, XPOLightningModule):
+            return
+        lines = opening_lines(trainer, pl_module)
+        _say_all(lines)
+        if not is_fast_dev_run(trainer):
+            facts = {"run": lines, "hardware": surroundings(), "versions": versions()}
+            with replacing_file(self.folder / START) as file:
+                json.dump(facts, file, indent=1, ensure_ascii=False)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the first and the last validation of the run."""
+        if trainer.state.fn == "fit" and counts_as_validation(trainer):
+            self._last = {name: text for name in HELD_OUT if (text := _with_error(trainer, name))}
+            self._first = self._first or self._last
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Print."""
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        lines = {"run folder": str(self.folder)}
+        lines |= {name: str(path) for name, path in self._files(trainer).items() if path.exists()}
+        lines |= {
+            name: f"{self._first[name]} -> {self._last[name]}"
+            for name in HELD_OUT
+            if name in self._first and name in self._last
+        }
+        _say_all(lines)
+
+    def _files(self, trainer: Trainer) -> dict[str, Path]:
+        files = {"config": self.folder / "config.yaml"}
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                files["metrics"] = Path(logger.log_dir) / "metrics.csv"
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FileWriter):
+                files |= callback.written
+            elif isinstance(callback, ModelCheckpoint):
+                paths = {"best checkpoint": callback.best_model_path, "last checkpoint": callback.last_model_path}
+                files |= {name: Path(path) for name, path in paths.items() if path}
+        return files
+
+
+def _say_all(lines: dict[str, str]) -> None:
+    width = max(map(len, lines))
+    for name, text in lines.items():
+        say(f"{name:{width}}  {text}")
+
+
+def _with_error(trainer: Trainer, name: str) -> str:
+    metrics = trainer.callback_metrics
+    if name not in metrics:
+        return ""
+    error = metrics.get(f"{name}_stderr")
+    return f"{float(metrics[name]):z.3f}" + ("" if error is None else f" ± {float(error):.3f}")

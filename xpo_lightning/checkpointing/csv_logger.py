@@ -1,0 +1,138 @@
+"""`ResumableCSVLogger`: a metrics file that a resumed run goes on with, and that a kill does not harm."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from xpo_lightning.core.atomic_files import appending, explaining_write_errors, replacing_file
+from xpo_lightning.core.errors import InputError
+
+
+class ResumableCSVLogger(CSVLogger):
+    """Lightning's `CSVLogger`, with a `metrics.csv` that a resumed run goes on with.
+
+    A run that is resumed in its old folder keeps the rows that its checkpoint counts, through the `RunContinuation`
+    callback; any other run begins a new file, as with `CSVLogger`. The file is whole at any moment: where its columns
+    change, the new file is written beside the old one and then takes its place.
+    """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> "MetricsFile":
+        """The file."""
+        if not isinstance(self._experiment, MetricsFile):
+            self._experiment = MetricsFile(self.log_dir)
+        return self._experiment
+
+    @property
+    def rows_written(self) -> int:
+        """How many rows of this run are in the file; what `save` has not written yet is not counted. Process 0 only."""
+        rows: int = self.experiment.rows
+        return rows
+
+    @rank_zero_only
+    def keep_rows(self, count: int) -> None:
+        """Go on after the first rows of the file that an earlier process left, and forget the others.
+
+        Args:
+            count: How many rows. A column that none of them uses is dropped, so that the file is the one that the
+                earlier process had at that moment.
+        """
+        self.experiment.keep_rows(count)
+
+    @rank_zero_only
+    def begin(self) -> None:
+        """Remove the file of another run, unless `keep_rows` was called. The first row that is written does it too."""
+        self.experiment.begin()
+
+
+class MetricsFile(ExperimentWriter):
+    """Rows of numbers: a column a metric in alphabetical order, and empty cells where a row lacks it.
+
+    Args:
+        log_dir: The folder of the file, which is made if there is none.
+
+    Attributes:
+        rows: How many rows of this run are in the file.
+
+    Raises:
+        InputError: The folder is not on this machine.
+    """
+
+    def __init__(self, log_dir: str) -> None:
+        if "://" in log_dir:
+            raise InputError(
+                f"trainer.logger: ResumableCSVLogger writes to local folders, and '{log_dir}' is none; use "
+                f"lightning.pytorch.loggers.CSVLogger"
+            )
+        with explaining_write_errors(Path(log_dir)):
+            super().__init__(log_dir)
+        self.rows = 0
+        self._path = Path(self.metrics_file_path)
+        self._begun = False
+
+    def begin(self) -> None:
+        """Remove the file of another run, unless it is gone on with."""
+        if self._begun:
+            return
+        self._begun = True
+        if self._path.exists():
+            rank_zero_warn(f"{self._path} of an earlier run is replaced")
+            with explaining_write_errors(self._path):
+                self._path.unlink()
+
+    def keep_rows(self, count: int) -> None:
+        """Go on after the first rows of the file."""
+        rows = self._read()[:count]
+        if len(rows) < count:
+            rank_zero_warn(f"{self._path} has lost {count - len(rows)} rows since the checkpoint was written")
+        self._begun, self.metrics = True, []
+        self._write(rows)
+
+    def save(self) -> None:
+        """Write the rows that have come since the last time."""
+        if not self.metrics:
+            return
+        self.begin()
+        if self._path.exists() and set().union(*self.metrics) <= set(self.metrics_keys):
+            with appending(self._path, newline="") as file:
+                csv.DictWriter(file, self.metrics_keys).writerows(self.metrics)
+            self.rows += len(self.metrics)
+        else:
+            self._write([*self._read(), *self.metrics])
+        self.metrics = []
+
+    def _check_log_dir_exists(self) -> None:
+        """Leave alone what is there: it is not known yet whether this run is a resumed one."""
+
+    def _read(self) -> list[dict[str, str]]:
+        if not self._path.exists():
+            return []
+        try:
+            with self._path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise InputError(
+                f"'{self._path}' is damaged ({error}); move it away, and the run begins another"
+            ) from error
+        # Rows that are too long or too short, as a killed process leaves them, lose what has no column, and no more.
+        return [{name: cell for name, cell in row.items() if name is not None and cell is not None} for row in rows]
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Put a file with these rows, and the columns that they use, in the place of the present one."""
+        names = sorted({name for row in rows for name, cell in row.items() if cell not in ("", None)})
+        if rows:
+            with replacing_file(self._path, newline="") as file:
+                writer = csv.DictWriter(file, names, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(rows)
+        else:  # A run that has not logged yet has no file.
+            with explaining_write_errors(self._path):
+                self._path.unlink(missing_ok=True)
+        self.metrics_keys, self.rows = names, len(rows)

@@ -1,0 +1,135 @@
+"""What a run is made of beside weights, optimizer and Lightning's counters: written down, and taken up again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from xpo_lightning.core.distributed import gathered
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.fault_tolerance.guard import Guard
+from xpo_lightning.core.fingerprint import differences
+from xpo_lightning.core.rng import random_state, set_random_state
+from xpo_lightning.core.trainer_progress import batches_done, has_begun, validate_now, validation_is_due
+from xpo_lightning.training.persistent_state import Memory
+
+
+@dataclass
+class RunState:
+    """Keeps what a resumed run needs in order to go on as the run that was never stopped.
+
+    Args:
+        guard: Counts the steps that were left out.
+
+    Attributes:
+        seed: Seed of all noise.
+        tokens_together: Most tokens of a micro-batch, where that was measured.
+        validated: How many batches had been done at the last validation.
+        changed: The batch in which weights were changed last; None where there is none.
+        random: The global random state before the step or the validation that is under way; None between those.
+        loaded: What a checkpoint held, until `take_up`.
+    """
+
+    guard: Guard
+    seed: int = 0
+    tokens_together: int | None = None
+    validated: int = -1
+    changed: int | None = field(default=None, init=False)
+    random: dict[str, Any] | None = field(default=None, init=False)
+    loaded: dict[str, Any] | None = field(default=None, init=False)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Take a step: if it breaks off, the random state to save is the one before it.
+
+        Raises:
+            RuntimeError: In place of a StopIteration, which would end Lightning's training loop without a word.
+        """
+        self.random = random_state()
+        try:
+            yield
+        except StopIteration as error:
+            # Not `from error`: contextlib would raise the StopIteration again.
+            raise RuntimeError(f"StopIteration was raised in a training step: {error}") from None
+        self.random = None
+
+    def is_settled(self, trainer: Trainer) -> bool:
+        """Tell whether the weights are those after the last batch that was finished."""
+        return self.changed is None or self.changed < batches_done(trainer)
+
+    def begin_validation(self) -> None:
+        """Remember the random state, which validation must not change."""
+        self.random = random_state()
+
+    def end_validation(self, trainer: Trainer) -> None:
+        """Put the random state back, before any callback can save it."""
+        if self.random is not None:
+            set_random_state(self.random)
+        self.random = None
+        if has_begun(trainer):
+            self.validated = batches_done(trainer)
+
+    def state(self, trainer: Trainer, memory: Memory, optimization: dict[str, Any]) -> dict[str, Any]:
+        """Read the state; all processes must call it.
+
+        Args:
+            trainer: The trainer.
+            memory: What the run remembers of batches.
+            optimization: What must be the same again, from `Optimization.identity`.
+
+        Returns:
+            Plain values and tensors.
+        """
+        own = {"random": self.random or random_state(), **memory.of_process()}
+        metrics = trainer.callback_metrics
+        return {
+            "seed": self.seed,
+            "tokens_together": self.tokens_together,
+            "optimization": optimization,
+            "validate": self.validated != batches_done(trainer) and validation_is_due(trainer),
+            "validated": self.validated,
+            "metrics": {name: float(value) for name, value in metrics.items()},
+            "skipped": [self.guard.in_a_row, self.guard.skipped],
+            "weights": memory.shared(),
+            "processes": gathered(own),
+        }
+
+    def load(self, state: dict[str, Any], trainer: Trainer, optimization: dict[str, Any]) -> None:
+        """Keep what a checkpoint held for `take_up`.
+
+        Raises:
+            InputError: It cannot be gone on with under the present settings.
+        """
+        changed = differences(state["optimization"], optimization)
+        if changed:
+            raise InputError(
+                f"ckpt_path: the checkpoint was made with another {', '.join(changed)}, whose state cannot be gone on "
+                f"with; resume with the settings that it was made with"
+            )
+        before, now = len(state["processes"]), trainer.world_size
+        if before != now:
+            raise InputError(
+                f"ckpt_path: the checkpoint was made by {before} process{'es' * (before > 1)}, and now there "
+                f"{'are' if now > 1 else 'is'} {now}; resume with trainer.devices and trainer.num_nodes as they were"
+            )
+        self.loaded = state
+
+    def take_up(self, trainer: Trainer, memory: Memory) -> None:
+        """Put everything back, and make up for a validation that was due; does nothing where nothing was loaded."""
+        state, self.loaded = self.loaded, None
+        if state is None:
+            return
+        own = state["processes"][trainer.global_rank]
+        self.guard.in_a_row, self.guard.skipped = state["skipped"]
+        self.validated, self.tokens_together = state["validated"], state.get("tokens_together")
+        with self.guard.together():
+            memory.load(own, state["weights"])
+        metrics = {name: torch.tensor(value) for name, value in state["metrics"].items()}
+        trainer._logger_connector._callback_metrics.update(metrics)
+        if state["seed"] == self.seed:  # With another seed, other random numbers are wanted.
+            set_random_state(own["random"])
+        if state["validate"]:
+            validate_now(trainer)

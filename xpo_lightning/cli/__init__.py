@@ -1,0 +1,1 @@
+"""The command line: `xpo fit | validate | predict | check | compare | export | chat | ...`."""

@@ -1,0 +1,118 @@
+"""`xpo check`: looks at a run before it is started, without training and without leaving a file."""
+
+from lightning.pytorch import Trainer
+
+from xpo_lightning.callbacks.base import say
+from xpo_lightning.cli.check.advice import warnings_of
+from xpo_lightning.cli.check.dry_step import dry_step, plan_of_dry_step, prompts_wanted
+from xpo_lightning.cli.check.meter import Meter, memory_of
+from xpo_lightning.cli.check.report import Findings, lines_of
+from xpo_lightning.cli.check.requirements import (
+    check_folders,
+    check_loaded,
+    check_room,
+    check_servers,
+    check_validation,
+    disk,
+)
+from xpo_lightning.cli.check.survey import reward_rows, survey
+from xpo_lightning.cli.check.trainer_setup import attach, set_up_callbacks, set_up_data, set_up_loaders
+from xpo_lightning.data import PromptDataModule
+from xpo_lightning.module import XPOLightningModule
+from xpo_lightning.reporting.memory.estimate import estimate
+from xpo_lightning.reporting.memory.run_plan import plan_of, rewards_with_models
+from xpo_lightning.training.optimizer import WarmupThenDecay, total_steps
+
+SAMPLES = 256
+"""Prompts that reward models' tokenizers look at: the longest, and others from everywhere in the data."""
+
+
+class CheckingTrainer(Trainer):
+    """Lightning's trainer, which can also look at a run before it is started."""
+
+    def check(
+        self,
+        model: XPOLightningModule,
+        datamodule: PromptDataModule,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Look for what would stop a run, without training and without leaving a file.
+
+        It reads all prompts, loads all models, and takes a few prompts through a step up to its gradient. Then it
+        prints what a run will need, and what is likely not meant. One process does so, however many there will be.
+
+        Args:
+            model: The module.
+            datamodule: Its prompts.
+            ckpt_path: Must be null: a run is looked at as it starts from its beginning.
+            weights_only: Has no meaning without a checkpoint.
+
+        Raises:
+            InputError: The run cannot be started, or would be stopped by its first step.
+        """
+        try:
+            found = look_at(self, model, datamodule)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        finally:
+            model.teardown("fit")
+        for line in lines_of(model, found, warnings_of(model, found)):
+            say(line)
+        say("The run can start.")
+
+
+def look_at(trainer: Trainer, module: XPOLightningModule, data: PromptDataModule) -> Findings:
+    """Do all that a run does before its first optimizer step; leave nothing behind but loaded models.
+
+    Raises:
+        InputError: The run cannot be started, or would be stopped by its first step.
+    """
+    meter = Meter(trainer.strategy.root_device)
+    attach(trainer, module, data)
+    check_folders(trainer, module.reference_cache)
+    with meter("data"):
+        set_up_data(trainer)
+    set_up_callbacks(trainer)
+    check_validation(trainer, data.has_validation)
+    set_up_loaders(trainer)
+    surveyed = survey(trainer, data, SAMPLES)
+    check_servers(module.reward)
+    memory = memory_of(trainer.strategy.root_device)
+    meter.start()
+    with meter("models"):
+        module.configure_model()
+        module.to(trainer.strategy.root_device)
+        module.sampler.begin(module.policy)
+        module.reference.begin()
+    check_loaded(trainer, module)
+    optimizer, scheduler = module.optimization.build(module.trained_parameters())
+    steps = total_steps(trainer, module.plan.steps)
+    if isinstance(scheduler, WarmupThenDecay):
+        scheduler.begin(steps)
+    samples, wanted = surveyed.training.samples, prompts_wanted(module)
+    rows = [reward_rows(part, samples, module.sampling.max_new_tokens) for part in rewards_with_models(module)]
+    plan = plan_of(
+        module,
+        optimizer,
+        batch_size=data.batching.size,
+        longest=surveyed.training.longest,
+        computes_in_bfloat16=trainer.precision == "bf16-mixed",
+    )
+    whole, place = None if plan is None else estimate(plan), disk(trainer)
+    check_room(place, 0 if whole is None else whole.checkpoint)
+    with meter("dry step"):
+        step = dry_step(module, trainer, samples[:: max(1, len(samples) // wanted)][:wanted])
+    return Findings(
+        survey=surveyed,
+        steps=steps,
+        processes=trainer.world_size,
+        reward_rows=rows,
+        optimizer=optimizer,
+        step=step,
+        meter=meter,
+        dry=None if plan is None else estimate(plan_of_dry_step(plan, step)),
+        whole=whole,
+        memory=memory,
+        disk=place,
+    )

@@ -1,0 +1,82 @@
+"""A few prompts through all of a step but its end: completions, scores, the gradient, and no step of the optimizer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from lightning.pytorch import Trainer
+
+from xpo_lightning.core.batch import Experience
+from xpo_lightning.core.rng import RolloutRNG, Stream
+from xpo_lightning.data.dataloader import collate
+from xpo_lightning.data.preprocessing import Sample
+from xpo_lightning.data.prompts import as_prompts
+from xpo_lightning.losses.schedules import FIRST_STEP
+from xpo_lightning.module import XPOLightningModule
+from xpo_lightning.reporting.memory.estimate import Plan
+from xpo_lightning.rewards import HumanJudge
+from xpo_lightning.training.collector import check_rollout
+from xpo_lightning.training.gradients import add_gradients, clip_gradient
+
+
+@dataclass(frozen=True)
+class DryStep:
+    """What came of it.
+
+    Args:
+        experience: The pairs.
+        micro_batch: Pairs of the largest micro-batch.
+        seconds: Of each phase.
+    """
+
+    experience: Experience
+    micro_batch: int
+    seconds: dict[str, float]
+
+
+def prompts_wanted(module: XPOLightningModule) -> int:
+    """Return how many prompts a dry step takes; a human is asked once."""
+    return 1 if any(isinstance(part, HumanJudge) for part in module.reward.modules()) else 4
+
+
+def dry_step(module: XPOLightningModule, trainer: Trainer, samples: Sequence[Sample]) -> DryStep:
+    """Sample and label a pair of completions for each prompt, and take the gradient of the objective.
+
+    Args:
+        module: Its models are on the trainer's device.
+        trainer: The trainer.
+        samples: B prompts, as the data module gives them.
+
+    Raises:
+        InputError: What a training step would raise, for the same reasons.
+    """
+    noise = RolloutRNG(module.run_state.seed, Stream.CHECK)
+    prompts = as_prompts(collate(samples), module.prompt_encoder, module.device)
+    module.timer.reset()
+    with trainer.precision_plugin.train_step_context():
+        with module.guard.together():
+            experience = check_rollout(module.collector.collect(module.policy, prompts, noise, training=True))
+        micro_batches = module.plan.micro_batches(experience.sizes, range(len(experience)))
+        weights = module.objective.weights(FIRST_STEP)
+        added = add_gradients(module, experience, micro_batches, weights, None)
+        norm = clip_gradient(module)
+        with module.guard.together():
+            added.check(norm)
+    for weight in module.trained_parameters():
+        weight.grad = None
+    if module.device.type == "cuda":
+        torch.cuda.synchronize(module.device)
+    return DryStep(experience, max(map(len, micro_batches)), module.timer.seconds())
+
+
+def plan_of_dry_step(plan: Plan, step: DryStep) -> Plan:
+    """Describe the dry step: few prompts, its own completions, and an optimizer that has not begun."""
+    pairs = step.experience
+    return replace(
+        plan,
+        optimizer_states=0,
+        rows=min(plan.rows, len(pairs)),
+        prompt_tokens=max(pairs.prompts.counts),
+        micro_batch_size=step.micro_batch,
+        reward_rows=min(plan.reward_rows, 2 * len(pairs)),
+    )

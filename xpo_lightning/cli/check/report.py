@@ -1,0 +1,110 @@
+"""Collects what `xpo check` finds, and prints it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.optim import Optimizer
+
+from xpo_lightning.cli.check.dry_step import DryStep
+from xpo_lightning.cli.check.meter import Meter
+from xpo_lightning.cli.check.requirements import Disk
+from xpo_lightning.cli.check.survey import Prompts, RewardRows, Survey
+from xpo_lightning.module import XPOLightningModule
+from xpo_lightning.reporting.memory.estimate import Footprint
+from xpo_lightning.reporting.run_description import estimate_text, models_of, size_text
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a check has found.
+
+    Args:
+        survey: The data.
+        steps: Optimizer steps of the run; None where it has no known end.
+        processes: Processes of the run; one was tried out.
+        reward_rows: What each reward model reads.
+        optimizer: The optimizer, which has taken no step.
+        step: The dry step.
+        meter: Seconds and memory of the parts: `data`, `models`, `dry step`.
+        dry: What the dry step should have taken; None for architectures that nobody can tell it of.
+        whole: What a step of the run takes; None as above.
+        memory: Bytes that the device has; None where nobody knows.
+        disk: Where checkpoints go; None is nowhere.
+    """
+
+    survey: Survey
+    steps: int | None
+    processes: int
+    reward_rows: list[RewardRows]
+    optimizer: Optimizer
+    step: DryStep
+    meter: Meter
+    dry: Footprint | None
+    whole: Footprint | None
+    memory: int | None
+    disk: Disk | None
+
+
+def lines_of(module: XPOLightningModule, found: Findings, warnings: list[str]) -> list[str]:
+    """Write the report, a line for each subject."""
+    subjects = [*models_of(module), *_data(module, found), *_tried(found), *_memory(found)]
+    width = max(len(name) for name, _ in subjects)
+    lines = [f"{name:{width}}  {text}" for name, text in subjects]
+    return [*lines, *(f"{'warning':{width}}  {text}" for text in warnings)]
+
+
+def _data(module: XPOLightningModule, found: Findings) -> Iterator[tuple[str, str]]:
+    survey, new = found.survey, module.sampling.max_new_tokens
+    yield "training", _prompts(survey.training)
+    yield "validation", "no prompts" if survey.validation is None else _prompts(survey.validation)
+    length = "without a known end" if found.steps is None else f"of {found.steps:,} optimizer steps"
+    epoch = f"{survey.batches:,.0f} batches an epoch" if survey.batches < float("inf") else "epochs of unknown length"
+    yield "run", f"{length}; {epoch}" + (f" on each of {found.processes} devices" if found.processes > 1 else "")
+    size = module.trainer.datamodule.batching.size  # type: ignore[attr-defined]
+    written = 2 * module.candidates.count * size
+    tokens = f"{size * survey.training.mean:,.0f} prompt tokens on average, at most {written * new:,} new tokens"
+    yield "batch", f"{size:,} prompts, {written:,} completions; {tokens}; {module.plan.steps} optimizer step(s)"
+
+
+def _prompts(prompts: Prompts) -> str:
+    number = f"{len(prompts.lengths):,} prompts"
+    read = f"the first {number} of a stream" if prompts.is_stream else number
+    tokens = f"{prompts.mean:.1f} tokens on average, 95% have at most {prompts.percentile(0.95)}"
+    return f"{read}; {tokens}, the longest {prompts.longest}"
+
+
+def _tried(found: Findings) -> Iterator[tuple[str, str]]:
+    pairs = found.step.experience
+    counts = [*pairs.completions.by_policy.counts, *pairs.completions.by_sampler.counts]
+    ended = int(pairs.completions.by_policy.ended.sum() + pairs.completions.by_sampler.ended.sum())
+    scores = [*pairs.scores.by_policy.tolist(), *pairs.scores.by_sampler.tolist()]
+    yield (
+        "tried",
+        f"{len(pairs)} prompts: {len(counts)} completions of {sum(counts) / len(counts):.1f} tokens on average, "
+        f"{ended} ended by themselves; scores {min(scores):.3g} to {max(scores):.3g}",
+    )
+    phases = found.step.seconds
+    writing = sum(phases.get(name, 0.0) for name in ("reference_rollout", "policy_rollout", "reference_scoring"))
+    gradient = sum(phases.get(name, 0.0) for name in ("policy_forward", "backward", "optimizer"))
+    parts = {
+        **{name: found.meter.seconds[name] for name in ("data", "models")},
+        **{"completions": writing, "reward": phases.get("reward", 0.0), "gradient": gradient},
+    }
+    yield "seconds", ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+
+
+def _memory(found: Findings) -> Iterator[tuple[str, str]]:
+    measured = [f"{name} {size_text(peak)}" for name, peak in found.meter.peaks.items() if name != "data"]
+    expected = "" if found.dry is None else f" (estimate {size_text(found.dry.peak)})"
+    yield "memory", (f"measured: {', '.join(measured)}" if measured else "could not be measured here") + expected
+    if found.whole is None:
+        yield "estimate", "none for this architecture"
+        return
+    whole = found.whole
+    yield "estimate", estimate_text(whole, found.memory)
+    if found.disk is None:
+        yield "checkpoint", f"none is kept; one would take about {size_text(whole.checkpoint)}"
+    else:
+        kept = "all of them" if found.disk.kept == float("inf") else f"{found.disk.kept:.0f}"
+        room = f"{size_text(found.disk.free)} free at {found.disk.folder}"
+        yield "checkpoint", f"about {size_text(whole.checkpoint)}, {kept} kept; {room}"

@@ -1,0 +1,152 @@
+"""`xpo chat`: a policy and its reference side by side in the terminal."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import rich
+import torch
+from rich.columns import Columns
+from rich.panel import Panel
+from rich.text import Text
+
+from xpo_lightning.core.batch import Prompts, RawPrompt, left_pad
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.rng import RolloutRNG, Stream
+from xpo_lightning.data.prompts import PromptEncoder
+from xpo_lightning.evaluation.policies import REFERENCE, SeatedWriter, Writer, device_named, find_writer
+from xpo_lightning.evaluation.run_config import changed, saved_run
+from xpo_lightning.rollout.sampling import Sampling
+
+NEW = "/new"
+
+
+def chat(
+    policy: str,
+    reference: str | None = None,
+    /,
+    *,
+    config: str | None = None,
+    prompt: str | None = None,
+    sampling: dict[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Talk to a policy and its reference side by side; Ctrl-D ends.
+
+    A model with a chat template remembers the conversation, each its own; the line /new begins another. A model
+    without one continues each line that it is given.
+
+    Args:
+        policy: An exported folder, a hub id, `package:name/path`; or a checkpoint, which needs `config`.
+        reference: The same, or `reference`, which is what stands beside a policy with a `config`.
+        config: The config of the policy's run; its sampling is used.
+        prompt: Answer this alone, then end.
+        sampling: How they write: `--sampling.temperature 0.7`, and so on for each option of `model.sampling`.
+        seed: Of the randomness.
+        device: `auto` is a GPU where there is one.
+    """
+    run = None if config is None else saved_run(config)
+    how = changed(Sampling() if run is None else run.module.sampling, sampling)
+    beside = [reference] if reference is not None else [REFERENCE] * (run is not None)
+    where = device_named(device)
+    writers = [find_writer(name, run) for name in (policy, *beside)]
+    speakers = [Speaker.seated(one, how, where, seed, place) for place, one in enumerate(writers)]
+    if prompt is not None:
+        _exchange(speakers, prompt)
+        return
+    for line in _lines():
+        if line == NEW:
+            for speaker in speakers:
+                speaker.said.clear()
+            continue
+        try:
+            _exchange(speakers, line)
+        except InputError as error:  # Too long, say; the conversation goes on without it.
+            rich.get_console().print(Text(f"{error}; {NEW} begins another conversation", style="red"))
+
+
+@dataclass
+class Speaker:
+    """A writer in a conversation.
+
+    Args:
+        name: What to call it.
+        writer: It writes.
+        encoder: Tokenizes for it.
+        seed: Of its randomness.
+        place: 0 or 1: two write with different noise.
+        said: The messages so far, if it is a chat model.
+        answers: How many it has written.
+    """
+
+    name: str
+    writer: SeatedWriter
+    encoder: PromptEncoder
+    seed: int
+    place: int
+    said: list[dict[str, Any]] = field(default_factory=list)
+    answers: int = 0
+
+    @classmethod
+    def seated(cls, writer: Writer, sampling: Sampling, device: torch.device, seed: int, place: int) -> "Speaker":
+        """Load a writer."""
+        return cls(writer.name, writer.seated(sampling, device), writer.encoder(sampling), seed, place)
+
+    @property
+    def is_chat_model(self) -> bool:
+        """Whether it takes conversations."""
+        return self.encoder.tokenizer.chat_template is not None
+
+    def hear(self, text: str) -> Prompts:
+        """Turn a line into what it is to answer.
+
+        Raises:
+            InputError: The line cannot be used, or the conversation is too long.
+        """
+        asked: RawPrompt = [*self.said, {"role": "user", "content": text}] if self.is_chat_model else text
+        ids, mask = left_pad(self.encoder.encode_all([asked]), next(self.writer.model.parameters()).device)
+        return Prompts(ids, mask, (asked,))
+
+    def answer(self, heard: Prompts) -> str:
+        """Answer what it has heard, and remember both."""
+        noise = RolloutRNG(self.seed, Stream.CHAT + self.place, self.answers)
+        (written,) = self.writer.write(heard, [self.writer.rollout.uniforms(heard, noise)])
+        self.answers += 1
+        if self.is_chat_model:
+            self.said = [*heard.raw[0], {"role": "assistant", "content": written.texts[0]}]
+        return written.texts[0] + ("" if bool(written.ended[0]) else " …")
+
+
+def _exchange(speakers: list[Speaker], line: str) -> None:
+    """Have all answer a line, and show the answers beside each other."""
+    heard = [speaker.hear(line) for speaker in speakers]  # All or none: each would go on alone otherwise.
+    answers = [speaker.answer(prompts) for speaker, prompts in zip(speakers, heard, strict=True)]
+    console = rich.get_console()
+    width = max(20, (console.width - len(speakers)) // len(speakers))
+    shown = zip(speakers, answers, strict=True)
+    panels = [Panel(Text(_printable(text)), title=_title(speaker.name, width), width=width) for speaker, text in shown]
+    console.print(Columns(panels))
+
+
+def _title(name: str, width: int) -> Text:
+    most = width - 6
+    return Text(name if len(name) <= most else "…" + name[1 - most :])
+
+
+def _printable(text: str) -> str:
+    """Show control characters, which could drive the terminal, as �."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text.replace("\t", " "))
+
+
+def _lines() -> Iterator[str]:
+    """Yield what is typed, or comes from a pipe, until it ends; empty lines are passed over."""
+    is_typed = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if is_typed else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line

@@ -1,0 +1,168 @@
+"""`xpo compare`: how often one policy beats another."""
+
+import json as json_format
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from xpo_lightning.callbacks.base import say
+from xpo_lightning.core.atomic_files import replacing_file
+from xpo_lightning.core.batch import Pair
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.data.preprocessing import Encoding
+from xpo_lightning.data.readers import Located
+from xpo_lightning.data.sources import Source, read
+from xpo_lightning.data.splits import first_rows
+from xpo_lightning.evaluation.compare import Contest, Outcome, encoded_for, outcome
+from xpo_lightning.evaluation.policies import device_named, find_writer
+from xpo_lightning.evaluation.run_config import SavedRun, changed, saved_run
+from xpo_lightning.evaluation.win_rate import check_level, win_rate_interval
+from xpo_lightning.rewards.base import Feedback, Judge
+from xpo_lightning.rollout.sampling import Sampling
+
+
+def compare(
+    a: str,
+    b: str = "reference",
+    /,
+    *,
+    config: str | None = None,
+    prompts: str | None = None,
+    prompt_column: str | None = None,
+    max_prompts: int | None = None,
+    reward: Feedback | None = None,
+    missing_eos_penalty: float | None = None,
+    sampling: dict[str, Any] | None = None,
+    samples: int = 1,
+    level: float = 0.95,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: str = "auto",
+    json: str | None = None,
+) -> None:
+    """Say how often the completions of A are better than those of B, with a confidence interval.
+
+    Both write for the same prompts, each with its own randomness, and a reward or a judge says which completion is
+    better; a tie is half a win. The interval is over prompts. With A and B exchanged the answer is one minus this one.
+
+    Args:
+        a: An exported folder, a hub id, `package:name/path`; or a checkpoint or `reference`, which need `config`.
+        b: The same.
+        config: The config of a run, whose reward, missing-EOS penalty, sampling and validation prompts are used where
+            the options below say nothing else.
+        prompts: The prompts: a file, or the name of a data set whose split `train` is
+            taken.
+        prompt_column: The column that holds them; `prompt` if there is no config.
+        max_prompts: Take the first so many.
+        reward: The reward or the judge.
+        missing_eos_penalty: What a completion loses in score if it was cut at `sampling.max_new_tokens`.
+        sampling: How both write: `--sampling.temperature 0.7`, and so on for each option of `model.sampling`.
+        samples: Completions of a prompt by each; more narrow the interval as far as prompts are not what makes it wide.
+        level: Of confidence.
+        seed: Of the randomness.
+        batch_size: Most prompts that are written for at once; null is what suits the device.
+        device: `auto` is a GPU where there is one.
+        json: Write the result to this file as well.
+    """
+    _check(samples=samples, max_prompts=max_prompts, batch_size=batch_size)
+    if json is not None and not Path(json).parent.is_dir():
+        raise InputError(f"--json: there is no folder '{Path(json).parent}'")
+    check_level(level)
+    run = None if config is None else saved_run(config)
+    feedback, penalty = _feedback(reward, missing_eos_penalty, run)
+    how = changed(run.module.sampling if run else Sampling(), sampling)
+    if penalty and how.eos_token_ids == [] and not how.stop_strings:
+        raise InputError("--missing_eos_penalty: --sampling.eos_token_ids names no EOS token; leave one of them out")
+    rows, encoding, where = _prompts(prompts, prompt_column, run)
+    # Whoever is named first: the two write, and are judged, in the same order, so that exchanging them changes nothing.
+    order = sorted((a, b))
+    writers = [find_writer(name, run) for name in order]
+    try:
+        encoded = encoded_for([one.encoder(how) for one in writers], first_rows(rows, max_prompts), encoding, where)
+    except InputError as error:
+        raise InputError(f"--prompts, --prompt_column: {error}" if prompts else str(error)) from error
+    where_to = device_named(device)
+    feedback.load()
+    contest = Contest(how, samples, seed, where_to, batch_size)
+    written = [contest.write(one, rows, n) for n, (one, rows) in enumerate(zip(writers, encoded, strict=True))]
+    found = outcome(feedback.to(where_to), penalty, encoded[0], Pair(*written))
+    found = found if order[0] == a else found.exchanged()
+    result = _result(found, level)
+    settings = {"a": a, "b": b, "prompts_from": where, "samples": samples, "seed": seed, "sampling": asdict(how)}
+    _show(result, a, b, where, samples)
+    if json is not None:
+        named = {**result, **settings, "reward": type(feedback).__name__}
+        with replacing_file(Path(json)) as file:
+            file.write(json_format.dumps(named, indent=2) + "\n")
+
+
+def _check(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise InputError(f"--{name} must be at least 1, but is {count}")
+
+
+def _feedback(reward: Feedback | None, penalty: float | None, run: SavedRun | None) -> tuple[Feedback, float | None]:
+    """Choose the reward and its penalty; those of the run go together."""
+    if reward is None:
+        if run is None:
+            raise InputError("xpo compare needs --reward, or the --config of a run with one")
+        reward, penalty = run.module.reward, run.module.missing_eos_penalty if penalty is None else penalty
+    if penalty is not None and isinstance(reward, Judge):
+        raise InputError("--missing_eos_penalty is taken from scores, and a judge gives none; leave it out")
+    if penalty is not None and not penalty >= 0:
+        raise InputError(f"--missing_eos_penalty must be at least 0, but is {penalty}")
+    return reward, penalty
+
+
+def _prompts(name: str | None, column: str | None, run: SavedRun | None) -> tuple[Sequence[Located], Encoding, str]:
+    """Read the prompts, and say what to call them."""
+    if name is not None:
+        source = Source(name, key="--prompts", split_key="--prompts")
+        encoding = Encoding(column or (run.data.encoding.prompt_column if run else "prompt"))
+        return read(source), encoding, name
+    if run is None:
+        raise InputError("xpo compare needs --prompts, or the --config of a run with validation prompts")
+    if column is not None:
+        raise InputError("--prompt_column is for --prompts; the config's own prompts have data.prompt_column")
+    source = run.data.validation_source or run.data.source
+    return run.data.held_out(), run.data.encoding, f"validation prompts of {source.name}"
+
+
+def _result(found: Outcome, level: float) -> dict[str, Any]:
+    """Put what was found into numbers by name."""
+    shares = found.by_prompt
+    if not len(shares):
+        raise InputError("the judge gave no usable answer for any prompt")
+    low, high = win_rate_interval(shares, level)
+    answers = found.wins[~found.wins.isnan()]
+    counts = {name: int((answers == value).sum()) for name, value in (("wins", 1), ("ties", 0.5), ("losses", 0))}
+    scores = {} if found.scores is None else {"score_a": found.scores.by_policy, "score_b": found.scores.by_sampler}
+    return {
+        "win_rate": float(shares.mean()),
+        "low": low,
+        "high": high,
+        "level": level,
+        "prompts": len(shares),
+        **counts,
+        "unanswered": int(found.wins.isnan().sum()),
+        **scores,
+    }
+
+
+def _show(result: dict[str, Any], a: str, b: str, where: str, samples: int) -> None:
+    each = f"{samples} completions" if samples > 1 else "1 completion"
+    lines = {
+        "A": a,
+        "B": b,
+        "prompts": f"{result['prompts']} ({where}), {each} each",
+        "A wins": f"{result['win_rate']:.3f}, {100 * result['level']:g} % interval {result['low']:.3f} to "
+        f"{result['high']:.3f}",
+        "": f"{result['wins']} wins, {result['ties']} ties, {result['losses']} losses"
+        + (f", {result['unanswered']} without an answer" if result["unanswered"] else ""),
+    }
+    if "score_a" in result:
+        lines["mean score"] = f"{result['score_a']:.4g} for A, {result['score_b']:.4g} for B"
+    for name, text in lines.items():
+        say(f"{name:10}  {text}")

@@ -1,0 +1,31 @@
+"""`xpo recipes`: the configs that come with the package."""
+
+import shutil
+from pathlib import Path
+
+from xpo_lightning.core import recipes as shipped
+from xpo_lightning.core.errors import InputError
+
+
+def recipes(name: str | None = None, target: str | None = None, /) -> None:
+    """List the configs that come with the package, or copy one, to change it.
+
+    Args:
+        name: The recipe to copy; without one they are listed.
+        target: The file to write; the recipe's own name in this folder if it is left out.
+    """
+    known = shipped.recipes()
+    if name is None:
+        width = max(map(len, known))
+        for title, file in known.items():
+            print(f"{title:{width}}  {shipped.purpose(file)}")
+        print("\nxpo fit --config NAME runs one; xpo recipes NAME copies its file.")
+        return
+    if name not in known:
+        shipped.config_file(name, "xpo recipes")
+        raise InputError(f"xpo recipes: '{name}' is a file, not a recipe (there are {', '.join(known)})")
+    path = Path(target or known[name].name)
+    if path.exists():
+        raise InputError(f"xpo recipes: '{path}' exists; name another file")
+    shutil.copyfile(known[name], path)
+    print(f"{path}")

@@ -1,0 +1,129 @@
+"""From `xpo VERB ...` to the function of that name, and what can be answered without loading what training needs."""
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from xpo_lightning import __version__
+from xpo_lightning.core.argument_parser import OneLineErrors
+from xpo_lightning.core.errors import InputError, did_you_mean, exit_with_error
+
+RUNS = {
+    "fit": "train",
+    "validate": "measure a policy on held-out prompts",
+    "predict": "write completions of both sides to a file",
+    "check": "look for what would stop a run before it is started",
+}
+"""What LightningCLI does; each takes the options of a run."""
+VERBS = {
+    "recipes": "list the configs that come with the package, or copy one",
+    "compare": "say how often one policy beats another, with a confidence interval",
+    "export": "turn a checkpoint into a folder that transformers loads, or push it to the hub",
+    "chat": "talk to a policy and its reference side by side",
+    "env": "print the versions and the hardware that a report of a defect needs",
+    "plot": "draw the learning curves of runs",
+    "report": "write a page about a run",
+}
+"""Each verb, and what it does, as `xpo --help` says it."""
+LIGHT = ("recipes", "env", "plot", "report")
+"""Verbs that need no models, and start at once."""
+
+BY_PLACE = inspect.Parameter.POSITIONAL_ONLY
+
+
+class VerbParser(OneLineErrors, ArgumentParser):
+    """The parser of a verb."""
+
+
+def overview() -> str:
+    """Write what `xpo --help` says."""
+    width = max(map(len, (*RUNS, *VERBS)))
+
+    def listed(verbs: dict[str, str]) -> str:
+        return "\n".join(f"  {name:{width}}  {purpose}" for name, purpose in verbs.items())
+
+    return (
+        "Exploratory Preference Optimization of language models.\n\n"
+        f"A run, from a config (xpo fit --config quickstart):\n{listed(RUNS)}\n\n"
+        f"Before and after it:\n{listed(VERBS)}\n\n"
+        "`xpo VERB --help` has the options of a verb; those of a run are many: docs/configuration.md\n"
+        "shows them at work, and `xpo fit --config quickstart --print_config` prints them with their\n"
+        "values. `xpo --version` prints the version."
+    )
+
+
+def is_answered(words: list[str]) -> bool:
+    """Answer what asks for nothing but words: help, the version, a verb that there is not.
+
+    Args:
+        words: The command line.
+
+    Returns:
+        Whether that was all.
+    """
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return True
+    if words[0] == "--version":
+        print(f"xpo-lightning {__version__}")
+        return True
+    known = {**RUNS, **VERBS}
+    if not words[0].startswith("-") and words[0] not in known:
+        exit_with_error(f"there is no verb '{words[0]}'{did_you_mean(words[0], known)} (there are {', '.join(known)})")
+    return False
+
+
+def run(verb: str, args: list[str]) -> None:
+    """Run a verb.
+
+    Args:
+        verb: One of `VERBS`.
+        args: What was given after it.
+    """
+    function = getattr(import_module(f"xpo_lightning.cli.commands.{verb}"), verb)
+    parser = parser_of(function)
+    values = vars(parser.instantiate(parser.parse_args(args)))
+    parameters = inspect.signature(function).parameters
+    by_place = [values.pop(name) for name, parameter in parameters.items() if parameter.kind is BY_PLACE]
+    try:
+        function(*by_place, **values)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise InputError(f"'{error.filename}' cannot be used ({error.strerror})") from error
+
+
+def parser_of(function: Callable[..., Any]) -> VerbParser:
+    """Build the parser of a verb from its signature and docstring.
+
+    What may only be given by position is given by position on the command line too, and may be left out if it has a
+    default; an option that is False by default is a flag.
+    """
+    description = (function.__doc__ or "").partition("\n\n    Args:")[0]
+    parser = VerbParser(prog=f"xpo {function.__name__}", description=inspect.cleandoc(description))
+    parser.add_function_arguments(function, as_positional=True, fail_untyped=True)
+    for group in parser._action_groups:
+        if group.title and description.startswith(group.title):  # It would be said twice.
+            group.title = "arguments"
+    parameters = inspect.signature(function).parameters
+    for action in parser._actions:
+        parameter = parameters.get(action.dest)
+        if parameter is None:
+            continue
+        optional = parameter.default is not inspect.Parameter.empty
+        if parameter.kind is BY_PLACE and optional:
+            action.nargs, action.required, action.default = "?", False, parameter.default
+        elif parameter.default is False:
+            action.nargs, action.const, action.metavar = "?", True, "true"
+    _take_several(parser)
+    return parser
+
+
+def _take_several(parser: ArgumentParser) -> None:
+    """Let a list of texts without a default be given as `RUN [RUN ...]`; jsonargparse would want brackets."""
+    for action in parser._actions:
+        if not action.option_strings and getattr(action, "_typehint", None) == list[str]:
+            vars(action).update(nargs="+", _typehint=str, metavar=action.dest.removesuffix("s").upper())

@@ -1,0 +1,211 @@
+"""The command line `xpo`: runs assembled from YAML by LightningCLI."""
+
+import os
+import sys
+import warnings
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import CheckpointIO
+from transformers.utils.logging import disable_progress_bar
+
+import xpo_lightning.callbacks
+import xpo_lightning.rewards
+from xpo_lightning.callbacks import GracefulStop, PredictionsWriter, RunCheckpoint, RunContinuation
+from xpo_lightning.checkpointing import resume as resume_point
+from xpo_lightning.checkpointing.config_file import ConfigFile
+from xpo_lightning.checkpointing.io import CrashSafeCheckpointIO
+from xpo_lightning.checkpointing.resume import make_resumable
+from xpo_lightning.cli import dispatch
+from xpo_lightning.cli.check.check import CheckingTrainer
+from xpo_lightning.cli.error_messages import (
+    explaining_trainer_errors,
+    reason,
+    refuse_nulls,
+    refuse_values_for_groups,
+)
+from xpo_lightning.core.argument_parser import OneLineErrors
+from xpo_lightning.core.distributed import named, origin_of, speaks_for_host
+from xpo_lightning.core.errors import InputError, exit_with_error, input_error_in, write_line
+from xpo_lightning.core.explanations import explanation
+from xpo_lightning.core.recipes import with_config_files
+from xpo_lightning.data import PromptDataModule
+from xpo_lightning.models.forward.cpu import limit_threads
+from xpo_lightning.module import XPOLightningModule
+
+# Short class paths in a config are those of subclasses that are loaded.
+for _name in xpo_lightning.__all__:
+    getattr(xpo_lightning, _name)
+
+WHERE_TO_LOOK = (
+    "The options that matter most are model.*, data.* and a few of trainer.*. `xpo recipes` lists configs to start "
+    "from, `--config quickstart --print_config` shows one with every value, `--model.reward.help CLASS` the options of "
+    "a class, and docs/configuration.md has a tested config for each way to train."
+)
+_TRAINER_KEYS_OF_THE_MODULE = {
+    "gradient_clip_val": (None, "model.max_grad_norm"),
+    "gradient_clip_algorithm": (None, "model.max_grad_norm (gradients are clipped by norm)"),
+    "accumulate_grad_batches": (1, "data.batch_size (prompts an optimizer step) and model.micro_batch_size"),
+}
+
+
+class XPOParser(OneLineErrors, LightningArgumentParser):
+    """The parser of a run, which knows recipes by their names."""
+
+    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
+        """Put the files of recipes in the place of their names, then parse."""
+        words, OneLineErrors.config_files = with_config_files(list(sys.argv[1:] if args is None else args))
+        return super().parse_args(words, *others, **options)
+
+    def parse_string(self, content: str, path: Any = "", *others: Any, **options: Any) -> Any:
+        """Parse a config, which is refused here if later options would hide what is wrong with it."""
+        parsed = super().parse_string(content, path, *others, **options)
+        refuse_values_for_groups(self, parsed, str(path))
+        return parsed
+
+
+class XPOCLI(LightningCLI):
+    """LightningCLI for `XPOLightningModule` and `PromptDataModule`."""
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            XPOLightningModule,
+            PromptDataModule,
+            trainer_class=CheckingTrainer,
+            args=args,
+            auto_configure_optimizers=False,
+            save_config_callback=ConfigFile,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_class=XPOParser,
+            parser_kwargs={
+                "prog": "xpo",
+                "description": "Exploratory Preference Optimization of language models",
+                "version": f"xpo-lightning {xpo_lightning.__version__}",
+                **{name: {"epilog": WHERE_TO_LOOK} for name in self.subcommands()},
+            },
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Offer fit, validate, predict and check; a test would be a second validation."""
+        offered = LightningCLI.subcommands()
+        return {**{name: offered[name] for name in ("fit", "validate", "predict")}, "check": {"model", "datamodule"}}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the command line and the configs that it names."""
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise InputError(f"--config: the file is not valid UTF-8 ({error}); save it as UTF-8") from error
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a checkpoint that does not load, and trainer options whose work the module does itself."""
+        config = self.config[self.subcommand]
+        refuse_values_for_groups(self._parser(self.subcommand), config)
+        refuse_nulls(self._parser(self.subcommand), config)
+        if self.subcommand == "check":
+            self.save_config_callback = None  # It writes a file.
+            if config.ckpt_path is not None:
+                raise InputError("ckpt_path: `xpo check` looks at a run as it starts from its beginning; leave it out")
+        resume_point.check_request(str(self.subcommand), config.ckpt_path, config.weights_only)
+        trainer = config.trainer
+        if str(trainer.get("precision")) in ("16", "16-mixed"):  # On a CPU, Lightning would take bf16-mixed instead.
+            raise InputError(f"trainer.precision={trainer.precision} is not supported; use 32-true or bf16-mixed")
+        for key, (default, instead) in _TRAINER_KEYS_OF_THE_MODULE.items():
+            if trainer.get(key) not in (None, default):
+                raise InputError(f"trainer.{key} has no effect here; set {instead} instead")
+
+    def instantiate_classes(self) -> None:
+        """Build everything, and say in one line what the config has that cannot be built."""
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:  # A number where a group of options belongs, say.
+            raise (input_error_in(error) or InputError(f"the config cannot be used: {reason(error)}")) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer, and name it where Lightning refuses its options."""
+        with explaining_trainer_errors(ValueError, TypeError, OSError):
+            trainer = super().instantiate_trainer(plugins=self._plugins(), **kwargs)
+        make_resumable(trainer)
+        return trainer
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        """Add the callbacks that every run has."""
+        own = config.get("callbacks") or []
+        given = [*(own if isinstance(own, list) else [own]), *callbacks]
+        added: list[Any] = [RunContinuation(), GracefulStop()]
+        checkpoints = config.get("enable_checkpointing") is not False and not config.get("barebones")
+        if checkpoints and not any(isinstance(one, Checkpoint) for one in given):
+            added.append(RunCheckpoint())
+        kinds = {type(one) for one in given}
+        return super()._instantiate_trainer(config, [*callbacks, *(one for one in added if type(one) not in kinds)])
+
+    def after_instantiate_classes(self) -> None:
+        """Find the checkpoint that is meant by `last`; the trainer knows where to look."""
+        config = self.config_init[self.subcommand]
+        config.ckpt_path = resume_point.resolve(str(self.subcommand), config.ckpt_path, self.trainer)
+
+    def before_validate(self) -> None:
+        """Refuse to validate on nothing."""
+        self.datamodule.require_validation()
+
+    def before_predict(self) -> None:
+        """Write predictions to a file, unless the config names a writer, and do not keep them in memory as well."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, PredictionsWriter) for callback in callbacks):
+            callbacks.append(PredictionsWriter())
+        if self.config_init.predict.return_predictions is None:
+            self.config_init.predict.return_predictions = False
+
+    def _plugins(self) -> list[Any]:
+        """Add crash-safe checkpoints to the trainer's plugins, unless the config has its own way to write them."""
+        config = self.config_init[self.subcommand].trainer
+        plugins: list[Any] = config.plugins if isinstance(config.plugins, list) else [config.plugins]
+        plugins = [plugin for plugin in plugins if plugin is not None]
+        has_own = getattr(config.strategy, "_checkpoint_io", None) or any(isinstance(p, CheckpointIO) for p in plugins)
+        return plugins if has_own else [*plugins, CrashSafeCheckpointIO()]
+
+    def _parse_ckpt_path(self) -> None:
+        """Take nothing from a checkpoint: the settings of a run are those of its config and command line."""
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line.
+
+    Bad input ends with one line on standard error and exit status 2; set `XPO_DEBUG=1` to see the traceback.
+
+    Args:
+        args: Arguments in place of `sys.argv`, without the program's name.
+    """
+    # Lightning 2.6 warns of its own use of torch; nothing that a user could change.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    limit_threads()
+    try:
+        with explaining_trainer_errors():
+            words = sys.argv[1:] if args is None else args
+            if not isinstance(words, list):
+                XPOCLI(args)
+            elif not dispatch.is_answered(words):
+                if words[0] in dispatch.VERBS:
+                    disable_progress_bar()  # of transformers, one for each model that is loaded
+                    dispatch.run(words[0], words[1:])
+                else:
+                    XPOCLI(args)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning would end with 1.
+            raise SystemExit(130) from end
+        raise
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        message, origin = explanation(error), origin_of(error)
+        if origin is not None and not origin.is_here:  # That process says it.
+            if speaks_for_host(origin.host):
+                write_line(str(error))
+            raise SystemExit(1 if message is None else 2) from None
+        if message is None or os.environ.get("XPO_DEBUG"):
+            raise
+        exit_with_error(named(message))

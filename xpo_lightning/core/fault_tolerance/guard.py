@@ -1,0 +1,236 @@
+"""Stops a run before harm is done, on all of its processes together."""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from xpo_lightning.core.batch import RawPrompt
+from xpo_lightning.core.distributed import Midway, Origin, gathered, host, own_rank, set_origin
+from xpo_lightning.core.errors import ConsequentError, InputError, NonFiniteError
+from xpo_lightning.core.explanations import explanation
+
+CONSEQUENT, NOT_FINITE, STOP, BAD_INPUT, BROKEN = 1, 2, 3, 4, 5
+"""What can come of a piece of work, the worst last."""
+SHOWN = 3
+"""Prompts that a message shows."""
+
+
+class StopAsked(SystemExit):
+    """Somebody asked for the run to stop; nothing has been changed since the last step. `code` is the exit status."""
+
+
+Problem = Exception | StopAsked
+Report = tuple[int, str, str]
+"""How bad it is, the message, and the machine of the process."""
+
+
+class Stop:
+    """Whether somebody has asked for the run to stop; looked at wherever it can stop cleanly.
+
+    Attributes:
+        status: Exit status of the run then; None while nobody has asked. A signal handler sets it, at any moment.
+    """
+
+    def __init__(self) -> None:
+        self.status: int | None = None
+
+    def check(self) -> None:
+        """Break off what can be done again.
+
+        Raises:
+            StopAsked: The run is asked to stop.
+        """
+        if self.status is not None:
+            raise StopAsked(self.status)
+
+
+class Guard:
+    """Lets a piece of work succeed on all processes, or on none.
+
+    A process that fails alone would leave the others waiting for it. So each says how it fared before the run goes on,
+    and an error of one is an error of all, with the message of the one. The work must not talk to other processes, and
+    must change nothing that lasts.
+
+        with guard.together():
+            losses = evaluate(batch)
+
+    Args:
+        max_skipped: Steps in a row that may be left out because of numbers that are not finite.
+
+    Attributes:
+        stop: Whether somebody has asked for the run to stop.
+        in_a_row: Steps left out since the last one that was taken.
+        skipped: Steps left out in all.
+    """
+
+    def __init__(self, max_skipped: int = 0) -> None:
+        if max_skipped < 0:
+            raise InputError(f"model.max_skipped_steps must be at least 0, but is {max_skipped}")
+        self.max_skipped = max_skipped
+        self.stop = Stop()
+        self.in_a_row = self.skipped = 0
+
+    def together(self) -> "Together":
+        """Guard a block: it is done on all processes, or what one of them raised is raised on all.
+
+        Raises:
+            StopAsked: A process is asked to stop.
+            InputError: The block raised it, in this process or in another.
+        """
+        return Together(self)
+
+    def step(self, *, may_stop: bool = True) -> "StepWork":
+        """Guard a block that is part of a step: it may also be left out, where its numbers are not finite.
+
+        Whether it was, is `is_skipped` of what this returns; the block was then broken off on some process.
+
+        Args:
+            may_stop: Whether the run can stop cleanly before and after the block.
+
+        Raises:
+            StopAsked: A process is asked to stop.
+            InputError: The block raised it, in this process or in another; not finite numbers too, unless they may
+                still be left out.
+        """
+        return StepWork(self, may_stop=may_stop)
+
+    def record_step(self) -> None:
+        """Note that a step was taken."""
+        self.in_a_row = 0
+
+    def counts(self) -> dict[str, float]:
+        """Return what to log: the steps left out so far, where any may be."""
+        return {"skipped_steps": float(self.skipped)} if self.max_skipped else {}
+
+    def skips(self, worst: int) -> bool:
+        """Count a step that is left out, if the worst that came of it allows that."""
+        if not 0 < worst <= NOT_FINITE or self.in_a_row >= self.max_skipped:
+            return False
+        self.in_a_row += 1
+        self.skipped += 1
+        return True
+
+
+class _Work:
+    """A block that all processes do, or none."""
+
+    def __init__(self, guard: Guard, *, may_stop: bool = True) -> None:
+        self.guard, self.may_stop = guard, may_stop
+
+    def __enter__(self) -> Self:
+        """Begin, unless the run is asked to stop."""
+        if self.may_stop and self.guard.stop.status is not None:
+            self._raise_worst(*self._gather(StopAsked(self.guard.stop.status)))
+        return self
+
+    def _gather(self, error: BaseException | None) -> tuple[Problem | None, list[Report | None]]:
+        """Tell the other processes how this one fared, and hear how they did."""
+        if isinstance(error, StopIteration):  # It would end Lightning's training loop without a word.
+            error = RuntimeError(f"StopIteration was raised: {error}")
+        elif error is None and self.may_stop and self.guard.stop.status is not None:
+            error = StopAsked(self.guard.stop.status)
+        elif error is not None and not isinstance(error, Exception | StopAsked):
+            raise error  # An interrupt, say: whoever sends it ends all processes.
+        return error, _reports(None if error is None else _report(error))
+
+    def _raise_worst(self, problem: Problem | None, reports: list[Report | None]) -> None:
+        worst = _worst(reports)
+        if worst == 0:
+            return
+        rank, report = next((rank, one) for rank, one in enumerate(reports) if one and one[0] == worst)
+        is_here = problem is not None and rank == own_rank()
+        error = problem if problem is not None and is_here else _error_of_another(rank, report)
+        set_origin(error, Origin(rank, report[2], is_here))
+        raise error
+
+
+class Together(_Work):
+    """A block that all processes do, or whose error all raise."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """Raise the worst that came of it on any process."""
+        self._raise_worst(*self._gather(error))
+
+
+class StepWork(_Work):
+    """A block that all processes do, or leave out together with the step that it belongs to.
+
+    Attributes:
+        is_skipped: Whether the step is left out.
+    """
+
+    is_skipped = False
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        """Leave the step out, if that may be, or raise the worst that came of it on any process."""
+        problem, reports = self._gather(error)
+        self.is_skipped = self.guard.skips(_worst(reports))
+        if not self.is_skipped:
+            self._raise_worst(problem, reports)
+        return True
+
+
+def check_finite(values: Sequence[tuple[str, Tensor]], prompts: Sequence[RawPrompt], consequence: str) -> None:
+    """Refuse numbers that are not finite.
+
+    Args:
+        values: What each number is, and one a prompt. (B,) each
+        prompts: B prompts.
+        consequence: What becomes of it, for the message.
+
+    Raises:
+        NonFiniteError: Some are not; the message shows their prompts.
+    """
+    finite = torch.stack([value.isfinite() for _, value in values])  # (numbers, B)
+    if bool(finite.all()):
+        return
+    number, row = (int(index) for index in (~finite).nonzero()[0])
+    rows = (~finite[number]).nonzero()[:, 0].tolist()
+    what, value = values[number]
+    raise NonFiniteError(
+        f"{what} is {float(value[row])} for {len(rows)} of {len(prompts)} prompts: "
+        f"{shown([prompts[row] for row in rows])}; {consequence}",
+        rows,
+    )
+
+
+def shown(prompts: Sequence[RawPrompt]) -> str:
+    """Show some prompts in a message, each by its end, where prompts differ."""
+    texts = [prompt if isinstance(prompt, str) else f"{prompt[-1]['content']}" for prompt in prompts[:SHOWN]]
+    ends = [text if len(text) <= 80 else "..." + text[-77:] for text in texts]
+    return ", ".join(map(repr, ends)) + ", ..." * (len(prompts) > SHOWN)
+
+
+def _reports(own: Report | None) -> list[Report | None]:
+    """Collect the report of every process, by rank."""
+    reports = gathered(own)
+    while any(isinstance(report, Midway) for report in reports):  # Others are still in the work that this one left.
+        reports = gathered(own)
+    return reports
+
+
+def _report(problem: Problem) -> Report:
+    return _severity(problem), explanation(problem) or str(problem), host()
+
+
+def _error_of_another(rank: int, report: Report) -> Problem:
+    severity, message, _ = report
+    if severity == STOP:
+        return StopAsked(int(message))
+    return (RuntimeError if severity == BROKEN else InputError)(f"process {rank}: {message}")
+
+
+def _severity(problem: Problem) -> int:
+    if isinstance(problem, ConsequentError):
+        return CONSEQUENT
+    if isinstance(problem, NonFiniteError):
+        return NOT_FINITE
+    if isinstance(problem, StopAsked):
+        return STOP
+    return BROKEN if explanation(problem) is None else BAD_INPUT
+
+
+def _worst(reports: list[Report | None]) -> int:
+    return max((report[0] for report in reports if report), default=0)

@@ -1,0 +1,1 @@
+"""The HTTP client of remote rewards, judges and the vLLM server."""

@@ -1,0 +1,204 @@
+"""JSON over HTTP: many requests to one URL, which may be slow, busy or broken, but never hang."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import requests
+
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.http.batch import Batch, RequestError, Terms
+from xpo_lightning.core.http.connection import Reply, TryError
+
+__all__ = ["HTTPClient", "RequestError", "UnusableError", "checked_url"]
+
+T = TypeVar("T")
+_OPTIONS = "model.reward.init_args"
+_MAX_TIMEOUT = 86400.0  # seconds
+_ADVICE = {
+    404: "check the URL, and the name of the model if there is one",
+    408: f"lower {_OPTIONS}.concurrency, or raise {_OPTIONS}.retries",
+    429: f"lower {_OPTIONS}.concurrency, or raise {_OPTIONS}.retries",
+}
+
+
+class UnusableError(TryError):
+    """A body that is not what was asked for; another try may bring a better one.
+
+    Args:
+        why: What is wrong with it, to follow "a body that".
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"answered with a body that {why}", "check the URL, and look at the server's log")
+        self.why = why
+
+
+class HTTPClient:
+    """Posts JSON to one URL, or looks at what is there, and takes JSON for an answer.
+
+    A request is tried again if it could not connect, was broken off, took too long, was answered with status 408, 429
+    or 5xx, or with a body of no use. It waits for `backoff` seconds first, then for twice as long each time up to 30
+    seconds, and for what the server asks for by `Retry-After` if that is longer, up to 60 seconds.
+
+    The key is read from the environment for each call of `post`. No attribute, message or copy of the client holds it.
+
+    Args:
+        url: Where to, http or https. It is shown in messages, so it must hold no secret.
+        api_key_env: Name of the environment variable that holds the API key.
+        timeout: How many seconds one try may take, from connecting to the last byte of the answer.
+        retries: How often a request is tried again.
+        backoff: Seconds before the second try.
+        concurrency: Most requests under way at once.
+        max_bytes: Largest answer, in bytes.
+
+    Raises:
+        InputError: An option is of no use.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key_env: str | None,
+        timeout: float,
+        retries: int,
+        backoff: float,
+        concurrency: int,
+        max_bytes: int,
+    ) -> None:
+        if api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", api_key_env):
+            # What it is instead is not shown: it may be the key itself.
+            raise InputError(
+                f"{_OPTIONS}.api_key_env must be the name of an environment variable, in capitals, such as "
+                f"OPENAI_API_KEY; the key itself belongs into that variable"
+            )
+        if not 0 < timeout <= _MAX_TIMEOUT:
+            raise InputError(
+                f"{_OPTIONS}.timeout must be above 0 and at most {_MAX_TIMEOUT:g} seconds, but is {timeout}"
+            )
+        if not 0 <= backoff <= _MAX_TIMEOUT:
+            raise InputError(
+                f"{_OPTIONS}.backoff must be at least 0 and at most {_MAX_TIMEOUT:g} seconds, but is {backoff}"
+            )
+        for name, number, least in (
+            ("retries", retries, 0),
+            ("concurrency", concurrency, 1),
+            ("max_bytes", max_bytes, 1),
+        ):
+            if number < least:
+                raise InputError(f"{_OPTIONS}.{name} must be at least {least}, but is {number}")
+        self.terms = Terms(checked_url(url), timeout, retries, backoff, concurrency, max_bytes)
+        self.api_key_env = api_key_env
+
+    def load(self) -> None:
+        """Check that there is a key, if there is to be one.
+
+        Raises:
+            InputError: The environment variable is not set, or holds what cannot be a key.
+        """
+        self._key()
+
+    def post(self, payloads: Sequence[Any], read: Callable[[Any], T], check: Callable[[], None]) -> list[T]:
+        """Post payloads and read the answers.
+
+        Args:
+            payloads: N values that JSON can hold, each for a request of its own.
+            read: Turns an answer's JSON into a result; raises `UnusableError` where that is not what was asked for.
+                Called in this thread, in the order in which answers come.
+            check: Called about once a second while waiting; may raise, to wait no longer.
+
+        Returns:
+            The results, in the order of the payloads. Length N.
+
+        Raises:
+            RequestError: A request failed for good. The message has the URL, what happened last and how often it was
+                tried, and not the key.
+        """
+        bodies = [json.dumps(payload, allow_nan=False).encode() for payload in payloads]
+        return Batch(self.terms, self._key(), bodies, lambda reply: self._result(reply, read), check).run()
+
+    def get(self, read: Callable[[Any], T], check: Callable[[], None]) -> T:
+        """Get what is at the URL, under the same terms; see `post`."""
+        return Batch(self.terms, self._key(), [None], lambda reply: self._result(reply, read), check).run()[0]
+
+    def _key(self) -> str | None:
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env, "")
+        if not key:
+            raise InputError(
+                f"{_OPTIONS}.api_key_env: the environment variable {self.api_key_env} is not set; set it to the API "
+                f"key for {self.terms.url}"
+            )
+        if not (key.isascii() and key.isprintable() and " " not in key):
+            raise InputError(
+                f"{_OPTIONS}.api_key_env: the environment variable {self.api_key_env} holds a blank, a line break or "
+                f"another character that a key cannot have; set it to the API key alone"
+            )
+        return key
+
+    def _result(self, reply: Reply, read: Callable[[Any], T]) -> T:
+        if not 200 <= reply.status < 300:
+            raise self._refusal(reply)
+        try:
+            value = json.loads(reply.body)
+        except (ValueError, RecursionError):
+            raise UnusableError(f"is not JSON ({reply.excerpt!r})") from None
+        try:
+            return read(value)
+        except UnusableError as failure:
+            raise UnusableError(f"{failure.why} ({reply.excerpt!r})") from None
+
+    def _refusal(self, reply: Reply) -> TryError:
+        status = reply.status
+        what = f"answered {status}" + (f" ({reply.excerpt!r})" if reply.excerpt else "")
+        if 300 <= status < 400:
+            what = f"answered {status}, a redirect to {reply.location!r}, and redirects are not followed"
+            return TryError(what, f"set {_OPTIONS}.url to where the service really is", again=False, status=status)
+        if status in (401, 403):
+            return TryError(what, self._advice_on_key(), again=False, status=status)
+        advice = _ADVICE.get(status, "look at the server's log" if status >= 500 else "check the options of the reward")
+        again = status in (408, 429) or status >= 500
+        return TryError(what, advice, again, _seconds(reply.retry_after), status)
+
+    def _advice_on_key(self) -> str:
+        if self.api_key_env is None:
+            return f"set {_OPTIONS}.api_key_env to the name of the environment variable that holds the API key"
+        return f"check the API key in the environment variable {self.api_key_env}"
+
+
+def checked_url(url: str) -> str:
+    """Check a URL and return it.
+
+    Raises:
+        InputError: It is not one of http or https, or holds a user name, a fragment or blanks.
+    """
+    where = f"{_OPTIONS}.url"
+    authority = re.split(r"[/?#]", url.partition("://")[2] or url, maxsplit=1)[0]
+    if "@" in authority:  # not shown: it may hold a password
+        raise InputError(f"{where} must not hold a user name or a password; set {_OPTIONS}.api_key_env instead")
+    if not url.startswith(("http://", "https://")):
+        raise InputError(f"{where} must start with http:// or https://, but is {url!r}")
+    if "#" in url or not url.isprintable() or " " in url:
+        raise InputError(f"{where} must not hold a '#', a blank or a line break, but is {url!r}")
+    try:
+        urlsplit(url)
+        requests.Request("POST", url).prepare()
+    except ValueError as error:
+        raise InputError(f"{where} must be a URL such as http://localhost:8000/v1, but is {url!r} ({error})") from None
+    return url
+
+
+def _seconds(retry_after: str) -> float:
+    """Read a Retry-After header, which has seconds or a date; 0 where it has neither."""
+    try:
+        if retry_after.isdigit():
+            return float(retry_after)
+        return (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds()
+    except (TypeError, ValueError, OverflowError):
+        return 0.0

@@ -1,0 +1,71 @@
+"""The configs that come with the package, by name: `--config quickstart`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from xpo_lightning.core.errors import InputError, did_you_mean
+from xpo_lightning.core.paths import SHIPPED_CONFIGS, existing_path
+
+
+def recipes() -> dict[str, Path]:
+    """Return the file of each recipe by its name."""
+    return {file.stem: file for file in sorted(SHIPPED_CONFIGS.rglob("*.yaml"))}
+
+
+def purpose(file: Path) -> str:
+    """Return the first sentence of a recipe, which its first line holds."""
+    with file.open(encoding="utf-8") as lines:
+        return lines.readline().lstrip("# ").strip()
+
+
+def config_file(name: str, key: str = "--config") -> str:
+    """Find the file that a name means.
+
+    Args:
+        name: A file, or the name of a recipe, which a file of that name hides.
+        key: The option that holds it, for the error.
+
+    Returns:
+        A path.
+
+    Raises:
+        InputError: There is neither.
+    """
+    known = recipes()
+    if existing_path(name) is not None:
+        return name
+    if name in known:
+        return str(known[name])
+    hint = did_you_mean(name.removesuffix(".yaml"), known)
+    raise InputError(
+        f"{key}: there is no file '{name}', and no recipe of that name{hint} (there are {', '.join(known)})"
+    )
+
+
+def with_config_files(words: list[str]) -> tuple[list[str], list[str]]:
+    """Put files in the place of recipes' names; texts that are configs themselves are left alone.
+
+    Args:
+        words: A command line.
+
+    Returns:
+        The command line, and the files that it names.
+
+    Raises:
+        InputError: A name is no file and no recipe.
+    """
+    changed, files = list(words), []
+    for place, before, name in _named(words):
+        files.append(config_file(name))
+        changed[place] = before + files[-1]
+    return changed, files
+
+
+def _named(words: list[str]) -> Iterator[tuple[int, str, str]]:
+    """Yield the place of each word that names a config, what stands before the name in it, and the name."""
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        follows = not equals and place + 1 < len(words)
+        name = words[place + 1] if follows else value
+        if option in ("--config", "-c") and name and "\n" not in name and not name.lstrip().startswith("{"):
+            yield place + follows, option + equals if equals else "", name

@@ -1,0 +1,216 @@
+"""Prompts as `torch.utils.data` serves them: indexed or streamed, in batches."""
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.data.preprocessing import Encoding, Sample
+from xpo_lightning.data.readers import Located
+from xpo_lightning.data.sampler import PromptOrder, Share, epoch_generator, shuffle_buffered
+
+
+class PromptDataset(Dataset[Sample]):
+    """Prompts that were all checked and tokenized beforehand.
+
+    Args:
+        rows: The rows.
+        encoding: How rows become prompts.
+        name: What to call the rows in messages.
+
+    Raises:
+        InputError: A row is malformed or too long, or no row is left.
+    """
+
+    def __init__(self, rows: Sequence[Located], encoding: Encoding, name: str) -> None:
+        self._rows = rows
+        self._encoding = encoding
+        # An array takes an eighth of the memory of a list of integers.
+        self._kept = [(index, array("i", ids)) for index, _, ids in encoding.encode(rows, name)]
+
+    def __len__(self) -> int:
+        """Return the number of prompts."""
+        return len(self._kept)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt."""
+        return [len(ids) for _, ids in self._kept]
+
+    def fingerprint(self) -> str:
+        """Hash the token ids of all prompts, in their order."""
+        digest = sha256()
+        for _, ids in self._kept:
+            digest.update(len(ids).to_bytes(4, "little"))
+            digest.update(ids)
+        return digest.hexdigest()
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return one prompt; a copy, since a reward function may write to what it is given."""
+        row_index, ids = self._kept[index]
+        _, row = self._rows[row_index]
+        return self._encoding.sample(deepcopy(row), ids)
+
+
+@dataclass(eq=False)
+class PromptStream(IterableDataset[Sample]):
+    """Prompts that are read, checked and tokenized while they are used.
+
+    Every process reads all rows and keeps its share, so that each gets equally many; what is left over is not used.
+
+    Args:
+        rows: The rows, which can be read repeatedly.
+        encoding: How rows become prompts.
+        name: What to call the rows in messages.
+        buffer: How many prompts to choose the next one from; 1 keeps the order.
+        seed: Seed of the order.
+        share: Which part of the prompts this process takes.
+        epoch: Changes the order.
+    """
+
+    rows: Iterable[Located]
+    encoding: Encoding
+    name: str
+    buffer: int = 1
+    seed: int = 0
+    share: Share = field(default_factory=Share)
+    epoch: int = 0
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Start a pass."""
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        kept = self.encoding.encode(self.rows, self.name, report=worker == 0)
+        samples = (self.encoding.sample(row, ids) for _, row, ids in kept)
+        shuffled = shuffle_buffered(samples, self.buffer, epoch_generator(self.seed, self.epoch))
+        for number, turn in enumerate(zip(*[shuffled] * self.share.num_replicas, strict=False)):
+            if number % workers == worker:
+                yield turn[self.share.rank]
+
+
+class TrainingLoader(DataLoader[Sample]):
+    """Loads training prompts, each epoch in an order of its own, and goes on in the middle of an epoch when resumed.
+
+    Attributes:
+        position: Tells the epoch, the first of its batches to load, and the batch before which to stop, if any. It is
+            asked at the first batch of a pass, when a run that is resumed has its counters back.
+    """
+
+    position: Callable[[], tuple[int, int, int | None]]
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Start a pass, or go on with one."""
+        epoch, first, last = self.position()
+        self._set_epoch(epoch, first)
+        done = first
+        try:
+            for batch in islice(super().__iter__(), *self._left(first, last)):
+                done += 1
+                yield batch
+        except InputError as error:
+            raise InputError(_without_traceback(str(error))) from error
+        if done == 0 and self.drop_last and last != 0:
+            raise InputError(f"data.drop_last: no prompts make a whole batch of data.batch_size={self.batch_size}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the position is the trainer's. Lightning asks, to know that the loader can be resumed."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing; see `state_dict`."""
+
+    def _set_epoch(self, epoch: int, first: int) -> None:
+        if isinstance(self.dataset, PromptStream):
+            self.dataset.epoch = epoch
+        elif isinstance(self.sampler, PromptOrder):
+            self.sampler.set_epoch(epoch)
+            self.sampler.skipped = first * (self.batch_size or 1)
+
+    def _left(self, first: int, last: int | None) -> tuple[int, int | None]:
+        """Tell which batches to take: a stream begins at its beginning, an order where it goes on."""
+        if isinstance(self.dataset, PromptStream):
+            return first, last
+        return 0, None if last is None else max(last - first, 0)
+
+
+def _without_traceback(message: str) -> str:
+    """Take the message itself from one that a worker process sent with its traceback."""
+    if "Original Traceback" not in message:
+        return message
+    return message.strip().partition(f"\n{InputError.__module__}.{InputError.__name__}: ")[2] or message
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How prompts become batches.
+
+    Args:
+        size: Prompts of a training batch.
+        eval_size: Prompts of a validation or prediction batch.
+        shuffle: Whether training prompts come in a new order each epoch.
+        seed: Seed of the order.
+        buffer: How many prompts of a stream to choose the next one from.
+        num_workers: Processes that load.
+        drop_last: Whether to leave out a smaller last training batch.
+    """
+
+    size: int
+    eval_size: int
+    shuffle: bool
+    seed: int
+    buffer: int
+    num_workers: int
+    drop_last: bool
+
+    def for_training(
+        self, prompts: PromptDataset | PromptStream, share: Share, position: Callable[[], tuple[int, int, int | None]]
+    ) -> DataLoader[Sample]:
+        """Load training prompts; `position` is that of `TrainingLoader`."""
+        if isinstance(prompts, PromptStream):
+            stream = replace(prompts, seed=self.seed, buffer=self.buffer if self.shuffle else 1, share=share)
+            loader = TrainingLoader(stream, batch_size=self.size, drop_last=self.drop_last, **self._common())
+            loader.position = position
+            return loader
+        order = PromptOrder(prompts, share.num_replicas, share.rank, self.shuffle, self.seed)
+        if self.drop_last and len(order) < self.size:
+            raise InputError(
+                f"data.drop_last: {len(order)} prompts make no whole batch of data.batch_size={self.size}; lower it"
+            )
+        loader = TrainingLoader(
+            prompts, batch_size=self.size, sampler=order, drop_last=self.drop_last, **self._common()
+        )
+        loader.position = position
+        return loader
+
+    def in_order(self, prompts: PromptDataset | PromptStream, share: Share) -> DataLoader[Sample]:
+        """Load prompts in their own order; Lightning shares indexed ones out among processes."""
+        if isinstance(prompts, PromptStream):
+            prompts = replace(prompts, share=share)
+        return DataLoader(prompts, batch_size=self.eval_size, **self._common())
+
+    def identity(self, prompts: PromptDataset | PromptStream, share: Share) -> dict[str, Any]:
+        """Tell what the order of the training prompts depends on, in plain values."""
+        settings = asdict(self)
+        batch_size, _, num_workers = (settings.pop(name) for name in ("size", "eval_size", "num_workers"))
+        named = {"batch_size": batch_size, **settings, "processes": share.num_replicas}
+        if isinstance(prompts, PromptStream):  # Each worker makes batches of its own share.
+            return {**named, "num_workers": num_workers}
+        named.pop("buffer")
+        return {**named, "prompts": len(prompts), "token_ids": prompts.fingerprint()}
+
+    def _common(self) -> dict[str, Any]:
+        # Without a generator of its own, a loader draws from the global one at the start of each pass.
+        generator = torch.Generator().manual_seed(self.seed)
+        return {"num_workers": self.num_workers, "collate_fn": collate, "generator": generator}
+
+
+def collate(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    """Turn samples into a batch: a list for each column, nothing made a tensor."""
+    return {column: [sample[column] for sample in samples] for column in samples[0]}

@@ -1,0 +1,274 @@
+"""The data module: which prompts, checked before the first step, and in which batches."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.fault_tolerance.watch import watch
+from xpo_lightning.core.fingerprint import differences
+from xpo_lightning.core.trainer_progress import position
+from xpo_lightning.data.dataloader import Batching, PromptDataset, PromptStream
+from xpo_lightning.data.preprocessing import Encoding, Sample
+from xpo_lightning.data.prompts import Truncation
+from xpo_lightning.data.readers import Located
+from xpo_lightning.data.sampler import Share
+from xpo_lightning.data.sources import Source, Stream, read, stream
+from xpo_lightning.data.splits import first_rows, hold_out
+
+DEFAULT_BUFFER = 1000
+
+
+def check_at_least(least: int, **options: float | None) -> None:
+    """Refuse numbers below `least`, or beyond what counts and seeds can be; None is an option that is not given."""
+    for option, value in options.items():
+        if value is not None and not value >= least:
+            raise InputError(f"data.{option}: must be at least {least}, but is {value}")
+        if value is not None and value > sys.maxsize:
+            raise InputError(f"data.{option}: must be at most {sys.maxsize}, but is {value}")
+
+
+def check_streaming(streaming: bool, shuffle: bool, buffer: int, validation_size: float) -> None:
+    """Refuse what only streaming, or only reading everything beforehand, can do."""
+    if streaming and validation_size:
+        raise InputError(
+            "data.validation_size: with data.streaming nobody knows how many rows there are to hold some out; "
+            "give data.validation_source or data.validation_split instead"
+        )
+    if buffer != DEFAULT_BUFFER and not (streaming and shuffle):
+        raise InputError("data.shuffle_buffer: has a meaning only with both data.streaming and data.shuffle; remove it")
+
+
+def choose_validation_source(
+    training: Source, name: str | None, split: str | None, size: int | float, limit: int | None
+) -> Source | None:
+    """Tell where the validation prompts are to be read.
+
+    Args:
+        training: Where the training prompts are.
+        name: `data.validation_source`.
+        split: `data.validation_split`.
+        size: `data.validation_size`.
+        limit: `data.max_validation_prompts`.
+
+    Returns:
+        The source; None where rows are held out of the training prompts, or where there is no validation.
+    """
+    given = {"data.validation_source": name, "data.validation_split": split}
+    for key, value in given.items():
+        if value is not None and size:
+            raise InputError(f"{key} and data.validation_size: both say which prompts to validate on; remove one")
+    if isinstance(size, float) and size >= 1:
+        raise InputError(
+            f"data.validation_size: a share must be below 1, but is {size}; write {size:.0f} for so many rows"
+        )
+    if name is not None:
+        return Source(name, split or "train", key="data.validation_source", split_key="data.validation_split")
+    if split is not None:
+        return replace(training, split=split, split_key="data.validation_split")
+    if limit is not None and not size:
+        raise InputError(
+            "data.max_validation_prompts: there are no validation prompts to limit; remove it, or give "
+            "data.validation_source, data.validation_split or data.validation_size"
+        )
+    return None
+
+
+Role = Literal["training", "validation"]
+
+
+class PromptDataModule(LightningDataModule):
+    """Prompts from the Hugging Face hub or from files.
+
+    A batch is a dict of lists: `prompt` (text or chat messages, as the row has them), `prompt_ids` (token ids, not
+    padded) and each other column of the rows under its own name, for reward functions. Rows are checked and tokenized
+    before the first step; with `streaming`, as they are read.
+
+    Args:
+        source: Where the prompts are. A hub id, a file (.jsonl, .json, .csv or .parquet; the values of a CSV are text),
+            a directory written by `save_to_disk`, or `package:name/path` for a file inside an installed package.
+        subset: Configuration of a hub data set.
+        revision: Version of a hub data set: a branch, tag or commit.
+        split: Split of `source` to train on.
+        validation_source: Where the validation prompts are, if in another place than `source`; the same kinds.
+            Neither `subset` nor `revision` applies to it.
+        validation_split: Split that holds the validation prompts, of `validation_source` if given, else of `source`.
+            The default with `validation_source` is train.
+        validation_size: Hold out this many rows of `source`, chosen at random by `seed`, or this share of them, for
+            validation.
+        prompt_column: Column that holds the prompt: text, or a list of chat messages.
+        max_prompt_tokens: Most tokens of a prompt.
+        truncate: What to do with a longer prompt. Keep its end (left), leave the row out (drop), or stop (error). The
+            special tokens that the tokenizer puts in front of a text (BOS) are kept too, and count.
+        batch_size: Prompts of one rollout, on each device.
+        validation_batch_size: The same for validation and prediction. The default is `batch_size`.
+        max_prompts: Train on the first so many rows only; counted after `validation_size` held rows out.
+        max_validation_prompts: Validate on the first so many validation rows only.
+        shuffle: Take the training prompts in another order each epoch.
+        seed: Seed of the order and of `validation_size`. The order depends on this and the epoch only.
+        streaming: Read rows while training instead of beforehand, for data that does not fit in memory.
+        shuffle_buffer: With `streaming`, how many prompts to choose the next one from.
+        num_workers: Processes that load batches beside the training process; 0 loads in the training process.
+        drop_last: Leave out the last training batch of an epoch if it is smaller than the others.
+
+    Raises:
+        InputError: Options contradict each other, or the data is missing or malformed.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        subset: str | None = None,
+        revision: str | None = None,
+        split: str = "train",
+        validation_source: str | None = None,
+        validation_split: str | None = None,
+        validation_size: int | float = 0,
+        prompt_column: str = "prompt",
+        max_prompt_tokens: int | None = None,
+        truncate: Truncation = "error",
+        batch_size: int = 32,
+        validation_batch_size: int | None = None,
+        max_prompts: int | None = None,
+        max_validation_prompts: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        streaming: bool = False,
+        shuffle_buffer: int = DEFAULT_BUFFER,
+        num_workers: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__()
+        check_at_least(1, batch_size=batch_size, validation_batch_size=validation_batch_size)
+        check_at_least(1, max_prompts=max_prompts, max_validation_prompts=max_validation_prompts)
+        check_at_least(1, max_prompt_tokens=max_prompt_tokens, shuffle_buffer=shuffle_buffer)
+        check_at_least(0, validation_size=validation_size, num_workers=num_workers, seed=seed)
+        check_streaming(streaming, shuffle, shuffle_buffer, validation_size)
+        self.source = Source(source, split, subset, revision)
+        self.validation_source = choose_validation_source(
+            self.source, validation_source, validation_split, validation_size, max_validation_prompts
+        )
+        self.validation_size = validation_size
+        self.limits: dict[Role, int | None] = {"training": max_prompts, "validation": max_validation_prompts}
+        self.encoding = Encoding(prompt_column, None, max_prompt_tokens, truncate)
+        self.streaming = streaming
+        eval_batch_size = batch_size if validation_batch_size is None else validation_batch_size
+        self.batching = Batching(batch_size, eval_batch_size, shuffle, seed, shuffle_buffer, num_workers, drop_last)
+        self._prompts: dict[Role, PromptDataset | PromptStream] = {}
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are validation prompts."""
+        return self.validation_source is not None or self.validation_size > 0
+
+    @property
+    def prompts(self) -> Mapping[Role, PromptDataset | PromptStream]:
+        """The prompts that were read so far."""
+        return self._prompts
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, check and tokenize the prompts that the stage needs, unless that is done already.
+
+        Raises:
+            InputError: The data is missing or malformed, or the model has no tokenizer to count tokens with.
+        """
+        if self.trainer is not None:
+            watch(self.trainer)  # Before the module does: rows that only one process refuses end all.
+        self._take_encoder()
+        needed: list[Role] = ["validation"] if self.has_validation else []
+        if stage in ("fit", None) or (stage == "predict" and not self.has_validation):
+            needed.insert(0, "training")
+        for role, rows in self._rows([role for role in needed if role not in self._prompts]).items():
+            name = f"{role} prompts of {self.source_of(role).name}"
+            if isinstance(rows, Stream):
+                self._prompts[role] = PromptStream(rows, self.encoding, name)
+            else:
+                self._prompts[role] = PromptDataset(rows, self.encoding, name)
+
+    def require_validation(self) -> None:
+        """Refuse to go on without validation prompts.
+
+        Raises:
+            InputError: There are none.
+        """
+        if not self.has_validation:
+            raise InputError(
+                "there are no validation prompts: set data.validation_source, data.validation_split or "
+                "data.validation_size"
+            )
+
+    def held_out(self) -> list[Located]:
+        """Read the rows of the validation prompts as they are, neither checked nor tokenized.
+
+        Raises:
+            InputError: There are none.
+        """
+        self.require_validation()
+        return list(self._rows(["validation"])["validation"])
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Return the training prompts, in a new order each epoch if `shuffle`."""
+        return self.batching.for_training(self._prompts["training"], self._share(), lambda: position(self.trainer))
+
+    def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
+        """Return the validation prompts in order; an empty list where there are none."""
+        return self.batching.in_order(self._prompts["validation"], self._share()) if self.has_validation else []
+
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        """Return the validation prompts, or where there are none the training prompts, in order."""
+        role: Role = "validation" if self.has_validation else "training"
+        return self.batching.in_order(self._prompts[role], self._share())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the order of the training prompts depends on; the position in it is the trainer's."""
+        prompts = self._prompts.get("training")
+        return {} if prompts is None else {"data": self.batching.identity(prompts, self._share())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with other training prompts, or in another order, than the checkpoint's run.
+
+        Raises:
+            InputError: Some setting differs.
+        """
+        prompts = self._prompts.get("training")
+        if prompts is None or self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        changed = differences(state_dict, self.state_dict())
+        if changed:
+            raise InputError(
+                f"ckpt_path: the checkpoint's run had another {', '.join(changed)}; its place among the prompts has no "
+                f"meaning here. Resume with the settings and the data that it had"
+            )
+
+    def _take_encoder(self) -> None:
+        encoder = getattr(getattr(self.trainer, "lightning_module", None), "prompt_encoder", None)
+        if encoder is None and self.encoding.max_tokens is not None:
+            raise InputError("data.max_prompt_tokens: the model has no tokenizer to count tokens with; remove it")
+        if encoder != self.encoding.encoder:
+            self.encoding = replace(self.encoding, encoder=encoder)
+            self._prompts.clear()
+
+    def _share(self) -> Share:
+        return Share(**(getattr(self.trainer, "distributed_sampler_kwargs", None) or {}))
+
+    def source_of(self, role: Role) -> Source:
+        """Tell where prompts come from.
+
+        Args:
+            role: What they are for: `training`, or `validation`, which may be held out of the same source.
+        """
+        return self.validation_source if role == "validation" and self.validation_source else self.source
+
+    def _rows(self, roles: Sequence[Role]) -> dict[Role, Sequence[Located] | Stream]:
+        if self.streaming:
+            return {role: stream(self.source_of(role), self.limits[role]) for role in roles}
+        if self.validation_size and roles:
+            training, validation = hold_out(read(self.source), self.validation_size, self.batching.seed)
+            rows: dict[Role, Sequence[Located]] = {"training": training, "validation": validation}
+        else:
+            rows = {role: read(self.source_of(role)) for role in roles}
+        return {role: first_rows(rows[role], self.limits[role]) for role in roles}

@@ -1,0 +1,224 @@
+"""From a prompt as the row gives it to the token ids that the policy continues."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from xpo_lightning.core.batch import Prompts, RawPrompt, left_pad
+from xpo_lightning.core.errors import InputError
+
+Truncation = Literal["left", "drop", "error"]
+
+
+def check_prompt(prompt: Any, where: str) -> None:
+    """Refuse what is neither text nor a conversation.
+
+    Args:
+        prompt: What the row holds.
+        where: File and row, for the error.
+
+    Raises:
+        InputError: The prompt is missing, empty, or of another type.
+    """
+    if prompt is None:
+        raise InputError(f"{where}: the prompt is null; give text or a list of chat messages, or delete the row")
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise InputError(f"{where}: the prompt is empty; give text, or delete the row")
+        _check_characters(prompt, where)
+        return
+    if not isinstance(prompt, list):
+        raise InputError(
+            f"{where}: the prompt must be text or a list of chat messages, "
+            f"but is {type(prompt).__name__} ({prompt!r:.60})"
+        )
+    if not prompt:
+        raise InputError(f"{where}: the prompt is an empty list of messages; give at least one, or delete the row")
+    for message in prompt:
+        texts = [message.get(name) for name in ("role", "content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError(
+                f"{where}: a chat message must be a mapping with text under 'role' and 'content', "
+                f"but is {message!r:.80}"
+            )
+        for text in texts:
+            _check_characters(str(text), where)
+
+
+def _check_characters(text: str, where: str) -> None:
+    """Refuse halves of characters, which JSON can hold as an escape and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: the prompt holds {text[error.start]!r}, half of a character (a lone surrogate); "
+            f"mend the text, or delete the row"
+        ) from error
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Tokenizes prompts for the policy.
+
+    Text is tokenized as the tokenizer does by default, without a trailing EOS where it would add one. Chat messages go
+    through the tokenizer's chat template with `add_generation_prompt`; a conversation that ends with an assistant's
+    message is continued instead.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        limit: Most tokens that a prompt may have: the model's context less the new tokens. None where it has no limit.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    limit: int | None = None
+
+    def __call__(self, prompt: RawPrompt, where: str = "prompt") -> list[int]:
+        """Tokenize one prompt.
+
+        Args:
+            prompt: Text or chat messages.
+            where: File and row, for errors.
+
+        Returns:
+            Token ids, at least one.
+
+        Raises:
+            InputError: The prompt is malformed, or the tokenizer has no chat template for a conversation.
+        """
+        check_prompt(prompt, where)
+        ids = self._encode_text(prompt) if isinstance(prompt, str) else self._encode_messages(prompt, where)
+        if not ids:
+            raise InputError(f"{where}: the prompt has no tokens; give text, or delete the row")
+        return ids
+
+    def encode_all(self, prompts: Sequence[RawPrompt]) -> list[list[int]]:
+        """Tokenize the prompts of a batch, which must fit the model's context.
+
+        Raises:
+            InputError: A prompt is malformed or too long.
+        """
+        named = [(prompt, f"prompt {number} of a batch") for number, prompt in enumerate(prompts, 1)]
+        return [self.fitting(self(prompt, where), where) for prompt, where in named]
+
+    def check_all(self, rows: Sequence[list[int]]) -> Sequence[list[int]]:
+        """Return token rows that were made elsewhere, if none is empty and the model's context holds each.
+
+        Raises:
+            InputError: A row is empty or too long.
+        """
+        for number, row in enumerate(rows, 1):
+            if not len(row):
+                raise InputError(f"prompt {number} of a batch has no tokens in 'prompt_ids'")
+            self.fitting(row, f"prompt {number} of a batch")
+        return rows
+
+    def truncate(
+        self, prompt: RawPrompt, ids: list[int], max_tokens: int | None, rule: Truncation, where: str
+    ) -> list[int] | None:
+        """Apply the length limits to one prompt.
+
+        Args:
+            prompt: Text or chat messages.
+            ids: Its token ids.
+            max_tokens: Most tokens to keep, `data.max_prompt_tokens`; None where only the context limits.
+            rule: What to do with a longer prompt.
+            where: File and row, for errors.
+
+        Returns:
+            The ids to use, or None where the prompt is dropped.
+
+        Raises:
+            InputError: The prompt is too long and the rule is "error", or no `max_tokens` is set; or nothing of the
+                text would be left.
+        """
+        if max_tokens is not None and len(ids) > max_tokens:
+            if rule == "drop":
+                return None
+            if rule == "error":
+                raise InputError(
+                    f"{where}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens={max_tokens}; "
+                    f"shorten it, or set data.truncate to left or drop"
+                )
+            ids = self._cut_left(prompt, ids, max_tokens, where)
+        return self.fitting(ids, where)
+
+    def fitting(self, ids: list[int], where: str) -> list[int]:
+        """Return the ids if the model's context holds them and the new tokens.
+
+        Raises:
+            InputError: It does not.
+        """
+        if self.limit is not None and len(ids) > self.limit:
+            raise InputError(
+                f"{where}: the prompt's {len(ids)} tokens and model.sampling.max_new_tokens exceed the context, "
+                f"which leaves {self.limit} tokens for a prompt; set data.max_prompt_tokens to {self.limit} or less "
+                f"with data.truncate left or drop, or lower model.sampling.max_new_tokens"
+            )
+        return ids
+
+    def _cut_left(self, prompt: RawPrompt, ids: list[int], max_tokens: int, where: str) -> list[int]:
+        """Keep the end of a prompt, and what the tokenizer puts in front of any text, such as BOS.
+
+        The special tokens of a chat template are part of the text.
+        """
+        head = self._count_added_in_front(prompt) if isinstance(prompt, str) else 0
+        if head >= max_tokens:
+            raise InputError(
+                f"{where}: data.max_prompt_tokens={max_tokens} leaves no room for text beside the {head} special "
+                f"tokens that the tokenizer puts in front of it; set it to {head + 1} or more"
+            )
+        return [*ids[:head], *ids[head - max_tokens :]]
+
+    def _count_added_in_front(self, text: str) -> int:
+        encoded = self.tokenizer(text, return_special_tokens_mask=True, verbose=False)
+        return [*encoded["special_tokens_mask"], 0].index(0)
+
+    def _encode_text(self, text: str) -> list[int]:
+        ids = list(self.tokenizer(text)["input_ids"])
+        if ids and ids[-1] == self.tokenizer.eos_token_id:
+            bare = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            if not bare or bare[-1] != ids[-1]:
+                ids.pop()
+        return ids
+
+    def _encode_messages(self, messages: list[dict[str, Any]], where: str) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            raise InputError(
+                f"{where}: the prompt is a conversation, but the policy's tokenizer has no chat template; "
+                f"set model.policy.chat_template, or give prompts as text"
+            )
+        to_continue = messages[-1]["role"] == "assistant"
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=not to_continue, continue_final_message=to_continue
+            )
+        except Exception as error:  # A template is a program, and may fail as programs do.
+            raise InputError(f"{where}: the policy's chat template refuses the conversation: {error}") from error
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def as_prompts(batch: Any, encoder: PromptEncoder, device: torch.device) -> Prompts:
+    """Turn a batch as a data loader gives it into tokenized prompts.
+
+    Args:
+        batch: A mapping of columns, `prompt` among them and `prompt_ids` if they are tokenized, or a list of prompts.
+        encoder: Tokenizes prompts that are not.
+        device: Where the tokens go.
+
+    Raises:
+        InputError: The batch has no prompts, or one that is malformed or too long.
+    """
+    columns = dict(batch) if isinstance(batch, Mapping) else {"prompt": batch}
+    if "prompt" not in columns:
+        raise InputError(f"a batch needs the key 'prompt', but has {sorted(columns)}; see data.prompt_column")
+    for name, values in columns.items():
+        if isinstance(values, str) or not hasattr(values, "__len__"):
+            raise InputError(f"'{name}' of a batch must be a list with one entry a prompt, but is {values!r:.60}")
+        if len(values) != len(columns["prompt"]):
+            raise InputError(f"'{name}' of a batch has {len(values)} entries for {len(columns['prompt'])} prompts")
+    raw, rows = columns.pop("prompt"), columns.pop("prompt_ids", None)
+    ids, mask = left_pad(encoder.encode_all(raw) if rows is None else encoder.check_all(rows), device)
+    return Prompts(ids, mask, tuple(raw), {name: tuple(values) for name, values in columns.items()})

@@ -1,0 +1,194 @@
+"""From the name of a data set to its rows."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import overload
+
+import datasets
+import pyarrow  # type: ignore[import-untyped,unused-ignore]
+from datasets import Dataset, DatasetDict, IterableDataset
+
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.paths import explaining_hub_errors, is_local, resolve
+from xpo_lightning.data.readers import (
+    Located,
+    explaining_row,
+    load_parquet,
+    numbered,
+    read_csv,
+    read_json,
+    read_jsonl,
+    stream_parquet,
+)
+
+_TEXT_FILES: dict[str, Callable[[str], Iterator[Located]]] = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+}
+_SPLIT_OF_A_FILE = "train"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split of one data set.
+
+    Args:
+        name: Hub id, local path, or `package:name/path`.
+        split: Which split of it.
+        subset: Which configuration of a hub data set.
+        revision: Which version of a hub data set.
+        key: The configuration key that holds the name, for errors.
+        split_key: The configuration key that holds the split, for errors.
+    """
+
+    name: str
+    split: str = _SPLIT_OF_A_FILE
+    subset: str | None = None
+    revision: str | None = None
+    key: str = "data.source"
+    split_key: str = "data.split"
+
+
+@dataclass(frozen=True)
+class Stream(Iterable[Located]):
+    """Rows that are read anew in each pass.
+
+    Args:
+        start: Starts a pass.
+        limit: Stop after this many rows.
+    """
+
+    start: Callable[[], Iterator[Located]]
+    limit: int | None = None
+
+    def __iter__(self) -> Iterator[Located]:
+        """Start a pass."""
+        return islice(self.start(), self.limit)
+
+
+@dataclass(frozen=True)
+class _ArrowRows(Sequence[Located]):
+    """The rows of a `datasets.Dataset`, decoded only when asked for."""
+
+    name: str
+    dataset: Dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @overload
+    def __getitem__(self, index: int) -> Located: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Located]: ...
+    def __getitem__(self, index: int | slice) -> Located | Sequence[Located]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if index >= len(self):  # how iteration over a sequence ends
+            raise IndexError(index)
+        where = f"{self.name}, row {index + 1}"
+        with explaining_row(where):
+            return where, self.dataset[index]
+
+
+def read(source: Source) -> Sequence[Located]:
+    """Read all rows: text files into memory, anything else as an Arrow table.
+
+    Raises:
+        InputError: There is no such data set or split, or the file is broken.
+    """
+    path = resolve(source.name, source.key)
+    if not is_local(path):
+        return _ArrowRows(_label(source), _load_from_hub(source, streaming=False))
+    suffix = _checked_suffix(path, source)
+    if suffix in _TEXT_FILES:
+        return list(_TEXT_FILES[suffix](path))
+    if suffix == ".parquet":
+        return _ArrowRows(path, load_parquet(path))
+    return _ArrowRows(_label(source), _load_from_directory(path, source))
+
+
+def stream(source: Source, limit: int | None = None) -> Stream:
+    """Prepare to read the rows one after the other, without holding them all.
+
+    A `.json` file that is one array is read whole at the start of each pass: JSON has no other way.
+
+    Raises:
+        InputError: There is no such data set or split. Broken rows are found when they are read.
+    """
+    path = resolve(source.name, source.key)
+    if not is_local(path):
+        return Stream(partial(numbered, _label(source), _load_from_hub(source, streaming=True)), limit)
+    suffix = _checked_suffix(path, source)
+    if suffix in _TEXT_FILES:
+        return Stream(partial(_TEXT_FILES[suffix], path), limit)
+    if suffix == ".parquet":
+        return Stream(partial(stream_parquet, path), limit)
+    return Stream(partial(numbered, _label(source), _load_from_directory(path, source)), limit)
+
+
+def _label(source: Source) -> str:
+    return f"{source.name} (split {source.split})"
+
+
+def _checked_suffix(path: str, source: Source) -> str:
+    prefix = source.key.rpartition(".")[0]
+    for option, value in (("subset", source.subset), ("revision", source.revision)):
+        if value is not None:
+            raise InputError(
+                f"{prefix}.{option}: only hub data sets have one, and {source.key} '{path}' is local; remove it"
+            )
+    if Path(path).is_dir():
+        return ""
+    suffix = Path(path).suffix.lower()
+    if suffix not in {*_TEXT_FILES, ".parquet"}:
+        raise InputError(f"{source.key}: '{path}' is no data file; the suffix must be .jsonl, .json, .csv or .parquet")
+    if source.split != _SPLIT_OF_A_FILE:
+        raise InputError(
+            f"{source.split_key}: '{path}' is one file and has no split '{source.split}'; it has {_SPLIT_OF_A_FILE}"
+        )
+    return suffix
+
+
+def _load_from_directory(path: str, source: Source) -> Dataset:
+    try:
+        found: Dataset | DatasetDict = datasets.load_from_disk(path)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{source.key}: the directory '{path}' holds no data set that `save_to_disk` of datasets wrote; "
+            f"name a file in it, or another directory"
+        ) from error
+    except IndexError as error:  # how datasets 5.2 takes a data set without rows
+        raise InputError(f"{source.key}: '{path}': there are no rows") from error
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{source.key}: the data set in '{path}' cannot be read ({_one_line(error)})") from error
+    splits = found if isinstance(found, DatasetDict) else {_SPLIT_OF_A_FILE: found}
+    if source.split not in splits:
+        existing = ", ".join(map(str, splits))
+        raise InputError(f"{source.split_key}: '{path}' has no split '{source.split}'; it has {existing}")
+    return splits[source.split]
+
+
+def _load_from_hub(source: Source, streaming: bool) -> Dataset | IterableDataset:
+    with explaining_hub_errors(source.name, source.key):
+        try:
+            return datasets.load_dataset(
+                source.name, source.subset, split=source.split, revision=source.revision, streaming=streaming
+            )
+        except ValueError as error:
+            if "split" in str(error):
+                raise InputError(f"{source.split_key}: '{source.name}': {_one_line(error)}") from error
+            if "config" in str(error).lower():
+                raise InputError(f"data.subset: '{source.name}': {_one_line(error)}") from error
+            raise
+        except (datasets.exceptions.DatasetsError, RuntimeError) as error:
+            if isinstance(error, OSError):
+                raise
+            raise InputError(f"{source.key}: '{source.name}' cannot be read ({_one_line(error)})") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

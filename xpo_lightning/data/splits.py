@@ -1,0 +1,63 @@
+"""Parts of a data set: its first rows, or some held out for validation."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
+
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.data.readers import Located
+
+
+@dataclass(frozen=True)
+class Chosen(Sequence[Located]):
+    """Some rows of others.
+
+    Args:
+        rows: The others.
+        indices: Which of them, in order.
+    """
+
+    rows: Sequence[Located]
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        """Return the number of chosen rows."""
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Located: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Located]: ...
+    def __getitem__(self, index: int | slice) -> Located | Sequence[Located]:
+        """Return one row, or choose among these."""
+        if isinstance(index, slice):
+            return Chosen(self.rows, self.indices[index])
+        return self.rows[self.indices[index]]
+
+
+def first_rows(rows: Sequence[Located], limit: int | None) -> Sequence[Located]:
+    """Return the first `limit` rows; all where it is None."""
+    return Chosen(rows, range(len(rows))[:limit])
+
+
+def hold_out(rows: Sequence[Located], size: int | float, seed: int) -> tuple[Chosen, Chosen]:
+    """Split rows at random into those to train on and those held out, each in the order of the file.
+
+    Args:
+        rows: The rows.
+        size: How many rows to hold out, or which share of them if it is a float.
+        seed: Seed of the choice.
+
+    Raises:
+        InputError: No row would be held out, or none left.
+    """
+    number = round(size * len(rows)) if isinstance(size, float) else size
+    if not 0 < number < len(rows):
+        raise InputError(
+            f"data.validation_size: {size} of {len(rows)} rows would hold out {number}; "
+            f"it must leave at least one row for training and one for validation"
+        )
+    held_out = set(random.Random(seed).sample(range(len(rows)), number))
+    kept = [index for index in range(len(rows)) if index not in held_out]
+    return Chosen(rows, kept), Chosen(rows, sorted(held_out))

@@ -1,0 +1,172 @@
+"""Compares two policies on the same prompts by a reward or a judge."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xpo_lightning.core.batch import Completions, Pair, Prompts, RawPrompt, left_pad
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.rng import RolloutRNG, Stream
+from xpo_lightning.core.timer import PhaseTimer
+from xpo_lightning.data.preprocessing import Encoding
+from xpo_lightning.data.prompts import PromptEncoder
+from xpo_lightning.data.readers import Located
+from xpo_lightning.evaluation.policies import Writer
+from xpo_lightning.rewards.base import Feedback, Judge
+from xpo_lightning.rewards.scorer import Verdicts
+from xpo_lightning.rollout.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """B prompts as one writer takes them.
+
+    Args:
+        ids: Token ids of each.
+        raw: Each as the row gave it.
+        columns: The rows' other columns, each of length B.
+    """
+
+    ids: list[list[int]]
+    raw: tuple[RawPrompt, ...]
+    columns: dict[str, tuple[Any, ...]]
+
+
+def encoded_for(
+    encoders: Sequence[PromptEncoder], rows: Sequence[Located], encoding: Encoding, name: str
+) -> list[Encoded]:
+    """Tokenize rows for several writers, and keep those that all of them take.
+
+    Args:
+        encoders: One for each writer.
+        rows: The rows.
+        encoding: The column of the prompts, and the limits on their length.
+        name: What to call the rows in messages.
+
+    Raises:
+        InputError: A row cannot be used, or no row suits all writers.
+    """
+    kept = [
+        {place: (row, ids) for place, row, ids in replace(encoding, encoder=encoder).encode(rows, name, report=False)}
+        for encoder in encoders
+    ]
+    places = sorted(set.intersection(*(set(each) for each in kept)))
+    if not places:
+        raise InputError(f"{name}: no prompt suits both writers; all are dropped for their length by one or the other")
+    column = encoding.prompt_column
+    found = [kept[0][place][0] for place in places]
+    raw = tuple(row[column] for row in found)
+    columns = {other: tuple(row[other] for row in found) for other in found[0] if other != column}
+    return [Encoded([each[place][1] for place in places], raw, columns) for each in kept]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """How two writers are compared.
+
+    Args:
+        sampling: How they write.
+        samples: K, completions of a prompt by each.
+        seed: Of their randomness.
+        device: Where.
+        at_once: Most prompts that one writes for together; None is what suits the device.
+    """
+
+    sampling: Sampling
+    samples: int
+    seed: int
+    device: torch.device
+    at_once: int | None = None
+
+    def write(self, writer: Writer, encoded: Encoded, place: int) -> list[Completions]:
+        """Let one writer write for all prompts.
+
+        Args:
+            writer: Who.
+            encoded: B prompts, tokenized for this writer.
+            place: 0 or 1: the two write with different noise, whoever they are.
+
+        Returns:
+            B completions, K times, on the CPU.
+        """
+        ids, mask = left_pad(encoded.ids, self.device)
+        prompts = Prompts(ids, mask, encoded.raw, encoded.columns)
+        noise = [RolloutRNG(self.seed, Stream.COMPARISON + place, number) for number in range(self.samples)]
+        uniforms = [one.uniforms(len(prompts), self.sampling.max_new_tokens).to(self.device) for one in noise]
+        written = writer.seated(self.sampling, self.device, self.at_once).write(prompts, uniforms)
+        return [some.to("cpu") for some in written]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of it.
+
+    Args:
+        wins: For each prompt and comparison, 1 where the first writer's completion is the better one, 0.5 for a tie, 0
+            where it is the worse; NaN where a judge had no answer. (B, C)
+        scores: Mean score of each writer, None for a judge.
+    """
+
+    wins: Tensor
+    scores: Pair[float] | None
+
+    def exchanged(self) -> "Outcome":
+        """Return the same with the writers exchanged."""
+        scores = None if self.scores is None else Pair(self.scores.by_sampler, self.scores.by_policy)
+        return Outcome(1 - self.wins, scores)
+
+    @property
+    def by_prompt(self) -> Tensor:
+        """The share that the first writer won of each prompt's comparisons; prompts without an answer are left out."""
+        shares = self.wins.nanmean(1)
+        return shares[~shares.isnan()]
+
+
+def outcome(
+    feedback: Feedback, missing_eos_penalty: float | None, encoded: Encoded, completions: Pair[list[Completions]]
+) -> Outcome:
+    """Ask the reward or the judge.
+
+    With a reward, each of the first writer's K completions of a prompt is compared with each of the second's, K * K
+    comparisons; a judge is asked about K pairs. Two completions of the same text that ended alike are a tie, whatever
+    rounding makes of their scores.
+
+    Args:
+        feedback: The reward or the judge, loaded.
+        missing_eos_penalty: What a completion that was cut loses in score; None is off. Not for judges.
+        encoded: B prompts.
+        completions: K times B of each writer.
+    """
+    ids, mask = left_pad(encoded.ids)
+    prompts = Prompts(ids, mask, encoded.raw, encoded.columns)
+    ask = Verdicts(feedback, missing_eos_penalty, PhaseTimer())
+    known: list[float | None] = [None] * len(prompts)
+    if isinstance(feedback, Judge):
+        said = [
+            ask(prompts, Pair([one], [other]), known)
+            for one, other in zip(completions.by_policy, completions.by_sampler, strict=True)
+        ]
+        margins = torch.stack([each.preferences(each.scores.map(lambda side: side[0])).margins for each in said], 1)
+        return Outcome(_won(margins), None)
+    scores = ask(prompts, completions, known).scores
+    margins = scores.by_policy[:, None] - scores.by_sampler[None]  # (K, K, B)
+    margins = margins.masked_fill(_alike(completions), 0.0).flatten(0, 1).t()
+    return Outcome(_won(margins), Pair(float(scores.by_policy.mean()), float(scores.by_sampler.mean())))
+
+
+def _won(margins: Tensor) -> Tensor:
+    wins = (torch.sign(margins.double()) + 1) / 2
+    return wins.masked_fill(margins.isnan(), torch.nan)  # torch takes the sign of NaN for 0.
+
+
+def _alike(completions: Pair[list[Completions]]) -> Tensor:
+    """Tell which completions of a prompt are the same, (K, K, B)."""
+
+    def read(some: Completions) -> Sequence[tuple[str, bool]]:
+        return list(zip(some.texts, some.ended.tolist(), strict=True))
+
+    firsts, seconds = ([read(some) for some in side] for side in (completions.by_policy, completions.by_sampler))
+    return torch.tensor([[[a == b for a, b in zip(x, y, strict=True)] for y in seconds] for x in firsts])

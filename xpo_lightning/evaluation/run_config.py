@@ -1,0 +1,98 @@
+"""Reads the config that a run has saved, and lays sampling settings of a command line over it."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from xpo_lightning.core.argument_parser import OneLineErrors
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.recipes import config_file
+from xpo_lightning.data import PromptDataModule
+from xpo_lightning.module import XPOLightningModule
+from xpo_lightning.rollout.sampling import Sampling
+
+PARTS = {"model": XPOLightningModule, "data": PromptDataModule}
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What a config says of models and prompts.
+
+    Args:
+        module: The module; nothing is loaded yet.
+        data: The data module; nothing is read yet.
+        mixed: Whether layers compute in bfloat16 on weights of another type (`trainer.precision: bf16-mixed`).
+    """
+
+    module: XPOLightningModule
+    data: PromptDataModule
+    mixed: bool = False
+
+
+class _PartsParser(OneLineErrors, ArgumentParser):
+    """The parser of a run's parts."""
+
+
+def saved_run(config: str) -> SavedRun:
+    """Build the module and the data module of a run.
+
+    Args:
+        config: The `config.yaml` in the run's folder, the file that it was started with, or the name of a recipe.
+
+    Raises:
+        InputError: It is no config of a run, or what it says cannot be built.
+    """
+    path = config_file(config)
+    OneLineErrors.config_files = [path]
+    parser = _PartsParser(prog="xpo", exit_on_error=True)
+    for name, part in PARTS.items():
+        parser.add_class_arguments(part, name, fail_untyped=False)
+    content = _read(Path(path))
+    parts = {name: content[name] for name in PARTS}
+    try:
+        built = parser.instantiate(parser.parse_object(parts))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--config: '{path}' cannot be used: {error}") from error
+    trainer = content.get("trainer")
+    precision = trainer.get("precision") if isinstance(trainer, dict) else None
+    return SavedRun(built.model, built.data, mixed=str(precision) in ("bf16", "bf16-mixed"))  # Lightning's two names
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config: '{path}' cannot be read ({' '.join(str(error).split()):.200})") from error
+    missing = [name for name in PARTS if not isinstance(content, dict) or not isinstance(content.get(name), dict)]
+    if missing:
+        raise InputError(
+            f"--config: '{path}' has no group '{missing[0]}', so it is no config of a whole run; give the config.yaml "
+            f"in the run's folder"
+        )
+    return dict(content)
+
+
+class _SamplingParser(OneLineErrors, ArgumentParser):
+    """The parser of sampling settings."""
+
+
+def changed(sampling: Sampling, changes: dict[str, Any] | None) -> Sampling:
+    """Change some settings.
+
+    Args:
+        sampling: The settings to begin with.
+        changes: Settings by name, as `--sampling.temperature 0.7` gives them.
+
+    Raises:
+        InputError: A value is out of range. A name or type that is wrong ends the program with one line.
+    """
+    if not changes:
+        return sampling
+    parser = _SamplingParser(prog="xpo")
+    parser.add_class_arguments(Sampling, "sampling")
+    parsed = parser.parse_object({"sampling": {**asdict(sampling), **changes}})
+    built: Sampling = parser.instantiate(parsed).sampling
+    return built

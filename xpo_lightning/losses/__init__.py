@@ -1,0 +1,1 @@
+"""The XPO loss, preference losses, and the schedules of alpha and beta."""

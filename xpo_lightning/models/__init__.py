@@ -1,0 +1,1 @@
+"""The policy and the reference: loading, adapters, sharding, saving, log-probabilities."""

@@ -1,0 +1,81 @@
+"""Lengths at which a model may behave otherwise: windows, chunks, marks of the context; read from its config."""
+
+import re
+from typing import Any
+
+from torch import nn
+
+from xpo_lightning.models.forward.causal_forward import base_of
+from xpo_lightning.models.forward.judging import layer_list
+
+_NAMES = re.compile("window|chunk|original_max_position|local|span|floor|context|block|stride|reach")
+"""What such settings are called; a name that is missing here only lets a length be tried later, when a row has it."""
+
+BASE = 48
+"""Tokens of the rows that are tried before any other."""
+OPERATIONS = {"cpu": 1e11, "cuda": 1e13}
+"""Most operations to spend on lengths that a config names, before a row of such a length is met; by type of device."""
+
+MARGIN = 14
+"""Tokens by which rows go beyond a length."""
+_COPIES = 30
+"""How often the longest row's tokens are computed, roughly, until a way is found right."""
+
+
+def named_lengths(model: nn.Module) -> tuple[list[int], list[int]]:
+    """Collect the numbers in a model's config, those of its nested settings included.
+
+    Returns:
+        Those whose name tells of a length, and all others, in ascending order.
+    """
+    likely: set[int] = set()
+    others: set[int] = set()
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                collect(f"{name}.{key}", inner)
+        elif isinstance(value, list | tuple):
+            for inner in value:
+                collect(name, inner)
+        elif isinstance(value, int) and not isinstance(value, bool) and not name.endswith(("_id", "_ids", "_index")):
+            (likely if _NAMES.search(name) else others).add(value)
+
+    collect("", text_config(model))
+    return sorted(likely), sorted(others - likely)
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Return the most tokens that a model takes, or None where its config names no limit."""
+    for name, module in model.named_modules():
+        # RoBERTa's family numbers its positions from after the pad id.
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            return len(module.get_parameter("weight")) - int(padding) - 1
+    config: Any = getattr(base_of(model), "config", None)
+    length = None if config is None else getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(length) if length and length > 0 else None
+
+
+def special_tokens(model: nn.Module) -> set[int]:
+    """Collect the token ids that a config names: padding, placeholders of images, and so on."""
+    named = (value for name, value in text_config(model).items() if name.endswith(("_token_id", "_token_index")))
+    return {token for value in named for token in (value if isinstance(value, list) else [value]) if token is not None}
+
+
+def text_config(model: nn.Module) -> dict[str, Any]:
+    """Return the settings of a model, or of its text part, by name; none where it has no config."""
+    config: Any = getattr(base_of(model), "config", None)
+    return {} if config is None else config.get_text_config(decoder=True).to_dict()
+
+
+def first_reach(model: nn.Module) -> int:
+    """Choose how long the first rows are: beyond each length that the config names, as far as that is cheap."""
+    device = next(model.parameters()).device.type
+    layers = layer_list(model)
+    weights = sum(weight.numel() for weight in (model if layers is None else layers[0]).parameters())
+    cheap = OPERATIONS.get(device, OPERATIONS["cuda"]) / (2 * weights * _COPIES)
+    marks = [mark for mark in named_lengths(model)[0] if mark <= cheap]
+    reach = max([BASE, *(mark + MARGIN for mark in marks)])
+    longest = context_length(model)
+    return reach if longest is None else min(reach, longest)

@@ -1,0 +1,151 @@
+"""Log-probabilities of completions under a causal language model, and the entropy of what it may write next."""
+
+import torch
+from torch import Tensor, nn
+
+from xpo_lightning.core.batch import Completions, Pair, Prompts, stack
+from xpo_lightning.models.forward.capabilities import Sharing, capabilities_of, refuse_untrainable, rows_of, sharing_of
+from xpo_lightning.models.forward.causal_forward import is_checkpointing
+from xpo_lightning.models.forward.lm_head import apply_head, head_logps, logps_and_entropies
+from xpo_lightning.models.forward.prefix_sharing import shared_features
+from xpo_lightning.models.forward.unshared import unshared_features
+from xpo_lightning.models.lora import adapters_cast
+from xpo_lightning.models.sharding import is_sharded
+
+
+def token_logps(model: nn.Module, prompts: Prompts, completions: Completions) -> Tensor:
+    """Score the tokens of completions, at temperature 1 over the full vocabulary.
+
+    Args:
+        model: A transformers causal language model on the device of the prompts. Gradients flow where they are enabled.
+        prompts: B prompts.
+        completions: B completions of them.
+
+    Returns:
+        Natural log-probability of each completion token, in float32; 0 on padding. (B, T)
+    """
+    head = capabilities_of(model).head
+    how = rows_of(model, _width(prompts, completions))
+    return logps_of(unshared_features(model, prompts, completions, head, how), completions, head)
+
+
+@torch.no_grad()
+def next_logits(model: nn.Module, prompts: Prompts) -> Tensor:
+    """Return the logits of the token after each of B prompts, of shape (B, V), under a judge."""
+    found, one = capabilities_of(model), prompts.ids[:, -1:]  # any token will do: what predicts it is asked for
+    head, found.key = found.head, "model.reward"
+    real = torch.ones_like(one, dtype=torch.bool)
+    blank = Completions(one, real, real[:, 0], ("",) * len(one), torch.zeros(one.shape, device=one.device))
+    features = unshared_features(model, prompts, blank, head, rows_of(model, _width(prompts, blank)))
+    return apply_head(features[:, 0], head)
+
+
+def pair_logps(model: nn.Module, prompts: Prompts, completions: Pair[Completions]) -> Pair[Tensor]:
+    """Score both completions of each prompt; the prompt is computed once for both where the model allows it.
+
+    Args:
+        model: As in `token_logps`.
+        prompts: B prompts.
+        completions: B completions a side.
+
+    Returns:
+        Log-probability of each completion, summed over its tokens, in nats. (B,) a side
+    """
+    both, head = _stacked(model, completions), capabilities_of(model).head
+    logps = logps_of(_features_of_both(model, prompts, both), both, head)
+    by_policy, by_sampler = logps.sum(1).chunk(2)
+    return Pair(by_policy, by_sampler)
+
+
+def pair_logps_and_entropies(
+    model: nn.Module, prompts: Prompts, completions: Pair[Completions]
+) -> tuple[Pair[Tensor], Tensor]:
+    """Score both completions of each prompt, and measure how open the policy's next token is along its own completion.
+
+    Args:
+        model: As in `token_logps`.
+        prompts: B prompts.
+        completions: B completions a side.
+
+    Returns:
+        What `pair_logps` returns, and the entropy of the distribution of the next token, over the full vocabulary at
+        temperature 1, in nats, as a mean over the tokens of the policy's completion. (B,)
+    """
+    both, head = _stacked(model, completions), capabilities_of(model).head
+    features = _features_of_both(model, prompts, both)
+    own, sampled = completions.by_policy, completions.by_sampler
+    of_own, of_sampled = features.chunk(2)
+    index, chosen, targets = _real(of_own[:, : own.ids.shape[1]], own)
+    logps, entropies = (_padded(values, index, own) for values in logps_and_entropies(chosen, head, targets))
+    means = entropies.sum(1) / own.lengths.clamp(min=1)
+    by_sampler = logps_of(of_sampled[:, : sampled.ids.shape[1]], sampled, head)
+    return Pair(logps.sum(1), by_sampler.sum(1)), means
+
+
+def shares_prompt(model: nn.Module, length: int) -> Sharing:
+    """Tell how `pair_logps` computes each prompt once; gradient checkpointing switches caches off.
+
+    Args:
+        model: As in `token_logps`.
+        length: Tokens of the longest row, prompt and completion.
+    """
+    recomputes = model.training and torch.is_grad_enabled() and is_checkpointing(model)
+    return Sharing.NOT if recomputes else sharing_of(model, length)
+
+
+def logps_of(features: Tensor, completions: Completions, head: nn.Linear | None) -> Tensor:
+    """Turn features into the log-probabilities of completion tokens; padding costs nothing.
+
+    Args:
+        features: What predicts each token: hidden states (B, T, D) with `head`, or logits (B, T, V).
+        completions: B completions.
+        head: The vocabulary head that the features lack.
+
+    Returns:
+        Natural log-probability of each token, in float32; 0 on padding. (B, T)
+    """
+    index, chosen, targets = _real(features, completions)
+    if head is None:
+        logps = chosen.float().log_softmax(1).gather(1, targets[:, None])[:, 0]
+    else:
+        logps = head_logps(chosen, head, targets)
+    return _padded(logps, index, completions)
+
+
+def _stacked(model: nn.Module, completions: Pair[Completions]) -> Completions:
+    """Put both completions of each prompt below each other, those by the policy first.
+
+    Each pass over layers that are spread over processes gathers their weights, so all processes must take as many:
+    completions of one token each, which one pass over the prompt predicts, are padded to need the second one too.
+    """
+    return stack([completions.by_policy, completions.by_sampler], width=2 if is_sharded(model) else 1)
+
+
+def _features_of_both(model: nn.Module, prompts: Prompts, both: Completions) -> Tensor:
+    """Return what predicts each token of two completions a prompt, stacked: (2B, T, D), or logits (2B, T, V)."""
+    head, length = capabilities_of(model).head, _width(prompts, both)
+    with adapters_cast(model):
+        if model.training:
+            refuse_untrainable(model)
+        sharing = shares_prompt(model, length)
+        if sharing is not Sharing.NOT:
+            return shared_features(model, prompts, both, head, pads_right=sharing is Sharing.PADDED_RIGHT)
+        twice = prompts.select(list(range(len(prompts))) * 2)
+        return unshared_features(model, twice, both, head, rows_of(model, length))
+
+
+def _width(prompts: Prompts, completions: Completions) -> int:
+    return prompts.ids.shape[1] + completions.ids.shape[1]
+
+
+def _real(features: Tensor, completions: Completions) -> tuple[Tensor, Tensor, Tensor]:
+    """Select the N real tokens of (B, T): their places (N,), their features (N, F) and their ids (N,)."""
+    real = torch.arange(completions.ids.shape[1]) < torch.tensor(completions.counts)[:, None]
+    index = real.flatten().nonzero()[:, 0].to(features.device, non_blocking=True)
+    return index, features.flatten(0, 1)[index], completions.ids.flatten()[index]
+
+
+def _padded(values: Tensor, index: Tensor, completions: Completions) -> Tensor:
+    """Put one number for each real token back in its place, of shape (B, T); 0 on padding."""
+    rows, width = completions.ids.shape
+    return values.new_zeros(rows * width).index_put((index,), values).view(rows, width)

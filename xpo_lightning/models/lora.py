@@ -1,0 +1,118 @@
+"""LoRA adapters: which layers can have them, and their type for the time of a computation."""
+
+import inspect
+import re
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from xpo_lightning.models.forward.causal_forward import is_checkpointing
+
+
+@contextmanager
+def adapters_cast(model: nn.Module) -> Iterator[None]:
+    """Convert adapters once, in place of the activations at every layer.
+
+    peft keeps the adapters of a bfloat16 model in float32, to be trained, and converts what goes in and out of each of
+    them, which costs more than the adapters. Gradients flow to the float32 weights.
+
+    Args:
+        model: Any model; without adapters, with ones of its own type, or with ones that are spread over processes,
+            nothing is done. Nor is it where one parameter holds many experts: peft adds adapters to that parameter
+            itself, and converts no activations.
+    """
+    swapped: list[tuple[nn.Module, nn.Parameter]] = []
+    # What is computed again in the backward pass must find the same adapters there.
+    again = torch.is_grad_enabled() and is_checkpointing(model)
+    for layer in [] if again else model.modules():
+        if not isinstance(layer, ParamWrapper) and isinstance(layer, LoraLayer):
+            dtype = layer.get_base_layer().get_parameter("weight").dtype
+            for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
+                weight = matrix._parameters["weight"]
+                if not isinstance(weight, nn.Parameter) or isinstance(weight, DTensor):
+                    continue
+                if weight.dtype != dtype and dtype.is_floating_point:
+                    swapped.append((matrix, weight))
+                    matrix._parameters["weight"] = _converted(matrix, weight, dtype)
+    try:
+        yield
+    finally:
+        for matrix, weight in swapped:
+            matrix._parameters["weight"] = weight
+
+
+def shares_adapted_weights(model: nn.Module) -> bool:
+    """Tell whether a weight that has adapters is a weight of another layer too, so that merging would change both."""
+    owners = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    layers = [layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    return any(owners[id(weight)] > 1 for layer in layers for weight in layer.parameters(recurse=False))
+
+
+def find_unsuitable_linears(model: nn.Module) -> dict[str, str]:
+    """Find linear layers whose adapters would fail or be passed by.
+
+    Args:
+        model: A model without adapters.
+
+    Returns:
+        The full name of each, and why.
+    """
+    reasons = {}
+    fits: dict[type[nn.Module], bool] = {}
+    for prefix, parent in model.named_modules():
+        for name, layer in parent.named_children():
+            if not isinstance(layer, nn.Linear):
+                continue
+            kind, full = type(layer), f"{prefix}.{name}".removeprefix(".")
+            if kind not in fits:
+                fits[kind] = _maps_rows(layer)
+            if not fits[kind]:
+                reasons[full] = f"{kind.__name__} returns something else than a linear layer does"
+            elif _is_passed_by(parent, name):
+                reasons[full] = f"{type(parent).__name__} multiplies with its weight itself"
+    return reasons
+
+
+@torch.no_grad()
+def _maps_rows(layer: nn.Linear) -> bool:
+    """Try whether a class that is built on a linear layer maps rows as one does; a router returns several things."""
+    if type(layer).forward is nn.Linear.forward or not layer.weight.is_floating_point():
+        return True  # Weights that are no floats are quantized, by a library that peft knows.
+    rows = torch.zeros(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+    try:
+        with torch.random.fork_rng([rows.device] if rows.device.type == "cuda" else []):
+            mapped = layer(rows)
+    except Exception:  # Whatever it is that it cannot do with rows, it is no linear layer.
+        return False
+    return isinstance(mapped, torch.Tensor) and mapped.shape == (1, layer.out_features)
+
+
+def _is_passed_by(parent: nn.Module, name: str) -> bool:
+    """Tell whether the code of a module uses a layer's weight itself, as the fused kernels of Mamba do."""
+    try:
+        code = inspect.getsource(type(parent))
+    except (OSError, TypeError):
+        return False
+    return re.search(rf"self\.{name}\.weight\b(?!\[|\.(dtype|device|shape)\b)", code) is not None
+
+
+_copies: "weakref.WeakKeyDictionary[nn.Module, Tensor]" = weakref.WeakKeyDictionary()
+
+
+def _converted(matrix: nn.Module, weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """Convert a weight; where no gradient flows, into a place of its own, which captured steps may read."""
+    if torch.is_grad_enabled():
+        return weight.to(dtype)  # type: ignore[return-value]  # a tensor with a history, where a leaf is expected
+    copy = _copies.get(matrix)
+    if copy is None or (copy.dtype, copy.shape, copy.device) != (dtype, weight.shape, weight.device):
+        with torch.inference_mode(False):
+            _copies[matrix] = copy = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+    return copy.copy_(weight)  # type: ignore[return-value]

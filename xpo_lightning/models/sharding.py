@@ -1,0 +1,135 @@
+"""Weights that are spread over the processes of a run (FSDP2), and put together while models write and score.
+
+Each process samples completions of its own length, so a rollout that gathered weights layer by layer would wait for
+others that have ended. All weights are gathered once before it, and given back after it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import PreTrainedModel
+
+from xpo_lightning.core.errors import InputError
+
+
+def shard_all(modules: Sequence[nn.Module], mesh: Any) -> None:
+    """Spread the weights of all transformers models in some modules over processes.
+
+    Args:
+        modules: Modules that hold models, or are one.
+        mesh: The device mesh of `ModelParallelStrategy`.
+    """
+    for module in modules:
+        if isinstance(module, PreTrainedModel | PeftModel):
+            shard(module, mesh)
+        else:
+            shard_all(list(module.children()), mesh)
+
+
+def shard(model: nn.Module, mesh: Any) -> None:
+    """Spread a model's weights over processes: each of its layers by itself, then the rest.
+
+    Args:
+        model: A transformers model, with or without adapters.
+        mesh: The device mesh of `ModelParallelStrategy`.
+
+    Raises:
+        InputError: The mesh splits tensors too.
+    """
+    if mesh["tensor_parallel"].size() > 1:
+        raise InputError(
+            "trainer.strategy: ModelParallelStrategy must have tensor_parallel_size: 1 and data_parallel_size the "
+            "number of processes; tensor parallelism is not supported"
+        )
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of a transformer: the members of its longest list of modules."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len) if lists else []
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether a model's weights are spread over processes."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+@contextmanager
+def whole(*models: nn.Module) -> Iterator[None]:
+    """Put the weights of models together for a while; all processes must enter it, and may do there what they like.
+
+    Args:
+        models: Any models; those that are not spread stay as they are.
+    """
+    with ExitStack() as stack:
+        for model in models:
+            for root in _roots(model):
+                stack.enter_context(_whole(root))
+        yield
+
+
+@contextmanager
+def _whole(root: FSDPModule) -> Iterator[None]:
+    modules = [module for module in root.modules() if isinstance(module, FSDPModule)]  # type: ignore[attr-defined]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.reshard()
+            # The rest of a model, vocabulary head included, stays together from its forward pass to the backward one.
+            module.set_reshard_after_forward(module is not root, recurse=False)
+
+
+def assembled(model: nn.Module, build: Callable[[], nn.Module], *, here: bool) -> nn.Module | None:
+    """Put a model together for good, as a copy in main memory; all processes must call it.
+
+    Args:
+        model: Any model; one that is not spread is returned as it is.
+        build: Builds another of its kind, whose weights do not matter.
+        here: Whether this process wants it.
+    """
+    if not is_sharded(model):
+        return model
+    weights = {}
+    for name, value in model.state_dict().items():
+        whole_value = full(value)
+        if here:
+            weights[name] = whole_value.cpu()
+    if not here:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        copy = build()
+    copy.load_state_dict(weights)
+    return copy
+
+
+@contextmanager
+def gradients_together(model: nn.Module, *, is_last: bool) -> Iterator[None]:
+    """Let processes add up the gradients of a sharded model with the last micro-batch only."""
+    for root in _roots(model):
+        root.set_requires_gradient_sync(is_last, recurse=True)
+    yield
+
+
+def _roots(model: nn.Module) -> list[FSDPModule]:
+    """Return the outermost sharded modules."""
+    if isinstance(model, FSDPModule):
+        return [model]
+    return [root for child in model.children() for root in _roots(child)]
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor whole that may be spread; all processes must call it."""
+    whole_tensor: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole_tensor

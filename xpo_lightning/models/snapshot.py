@@ -1,0 +1,70 @@
+"""The policy as it was at other times, for the price of its trained weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.models.forward.causal_forward import evaluating
+from xpo_lightning.models.lora import adapters_cast
+
+
+class Snapshot:
+    """Copies of a policy's trained weights.
+
+    Args:
+        policy: The policy, its weights as they are to be kept; with adapters, they alone are copied.
+        dtype: Type of the copies; None is that of the weights. An average needs float32: in bfloat16 small changes
+            would be rounded away.
+    """
+
+    def __init__(self, policy: nn.Module, dtype: torch.dtype | None = None) -> None:
+        trained = _trained(policy).items()
+        self.weights = {name: weight.detach().to(dtype or weight.dtype, copy=True) for name, weight in trained}
+
+    def take(self, policy: nn.Module, mix: float = 1.0) -> None:
+        """Move the copies to (1 - mix) times themselves plus mix times the weights of the policy now."""
+        for name, weight in _trained(policy).items():
+            kept = self.weights[name].to(weight.device)
+            self.weights[name] = kept.lerp_(weight.detach().to(kept.dtype), mix)
+
+    @contextmanager
+    def lent(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """Lend the policy with these weights, in eval mode, without gradients; afterwards it has its own again."""
+        trained = _trained(policy)
+        own = {name: weight.data for name, weight in trained.items()}
+        for name, weight in trained.items():
+            weight.data = self.weights[name].to(weight.device, weight.dtype)
+        try:
+            with torch.no_grad(), evaluating(policy), adapters_cast(policy):
+                yield policy
+        finally:
+            for name, weight in trained.items():
+                weight.data = own[name]
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the copies, for a checkpoint."""
+        return {name: weight.cpu() for name, weight in self.weights.items()}
+
+    def load_state(self, state: dict[str, Any], key: str) -> None:
+        """Take the copies from a checkpoint.
+
+        Args:
+            state: What `state` returned.
+            key: The option that they belong to.
+
+        Raises:
+            InputError: They are of another model.
+        """
+        shapes = {name: weight.shape for name, weight in self.weights.items()}
+        if {name: weight.shape for name, weight in state.items()} != shapes:
+            raise InputError(f"ckpt_path: the checkpoint's weights for {key} do not fit the policy's")
+        # Copied, because a checkpoint may be mapped from its file.
+        self.weights = {name: state[name].to(weight.device, copy=True) for name, weight in self.weights.items()}
+
+
+def _trained(policy: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}

@@ -1,0 +1,187 @@
+"""Writes a page about a run: one HTML file that needs nothing else and loads nothing."""
+
+import base64
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from xpo_lightning import __version__
+from xpo_lightning.core.atomic_files import replacing_file
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.reporting import svg_chart as chart
+from xpo_lightning.reporting.metrics_file import Metrics, read_metrics
+from xpo_lightning.reporting.panels import PANELS
+from xpo_lightning.reporting.run_files import COMPLETIONS, CONFIG, START, RunFiles
+from xpo_lightning.reporting.samples import samples_of
+
+HEADLINES = {
+    "win_rate": (
+        "Held-out win rate",
+        "against the reference; 0.5 is no better than it, and a tie is half a win",
+    ),
+    "objective/kl": ("KL from the reference", "nats a completion; how far the policy has moved away"),
+}
+PHASES = {"step": "a whole step", "policy_forward": "policy, forward", "optimizer": "optimizer's step"}
+HELD_OUT = {
+    "win_rate": "win rate against the reference",
+    "objective/kl": "KL from the reference (nats)",
+    "objective/scores_margin": "score margin, policy − reference",
+    "objective/model_scores": "score of the policy",
+    "objective/ref_scores": "score of the reference",
+    "objective/rlhf_reward": "score less β KL",
+    "loss/dpo": "preference loss",
+    "completions/model_length": "completion length (tokens)",
+    "val/model_contain_eos_token": "ended by themselves",
+    "pairs/tied": "tied pairs",
+}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number with its standard error, where that was logged."""
+
+    number: float
+    error: float | None = None
+
+    def __str__(self) -> str:
+        """Write it with three digits after the point."""
+        number = f"{self.number:z.3f}".replace("-", "−")
+        return number if self.error is None else f"{number} ± {self.error:.3f}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A held-out metric over a run.
+
+    Args:
+        title: What it is.
+        note: What it means.
+        steps: The steps of the validations that are compared: the first and the last, or the only one.
+        values: What was measured at each.
+    """
+
+    title: str
+    note: str
+    steps: list[int]
+    values: list[Value]
+
+
+def headlines(metrics: Metrics) -> list[Change]:
+    """Return the numbers that stand above all others, as far as they were logged."""
+    changes = (_change(metrics, name, title, note) for name, (title, note) in HEADLINES.items())
+    return [change for change in changes if change]
+
+
+def held_out(metrics: Metrics) -> list[Change]:
+    """Return the held-out metrics, as far as they were logged."""
+    changes = (_change(metrics, name, title, "") for name, title in HELD_OUT.items())
+    return [change for change in changes if change]
+
+
+def timings(metrics: Metrics) -> dict[str, str]:
+    """Return the medians of what `Throughput` logged."""
+    facts = {}
+    for name, series in metrics.items():
+        values = [value for value in series.values if math.isfinite(value)]
+        group, _, what = name.partition("/")
+        if values and group == "throughput":
+            facts[what.replace("_", " ")] = f"{median(values):,.4g}"
+        elif values and group == "time":
+            facts[f"{PHASES.get(what, what).replace('_', ' ')} (seconds)"] = f"{median(values):.3g}"
+    return facts
+
+
+def last_step(metrics: Metrics) -> int:
+    """Return the last step of which anything was logged."""
+    return max((series.steps[-1] for series in metrics.values()), default=0)
+
+
+def _change(metrics: Metrics, name: str, title: str, note: str) -> Change | None:
+    series, errors = metrics.get(f"eval/{name}"), metrics.get(f"eval/{name}_stderr")
+    if series is None:
+        return None
+    places = sorted({0, len(series.steps) - 1})
+    steps = [series.steps[place] for place in places]
+    values = [
+        Value(series.values[place], errors.at(step) if errors else None)
+        for place, step in zip(places, steps, strict=True)
+    ]
+    return Change(title, note, steps, values)
+
+
+def write_report(run: RunFiles, path: Path) -> None:
+    """Write the page about a run.
+
+    Args:
+        run: The run.
+        path: Where the page goes.
+
+    Raises:
+        InputError: The run has no metrics that the page could show, or one of its files is not what it should be.
+    """
+    page = report_of(run)
+    with replacing_file(path) as file:
+        file.write(page)
+
+
+def report_of(run: RunFiles) -> str:
+    """Compose the page about a run from what lies in its folder.
+
+    Whatever comes from the run is text, and stays text: the template escapes it all, and the page's security policy
+    lets no script run but its own.
+    """
+    metrics = read_metrics(run.metrics) if run.metrics.is_file() else {}
+    charts = {panel.title: chart.chart_of(panel, metrics) for panel in PANELS}
+    drawn = [one for one in charts.values() if one]
+    if not drawn:
+        raise InputError(f"{run.metrics} has no metric to draw; lower trainer.log_every_n_steps for a short run")
+    environment = Environment(
+        loader=PackageLoader("xpo_lightning.reporting", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["readable"] = readable
+    return environment.get_template("report.html.j2").render(
+        run=run,
+        steps=last_step(metrics),
+        headlines=headlines(metrics),
+        held_out=held_out(metrics),
+        charts=drawn,
+        not_logged=[title for title, one in charts.items() if one is None],
+        box=chart,
+        samples=samples_of(run.text(COMPLETIONS) or ""),
+        timings=timings(metrics),
+        validations=len(metrics["eval/win_rate"].steps) if "eval/win_rate" in metrics else 0,
+        start=_start(run),
+        config=run.text(CONFIG),
+        version=__version__,
+        script_hash=_hash(environment.get_template("report.js").render()),
+    )
+
+
+def readable(text: Any) -> str:
+    """Replace what a page cannot hold: control characters but line breaks and tabs, and halves of characters."""
+    whole = str(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return "".join(c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else "�" for c in whole)
+
+
+def _start(run: RunFiles) -> dict[str, dict[str, str]]:
+    """Read what `RunSummary` wrote; nothing where there was none."""
+    try:
+        groups: dict[str, dict[str, str]] = json.loads(run.text(START) or "{}")
+        return {title: dict(facts) for title, facts in groups.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{run.folder / START} is no file of RunSummary ({error}); remove it") from error
+
+
+def _hash(script: str) -> str:
+    """Name a script as the page's security policy does."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,0 +1,124 @@
+"""The README of an exported policy: what it is, and how it came about."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from xpo_lightning.core.versions import installed_version
+from xpo_lightning.losses.schedules import Constant, Schedule
+from xpo_lightning.module import XPOLightningModule
+
+PACKAGES = ("torch", "transformers", "lightning", "peft", "xpo-lightning")
+EVALUATED = {
+    "win rate against the reference": "win_rate",
+    "KL from the reference (nats)": "objective/kl",
+    "mean score": "objective/model_scores",
+    "mean score of the reference": "objective/ref_scores",
+    "preference loss": "loss/dpo",
+}
+
+
+def model_card(
+    module: XPOLightningModule, facts: dict[str, str], metrics: Mapping[str, Tensor], is_adapter: bool
+) -> str:
+    """Write the card.
+
+    Args:
+        module: The module, with its settings.
+        facts: What else is known of its training, see `training_facts`.
+        metrics: What was measured last; those under `eval/` are shown.
+        is_adapter: True where the folder holds adapters alone.
+
+    Returns:
+        Markdown with a YAML header. The licence is left out: it is the base model's, and nobody here knows it.
+    """
+    base = module.policy_spec.path
+    parts = [
+        _header(base, is_adapter),
+        "# A policy trained with XPO\n",
+        f"Started from `{base}` and trained with Exploratory Preference Optimization "
+        f"([XPO](https://arxiv.org/abs/2405.21046)) by xpo-lightning.\n",
+        _table("training", {**facts, **_settings(module)}),
+        _table("last validation", _evaluation_facts(metrics)),
+        _table("package", {name: installed_version(name) for name in PACKAGES}),
+        _usage(is_adapter),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _header(base: str, is_adapter: bool) -> str:
+    lines = ["---", f"library_name: {'peft' if is_adapter else 'transformers'}", "pipeline_tag: text-generation"]
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) and not Path(base).exists():
+        lines.append(f"base_model: {json.dumps(base)}")
+    return "\n".join([*lines, "tags:", "- xpo", "- preference-optimization", "---", ""])
+
+
+def facts_of_trainer(trainer: Trainer) -> dict[str, str]:
+    """Return what a trainer knows, with its data module and optimizer."""
+    groups = trainer.optimizers[0].param_groups if trainer.optimizers else []
+    return training_facts(trainer.global_step, groups, trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def training_facts(steps: int, groups: Sequence[Mapping[str, Any]], data: Any) -> dict[str, str]:
+    """Say how long, how fast and on what a policy was trained.
+
+    Args:
+        steps: Optimizer steps.
+        groups: The optimizer's parameter groups, without parameters or with; may be empty.
+        data: The data module, or None.
+    """
+    facts = {"optimizer steps": str(steps)}
+    if groups:
+        facts["peak learning rate"] = f"{groups[0].get('initial_lr', groups[0]['lr']):g}"
+    source = getattr(getattr(data, "source", None), "name", None)
+    return {**facts, "prompts": str(source)} if source else facts
+
+
+def _settings(module: XPOLightningModule) -> dict[str, str]:
+    return {
+        "alpha": _describe(module.objective.alpha),
+        "beta": _describe(module.objective.beta),
+        "adapters": "none" if module.lora is None else str(module.lora),
+        "sampling": str(module.sampling),
+    }
+
+
+def _evaluation_facts(metrics: Mapping[str, Tensor]) -> dict[str, str]:
+    facts = {}
+    for label, name in EVALUATED.items():
+        if (value := metrics.get(f"eval/{name}")) is not None:
+            error = metrics.get(f"eval/{name}_stderr")
+            facts[label] = f"{float(value):.4g}" + ("" if error is None else f" ± {float(error):.2g}")
+    return facts
+
+
+def _describe(schedule: Schedule) -> str:
+    if isinstance(schedule, Constant):
+        return f"{schedule.value:g}"
+    settings = ", ".join(f"{name}={value}" for name, value in vars(schedule).items())
+    return f"{type(schedule).__name__}({settings})"
+
+
+def _table(title: str, facts: dict[str, Any]) -> str:
+    rows = [f"| {name} | {value} |" for name, value in facts.items()]
+    return "\n".join([f"| {title} | |", "| --- | --- |", *rows, ""]) if rows else ""
+
+
+def _usage(is_adapter: bool) -> str:
+    loader, imports = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    if is_adapter:
+        loader = "AutoPeftModelForCausalLM"
+        imports = f"from peft import {loader}\nfrom transformers import AutoTokenizer"
+    return f"""\
+```python
+{imports}
+
+model = {loader}.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+```
+"""

@@ -1,0 +1,111 @@
+"""Describes a run before its first step: models, data, and what a step consists of."""
+
+from collections.abc import Iterator
+
+from lightning.pytorch import Trainer
+from torch import nn
+
+from xpo_lightning.data import PromptDataModule
+from xpo_lightning.data.dataloader import PromptDataset, PromptStream
+from xpo_lightning.models.sharding import is_sharded
+from xpo_lightning.module import XPOLightningModule
+from xpo_lightning.reporting.memory.estimate import Footprint, estimate
+from xpo_lightning.reporting.memory.run_plan import count, plan_of, rewards_with_models
+
+
+def models_of(module: XPOLightningModule) -> Iterator[tuple[str, str]]:
+    """Describe the models of a module, which are loaded: a subject and what there is to say of it, each."""
+    weights = sum(weight.numel() for weight in module.trained_parameters())
+    total = count(module.policy)
+    trained = "all trained" if weights == total else f"{weights:,} trained ({weights / total:.2%})"
+    yield "policy", f"{module.policy_spec.path}: {total:,} weights in {_types(module.policy)}, {trained}"
+    yield "reference", "the policy with its adapters off" if module.lora else "a copy of the policy as it is"
+    models = [
+        f"{part.source.path}: {count(part):,} weights in {_types(part)}, reads "
+        f"{part.encoder.max_tokens if part.encoder and part.encoder.max_tokens else 'any number of'} tokens"
+        for part in rewards_with_models(module)
+    ]
+    yield "reward", "; ".join([type(module.reward).__name__, *models])
+
+
+def estimate_text(whole: Footprint, there: int | None = None) -> str:
+    """Say what a step takes, and what it is made of.
+
+    Args:
+        whole: The estimate.
+        there: Bytes that the device has, if they are known.
+    """
+    parts = {
+        "models": whole.policy + whole.reference + whole.reward + whole.copies,
+        "gradient and optimizer": whole.gradients + whole.optimizer,
+        "completions": whole.rollout,
+        "reward": whole.scoring,
+        "micro-batch": whole.micro_batch,
+    }
+    of = "" if there is None else f", of {size_text(there)},"
+    shares = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
+    return f"{size_text(whole.peak)} of tensors{of} in a step: {shares}"
+
+
+def size_text(size: float) -> str:
+    """Write a number of bytes for people."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def _types(model: nn.Module) -> str:
+    return ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}))
+
+
+def opening_lines(trainer: Trainer, module: XPOLightningModule) -> dict[str, str]:
+    """Describe a run whose models are loaded and whose loaders are not: models, data, length and expected memory."""
+    lines = dict(models_of(module))
+    data = getattr(trainer, "datamodule", None)
+    if isinstance(data, PromptDataModule):
+        lines |= dict(_data(data, module))
+    lines["run"] = _length(trainer)
+    if isinstance(data, PromptDataModule) and (memory := _memory(trainer, module, data)):
+        lines["memory"] = memory
+    return lines
+
+
+def _data(data: PromptDataModule, module: XPOLightningModule) -> Iterator[tuple[str, str]]:
+    for role, prompts in data.prompts.items():
+        yield role, f"{_prompts(prompts)} of {data.source_of(role).name}"
+    size = data.batching.size
+    completions = 2 * module.candidates.count * size
+    new = module.sampling.max_new_tokens
+    yield "batch", f"{size:,} prompts, {completions:,} completions of at most {new:,} tokens"
+
+
+def _prompts(prompts: PromptDataset | PromptStream) -> str:
+    if not isinstance(prompts, PromptDataset):
+        return "a stream"
+    lengths = prompts.lengths
+    mean = sum(lengths) / len(lengths)
+    return f"{len(lengths):,} prompts of {mean:.1f} tokens on average, the longest {max(lengths):,},"
+
+
+def _length(trainer: Trainer) -> str:
+    limits = [f"{trainer.max_steps:,} optimizer steps"] if trainer.max_steps > 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        limits.append(f"{trainer.max_epochs:,} epoch{'s' * (trainer.max_epochs != 1)}")
+    length = " or ".join(limits) or "no known end"
+    processes = f" on {trainer.world_size} devices" if trainer.world_size > 1 else ""
+    resumed = f", going on from {trainer.ckpt_path}" if trainer.ckpt_path else ""
+    return f"{length}{processes}, in {trainer.precision}{resumed}"
+
+
+def _memory(trainer: Trainer, module: XPOLightningModule, data: PromptDataModule) -> str | None:
+    """Estimate a step's memory; nobody can for unknown architectures, spread weights, and prompts of any length."""
+    prompts = data.prompts.get("training")
+    longest = max(prompts.lengths) if isinstance(prompts, PromptDataset) else data.encoding.max_tokens
+    if longest is None or is_sharded(module.policy) or not trainer.optimizers:
+        return None
+    plan = plan_of(
+        module,
+        trainer.optimizers[0],
+        batch_size=data.batching.size,
+        longest=longest,
+        computes_in_bfloat16=trainer.precision == "bf16-mixed",
+    )
+    return None if plan is None else estimate_text(estimate(plan))

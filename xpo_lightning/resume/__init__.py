@@ -1,1 +1,0 @@
-"""What a resumed run needs besides its weights."""

@@ -1,0 +1,134 @@
+"""A judge that asks whoever sits at the terminal."""
+
+import math
+import os
+import select
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+from torch import Tensor
+
+from xpo_lightning.core.batch import RawPrompt
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.fault_tolerance.guard import StopAsked
+from xpo_lightning.rewards.base import Judge
+from xpo_lightning.rewards.llm_judge import as_text, is_exchanged
+
+_LONGEST_WAIT = 1.0  # seconds; after this it is seen that the run is asked to stop
+_ANSWERS = {"1": 1.0, "2": 0.0, "=": 0.5, "s": math.nan}
+_QUIT = "q"
+
+
+class HumanJudge(Judge):
+    """Asks a human at the terminal which of two completions is better.
+
+    Which completion is shown as 1 is decided by a hash of the texts, so it says nothing of who wrote it. The answers
+    are 1, 2, = (a tie), s (skip: no answer) and q, which ends the run as Ctrl-C does: the step that the pairs belong
+    to is taken anew, and its pairs are asked again, when the run is resumed.
+
+    It needs a terminal, and one process (`trainer.devices: 1`). Questions are shown on standard error; a progress bar
+    beside them is hard to read, so leave `XPOProgressBar` out of `trainer.callbacks`, and set
+    `trainer.enable_progress_bar` to false.
+
+    Args:
+        invalid: What becomes of a pair that is skipped: `skip` leaves it out of the preference loss, `tie` takes it for
+            undecided, `error` ends the run.
+    """
+
+    def load(self) -> None:
+        """See that there is somebody to ask.
+
+        Raises:
+            InputError: Standard input is no terminal, or the run has several processes.
+        """
+        if os.name != "posix" or sys.stdin is None or sys.stdin.closed or not sys.stdin.isatty():
+            raise InputError(
+                "model.reward: HumanJudge asks at a terminal, but standard input is none; start the run in a POSIX "
+                "terminal, in the foreground and without redirecting its input, or choose another judge"
+            )
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            raise InputError(
+                f"model.reward: HumanJudge asks one human, but the run has {torch.distributed.get_world_size()} "
+                f"processes; set trainer.devices and trainer.num_nodes to 1"
+            )
+
+    def compare(
+        self,
+        prompts: Sequence[RawPrompt],
+        firsts: Sequence[str],
+        seconds: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> Tensor:
+        """Ask about one pair after the other.
+
+        Args:
+            prompts: B prompts, text or chat messages.
+            firsts: B completions.
+            seconds: B others.
+            columns: Not used.
+
+        Returns:
+            1 where the first is better, 0 where the second is, 0.5 for a tie, NaN where the pair was skipped. (B,)
+
+        Raises:
+            InputError: The input ended.
+            StopAsked: The human quits, or the run was asked to stop.
+        """
+        console = Console(stderr=True, highlight=False)
+        answers = []
+        for number, (prompt, first, second) in enumerate(zip(prompts, firsts, seconds, strict=True), 1):
+            exchanged = is_exchanged(prompt, first, second)
+            _discard_typed()
+            console.rule(f"Pair {number} of {len(prompts)} in this batch, {len(prompts) - number} left after it")
+            shown = (second, first) if exchanged else (first, second)
+            for title, text in zip(("Prompt", "1", "2"), (as_text(prompt), *shown), strict=True):
+                console.print(Panel(Text(_visible(text)), title=title, title_align="left"))
+            answer = self._answer(console)
+            answers.append(1 - answer if exchanged else answer)
+        return torch.tensor(answers)
+
+    def _answer(self, console: Console) -> float:
+        """Wait for an answer that can be used, and return the probability that the one shown first is better."""
+        ask = "Which is better? 1, 2, = (tie), s (skip) or q (quit), then Enter: "
+        while True:
+            console.print(ask, end="")
+            line = self._read_line().strip().lower()
+            if line in _ANSWERS:
+                return _ANSWERS[line]
+            if line == _QUIT:
+                raise StopAsked(130)  # the status after Ctrl-C
+            ask = "Please answer 1, 2, =, s or q, then Enter: "
+
+    def _read_line(self) -> str:
+        """Wait for a line, letting the run stop meanwhile.
+
+        It is read from the terminal itself, since Python's buffer could hold lines that `select` knows nothing of.
+        """
+        terminal = sys.stdin.fileno()
+        while not select.select([terminal], [], [], _LONGEST_WAIT)[0]:
+            self.check()
+        try:
+            line = os.read(terminal, 4096)  # at most one line
+        except OSError:  # the terminal is gone
+            line = b""
+        if not line:
+            raise InputError("model.reward: the terminal's input ended before HumanJudge had its answer")
+        return line.decode(errors="replace")
+
+
+def _discard_typed() -> None:
+    """Forget what was typed before the question was shown; it answers nothing."""
+    import termios  # noqa: PLC0415  (POSIX systems alone have it)
+
+    termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
+
+
+def _visible(text: str) -> str:
+    """Write control characters as escapes: a completion must not be able to steer the terminal."""
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else ascii(sign)[1:-1] for sign in text)

@@ -1,0 +1,174 @@
+"""From scores or a judge's answers to labels: who wrote the better completion."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from xpo_lightning.core.errors import InputError
+
+Rule = Literal["argmax", "bradley_terry", "soft"]
+Ties = Literal["half", "policy", "sampler", "random"]
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """What is known of which completion of each pair is better.
+
+    Args:
+        margins: Score of the policy's completion minus that of the sampler's; 2p - 1 for a judge's probability p. NaN
+            where a judge has no answer. (B,)
+        probabilities: A judge's probability that the policy's completion is better, NaN as above; None where there are
+            scores. (B,)
+    """
+
+    margins: Tensor
+    probabilities: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the loss learns from.
+
+    Args:
+        labels: Probability that the policy's completion is the better one, as it is taken to be. (B,)
+        silent: True where the pair says nothing about preference. (B,)
+    """
+
+    labels: Tensor
+    silent: Tensor
+
+
+@dataclass(frozen=True)
+class LabelRule:
+    """How a label, the probability that the policy's completion is the better one, comes from scores or from a judge.
+
+    Args:
+        rule: `argmax`: the higher score wins. `bradley_terry`: one of the two wins by a draw with the probability
+            sigma(score difference / temperature), as in the theory of XPO, or with a judge's own (Bradley and Terry
+            1952). `soft`: that probability itself is the label.
+        ties: Label of exactly equal scores under `argmax`: `half` counts half for each side, `policy` and `sampler`
+            let that side win, and `random` tosses a coin.
+        temperature: Divides score differences, and a judge's log-odds, before they become probabilities; above 1 they
+            are less certain.
+        flip: Probability that a label is turned round, p to 1 - p, while the policy trains, in [0, 0.5): labels as
+            noisy as those of people.
+        min_margin: While the policy trains, pairs whose scores differ by less (for a judge, whose probabilities of the
+            two sides differ by less) have no preference term.
+
+    Raises:
+        InputError: A value is out of range, or two do not go together.
+    """
+
+    rule: Rule = "argmax"
+    ties: Ties = "half"
+    temperature: float = 1.0
+    flip: float = 0.0
+    min_margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range, and options that the rule would ignore."""
+        for name, value, choices in (("rule", self.rule, get_args(Rule)), ("ties", self.ties, get_args(Ties))):
+            if value not in choices:
+                raise InputError(f"model.labels.{name} must be one of {', '.join(choices)}, but is {value}")
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"model.labels.temperature must be above 0 and finite, but is {self.temperature}")
+        if not 0 <= self.flip < 0.5:
+            raise InputError(f"model.labels.flip must be at least 0 and below 0.5, but is {self.flip}")
+        if not 0 <= self.min_margin < math.inf:
+            raise InputError(f"model.labels.min_margin must be at least 0 and finite, but is {self.min_margin}")
+        if self.rule == "argmax" and self.temperature != 1:
+            raise InputError(
+                f"model.labels.temperature={self.temperature} changes nothing with model.labels.rule=argmax; leave it "
+                f"out, or set the rule to bradley_terry or soft"
+            )
+        if self.rule != "argmax" and self.ties != "half":
+            raise InputError(
+                f"model.labels.ties={self.ties} needs model.labels.rule=argmax, but the rule is {self.rule}, for which "
+                f"equal scores are a probability of 0.5; leave it out"
+            )
+
+    def probability(self, preferences: Preferences) -> Tensor:
+        """Turn score differences or a judge's verdicts into probabilities.
+
+        Args:
+            preferences: Of B pairs.
+
+        Returns:
+            The probability that the policy's completion is the better one. (B,)
+        """
+        if preferences.probabilities is None:
+            return torch.sigmoid(preferences.margins / self.temperature)
+        return tempered(preferences.probabilities, self.temperature)
+
+    def __call__(self, preferences: Preferences, uniforms: Tensor | None) -> Labels:
+        """Label pairs.
+
+        Args:
+            preferences: What is known of B pairs.
+            uniforms: Numbers in [0, 1), the first of a row for the draw of its winner, the second for the flip (B, 2);
+                None for labels without randomness, as validation wants them: a draw becomes its probability, nothing
+                is flipped, and no pair is left out for its margin.
+
+        Returns:
+            The labels; 0.5 and silent where a judge has no answer.
+        """
+        labels = self._labels(preferences, None if uniforms is None else uniforms[:, 0])
+        unanswered = preferences.margins.isnan()
+        silent = unanswered
+        if uniforms is not None:
+            labels = torch.where(uniforms[:, 1] < self.flip, 1 - labels, labels)
+            silent = silent | (preferences.margins.abs() < self.min_margin)
+        return Labels(torch.where(unanswered, 0.5, labels), silent)
+
+    def _labels(self, preferences: Preferences, draws: Tensor | None) -> Tensor:
+        """Label pairs before any is flipped, with one number a pair (B,) for the draw, or with none."""
+        margins = preferences.margins
+        if self.rule == "argmax":
+            labels = (torch.sign(margins) + 1) / 2
+            return torch.where(margins == 0, self._tied(labels, draws), labels)
+        probabilities = self.probability(preferences)
+        if self.rule == "soft" or draws is None:
+            return probabilities
+        return (draws < probabilities).to(probabilities.dtype)
+
+    def _tied(self, like: Tensor, draws: Tensor | None) -> Tensor:
+        if self.ties == "random" and draws is not None:
+            return (draws < 0.5).to(like.dtype)
+        return torch.full_like(like, {"policy": 1.0, "sampler": 0.0}.get(self.ties, 0.5))
+
+
+def tempered(probabilities: Tensor, temperature: float) -> Tensor:
+    """Divide log-odds by a temperature.
+
+    Args:
+        probabilities: B probabilities p, 0 and 1 included.
+        temperature: T, above 0.
+
+    Returns:
+        p^(1/T) / (p^(1/T) + (1 - p)^(1/T)); p itself where T is 1. (B,)
+    """
+    return probabilities if temperature == 1 else torch.sigmoid(torch.logit(probabilities) / temperature)
+
+
+def check_penalty(penalty: float | None) -> float | None:
+    """Refuse a penalty that would reward completions for being cut; give back any other."""
+    if penalty is not None and not penalty >= 0:
+        raise InputError(f"model.missing_eos_penalty must be at least 0 or null, but is {penalty}")
+    return penalty
+
+
+def penalize_missing_eos(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:
+    """Subtract `penalty` from the scores of completions that were cut before they ended.
+
+    Args:
+        scores: The reward model's scores. (B,)
+        ended: True where the completion ended by itself (EOS or a stop string). (B,)
+        penalty: What a cut completion loses, in units of the score.
+
+    Returns:
+        The scores that are compared. (B,)
+    """
+    return torch.where(ended, scores, scores - penalty)

@@ -1,0 +1,1 @@
+"""A reward model: a sequence classifier of transformers with one label."""

@@ -1,0 +1,120 @@
+"""Where completions of a few prompts are written: what a model has read of them serves as long as it is of use."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+from torch import Tensor, nn
+
+from xpo_lightning.core.batch import Completions, Prompts
+from xpo_lightning.core.timer import PhaseTimer
+from xpo_lightning.models.forward.causal_forward import evaluating
+from xpo_lightning.models.lora import adapters_cast
+from xpo_lightning.rollout.local import LocalRollout
+from xpo_lightning.rollout.opening import AnySession
+from xpo_lightning.rollout.reference_cache import Entry, missing_rows, with_kept
+
+LendReference = Callable[[], AbstractContextManager[nn.Module]]
+
+
+class Desk:
+    """Writes completions of B prompts, each by one of several models, and scores them under the reference.
+
+    Args:
+        rollout: Samples completions.
+        policy: The policy.
+        lend_reference: Lends the reference, in eval mode.
+        prompts: B prompts.
+        kept: What the reference wrote for each before, None where it did not. Length B.
+        timer: Times the phases.
+    """
+
+    def __init__(
+        self,
+        rollout: LocalRollout,
+        policy: nn.Module,
+        lend_reference: LendReference,
+        prompts: Prompts,
+        kept: Sequence[Entry | None],
+        timer: PhaseTimer,
+    ) -> None:
+        self.rollout, self.policy, self.lend_reference = rollout, policy, lend_reference
+        self.prompts, self.kept, self.timer = prompts, kept, timer
+        self.device = prompts.ids.device
+        self._read_by_policy: AnySession | None = None
+        self._read_by_reference: AnySession | None = None
+
+    def by_reference(self, uniforms: Sequence[Tensor]) -> list[Completions]:
+        """Let the reference write, except for prompts that it wrote for before.
+
+        Args:
+            uniforms: The randomness of each completion of a prompt. (B, max_new_tokens) each
+
+        Returns:
+            B completions for each entry of `uniforms`.
+        """
+        missing = missing_rows(self.kept)
+        written: list[Completions | None] = [None] * len(uniforms)
+        if missing:
+            some, numbers = self.prompts.select(missing), [every[missing] for every in uniforms]
+            with self.timer("reference_rollout", self.device), self.lend_reference() as reference:
+                read, new = self.rollout.several(reference, some, numbers, None)
+                read.rest()
+            written = list(new)
+            if len(missing) == len(self.prompts):
+                self._read_by_reference = read
+        return [with_kept(fresh, self.kept, self.device) for fresh in written]
+
+    def by_policy(self, uniforms: Sequence[Tensor]) -> list[Completions]:
+        """Let the policy write; it reads the prompts once for all calls.
+
+        Args:
+            uniforms: The randomness of each completion of a prompt. (B, max_new_tokens) each
+
+        Returns:
+            B completions for each entry of `uniforms`.
+        """
+        with self.timer("policy_rollout", self.device), evaluating(self.policy), adapters_cast(self.policy):
+            read, written = self.rollout.several(self.policy, self.prompts, uniforms, self._read_by_policy)
+        self._read_by_policy = read
+        return written
+
+    def by(self, lent: AbstractContextManager[nn.Module], uniforms: Sequence[Tensor]) -> list[Completions]:
+        """Let another model write.
+
+        Args:
+            lent: Gives the model, in eval mode, and takes it back.
+            uniforms: The randomness of each completion of a prompt. (B, max_new_tokens) each
+
+        Returns:
+            B completions for each entry of `uniforms`.
+        """
+        with self.timer("reference_rollout", self.device), lent as model:
+            return self.rollout.several(model, self.prompts, uniforms, None)[1]
+
+    def policy_logps(self, completions: Sequence[Completions]) -> list[Tensor]:
+        """Score completions under the policy as it samples, without dropout and without gradient.
+
+        Args:
+            completions: B completions each.
+
+        Returns:
+            The policy's log-probability of each, summed over its tokens, in nats. (B,) each
+        """
+        with self.timer("policy_rollout", self.device), evaluating(self.policy), adapters_cast(self.policy):
+            read = self.rollout.open(self.policy, self.prompts)
+            return [read.logps(some) for some in completions]
+
+    def reference_logps(self, completions: Sequence[Completions]) -> list[Tensor]:
+        """Score completions under the reference; nothing more can be written by the policy afterwards.
+
+        Args:
+            completions: B completions each.
+
+        Returns:
+            The reference's log-probability of each, summed over its tokens, in nats. (B,) each
+        """
+        self._read_by_policy = None
+        with self.timer("reference_scoring", self.device), self.lend_reference() as reference:
+            if self._read_by_reference is None:
+                self._read_by_reference = self.rollout.open(reference, self.prompts)
+            return [self._read_by_reference.logps(some) for some in completions]

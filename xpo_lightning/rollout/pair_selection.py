@@ -1,0 +1,108 @@
+"""Several completions a side, and which two of them become the pair."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from xpo_lightning.core.batch import Completions, Pair, stack
+from xpo_lightning.core.errors import InputError
+
+Choice = Literal["first", "best_of_each", "largest_margin", "best_and_worst"]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """How many completions each side writes for a prompt, and which two are compared.
+
+    The pair always has one completion by the policy and one by the sampler, so that the exploration term keeps a
+    sample of the sampler's (arXiv 2405.21046, Algorithm 1). Validation compares one completion a side.
+
+    Args:
+        count: Completions a side, K.
+        choose: The pair: `first`, the only one where K is 1; `best_of_each`, the best of the policy's and the best of
+            the sampler's; `largest_margin`, the two whose scores differ most; `best_and_worst`, the best of all 2K, and
+            of the other side the worst. Where the sampler is the policy itself, both sides are one, and
+            `best_and_worst` takes the best and the worst of all 2K.
+
+    Raises:
+        InputError: `count` is below 1, or does not suit `choose`.
+    """
+
+    count: int = 1
+    choose: Choice = "first"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.count < 1:
+            raise InputError(f"model.candidates.count must be at least 1, but is {self.count}")
+        if (self.count > 1) == (self.choose == "first"):
+            raise InputError(
+                f"model.candidates.choose={self.choose} does not suit model.candidates.count={self.count}: of one "
+                f"completion a side the first is taken, and of several, one of best_of_each, largest_margin and "
+                f"best_and_worst"
+            )
+
+    def __call__(self, scores: Pair[Tensor], *, one_writer: bool) -> Pair[Tensor]:
+        """Choose a pair for each prompt; of equal scores, the first.
+
+        Args:
+            scores: Scores of K completions of B prompts. (K, B) a side
+            one_writer: Whether the sampler is the policy itself, so that a completion may change sides.
+
+        Returns:
+            Which completion each side of the pair is: k for the policy's k-th, K + k for the sampler's k-th. (B,) each
+        """
+        own, others = scores.by_policy, scores.by_sampler
+        count = len(own)
+        if self.choose == "best_of_each":
+            return Pair(own.argmax(0), others.argmax(0) + count)
+        if self.choose == "largest_margin":
+            margins = (own[:, None] - others[None]).abs().flatten(0, 1)  # (K * K, B)
+            widest = margins.argmax(0)
+            return Pair(widest // count, widest % count + count)
+        if self.choose == "best_and_worst":
+            return _best_and_worst(own, others, one_writer=one_writer)
+        first = torch.zeros_like(own[0], dtype=torch.long)
+        return Pair(first, first + count)
+
+
+def _best_and_worst(own: Tensor, others: Tensor, *, one_writer: bool) -> Pair[Tensor]:
+    count, both = len(own), torch.cat([own, others])
+    if not one_writer:
+        policy_best = own.amax(0) >= others.amax(0)
+        by_policy = torch.where(policy_best, own.argmax(0), own.argmin(0))
+        return Pair(by_policy, torch.where(policy_best, others.argmin(0), others.argmax(0)) + count)
+    best, worst = both.argmax(0), both.argmin(0)
+    # All scores equal: the first of each side.
+    worst = torch.where(best == worst, worst + count, worst)
+    # The best stays on its side, which either is as likely to be, and the worst is on the other.
+    return Pair(torch.where(best < count, best, worst), torch.where(best < count, worst, best))
+
+
+def chosen_completions(candidates: Pair[list[Completions]], places: Pair[Tensor]) -> Pair[Completions]:
+    """Take the chosen completions.
+
+    Args:
+        candidates: K times B completions a side.
+        places: As `Candidates` returns them. (B,) a side
+
+    Returns:
+        B completions a side.
+    """
+    if len(candidates.by_policy) == 1:
+        return candidates.map(lambda side: side[0])
+    everything = stack([*candidates.by_policy, *candidates.by_sampler])
+    return places.map(lambda side: everything.select(rows_of(side)))
+
+
+def chosen_values(candidates: Pair[Tensor], places: Pair[Tensor]) -> Pair[Tensor]:
+    """Take the values of the chosen completions, of (K, B) a side; (B,) a side."""
+    everything = torch.cat([candidates.by_policy, candidates.by_sampler]).flatten()
+    return places.map(lambda side: everything[torch.tensor(rows_of(side), device=side.device)])
+
+
+def rows_of(places: Tensor) -> list[int]:
+    """Tell in which row each chosen completion is, once all candidates stand below each other, B rows each."""
+    return [place * len(places) + row for row, place in enumerate(places.tolist())]

@@ -1,0 +1,177 @@
+"""Who writes the completion that the policy's is compared with: pi_samp of arXiv 2405.21046, Appendix C.1."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from xpo_lightning.core.batch import Completions
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.timed_call import UserFunction
+from xpo_lightning.models.snapshot import Snapshot
+from xpo_lightning.rollout.context import Desk
+
+
+class Sampler(ABC):
+    """Writes the second completion of each pair while the policy trains; validation compares with the reference.
+
+    Attributes:
+        is_policy: Whether it is the policy itself.
+        is_reference: Whether it is the reference, which then knows the log-probabilities of what it wrote.
+    """
+
+    is_policy = False
+    is_reference = False
+
+    @abstractmethod
+    def write(self, desk: Desk, uniforms: Sequence[Tensor]) -> list[Completions]:
+        """Write completions of the prompts on a desk.
+
+        Args:
+            desk: B prompts, and the models.
+            uniforms: Randomness in [0, 1) of each completion of a prompt, float64. (B, max_new_tokens) each
+
+        Returns:
+            B completions for each entry of `uniforms`.
+        """
+
+    def begin(self, policy: nn.Module) -> None:  # noqa: B027  (a hook)
+        """Take note of the policy before it is trained.
+
+        Args:
+            policy: The policy.
+        """
+
+    def after_batch(self, batches: int, policy: nn.Module) -> None:  # noqa: B027  (a hook)
+        """Take note of the policy after a batch.
+
+        Args:
+            batches: Batches that the run has finished.
+            policy: The policy, as it is now.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs: plain values and tensors, the same in every process."""
+        return {"class": type(self).__name__}
+
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027  (a hook)
+        """Go back to a state, which may be another sampler's.
+
+        Args:
+            state: What `state` returned.
+
+        Raises:
+            InputError: It lacks what this sampler needs.
+        """
+
+
+class ReferenceSampler(Sampler):
+    """The frozen reference writes the second completion, as in Algorithm 1 of XPO. This is the default."""
+
+    is_reference = True
+
+    def write(self, desk: Desk, uniforms: Sequence[Tensor]) -> list[Completions]:
+        """See `Sampler.write`."""
+        return desk.by_reference(uniforms)
+
+
+class PolicySampler(Sampler):
+    """The policy writes both completions, as in online DPO (Guo et al. 2024, arXiv 2402.04792) and XPO's own runs."""
+
+    is_policy = True
+
+    def write(self, desk: Desk, uniforms: Sequence[Tensor]) -> list[Completions]:
+        """See `Sampler.write`."""
+        return desk.by_policy(uniforms)
+
+
+class PreviousPolicySampler(Sampler):
+    """An earlier state of the policy writes the second completion.
+
+    Args:
+        every: Batches (rollouts with the updates on them) that make an iteration. In iteration t the second completion
+            is by the policy as it was when iteration t - 1 began; in the first, by the untrained policy.
+
+    Raises:
+        InputError: `every` is below 1.
+    """
+
+    def __init__(self, every: int = 1) -> None:
+        if every < 1:
+            raise InputError(f"model.sampler.init_args.every must be at least 1, but is {every}")
+        self.every = every
+
+    def begin(self, policy: nn.Module) -> None:
+        """Keep the untrained policy."""
+        self.previous, self.current = Snapshot(policy), Snapshot(policy)
+
+    def after_batch(self, batches: int, policy: nn.Module) -> None:
+        """At the end of an iteration, keep its end, and use its beginning."""
+        if batches % self.every == 0:
+            self.previous, self.current = self.current, self.previous
+            self.current.take(policy)
+
+    def write(self, desk: Desk, uniforms: Sequence[Tensor]) -> list[Completions]:
+        """See `Sampler.write`."""
+        return desk.by(self.previous.lent(desk.policy), uniforms)
+
+    def state(self) -> dict[str, Any]:
+        """Return both states of the policy."""
+        return {**super().state(), "previous": self.previous.state(), "current": self.current.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go back to both states of the policy."""
+        if "previous" not in state:
+            raise InputError(
+                f"model.sampler is PreviousPolicySampler, but the checkpoint was made with {state['class']}, so no "
+                f"earlier policy is known; resume with that, or begin a new run from the exported policy"
+            )
+        self.previous.load_state(state["previous"], "model.sampler")
+        self.current.load_state(state["current"], "model.sampler")
+
+
+class PythonSampler(Sampler):
+    """A Python function writes the second completion: another model, a service, a column of the data set.
+
+    It is called as `function(prompts=[...], columns={...}, **arguments)` with B prompts (text or chat messages) and the
+    rows' other columns, each a list of length B, and returns B completions as text. A completion ends with an EOS
+    token; one of more than `model.sampling.max_new_tokens` tokens, EOS included, is cut there.
+
+    Args:
+        function: The function; in YAML its import path, for example `my_samplers.from_teacher`.
+        arguments: Further keyword arguments of the function.
+        timeout: How many seconds a call may take before the run ends with an error; null waits for ever.
+
+    Raises:
+        InputError: The function cannot be called with these arguments, or `timeout` is not above 0.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], arguments: dict[str, Any] | None = None, timeout: float | None = 1800
+    ) -> None:
+        given = ("prompts", "columns")
+        self.function = UserFunction("sampler function", function, given, arguments, timeout, "model.sampler")
+
+    def write(self, desk: Desk, uniforms: Sequence[Tensor]) -> list[Completions]:
+        """See `Sampler.write`; the function is called once for each entry of `uniforms`, which it does not see."""
+        prompts, rollout = desk.prompts, desk.rollout
+        written = []
+        for _ in uniforms:
+            columns = {name: list(values) for name, values in prompts.columns.items()}
+            with desk.timer("reference_rollout", desk.device):
+                texts = self.function(rollout.check, prompts=list(prompts.raw), columns=columns)
+            check_texts(texts, len(prompts), self.function.who)
+            written.append(rollout.given(prompts, texts))
+        return written
+
+
+def check_texts(texts: Any, expected: int, who: str) -> None:
+    """Refuse what is not B texts.
+
+    Raises:
+        InputError: It is not; the message names the function.
+    """
+    if not isinstance(texts, list | tuple) or len(texts) != expected or not all(isinstance(one, str) for one in texts):
+        got = f"{len(texts)} values" if isinstance(texts, list | tuple) else type(texts).__name__
+        raise InputError(f"{who} must return a list of {expected} completions as text, one a prompt, but gave {got}")

@@ -1,1 +1,0 @@
-"""Runs that are over: their configs, and their policies, ready to write."""

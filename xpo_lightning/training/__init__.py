@@ -1,0 +1,1 @@
+"""The training step: collected pairs, the update plan, gradients, the optimizer, metrics, the replay buffer."""

@@ -1,0 +1,216 @@
+"""From prompts to labelled pairs: both sides write, the reward or judge speaks, and two completions become the pair."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from xpo_lightning.core.batch import Completions, Experience, Pair, Prompts
+from xpo_lightning.core.fault_tolerance.guard import check_finite
+from xpo_lightning.core.rng import RolloutRNG
+from xpo_lightning.core.timer import PhaseTimer
+from xpo_lightning.models.forward.causal_forward import evaluating
+from xpo_lightning.rewards.labels import LabelRule
+from xpo_lightning.rewards.scorer import Verdicts
+from xpo_lightning.rollout.context import Desk
+from xpo_lightning.rollout.engine import Asked, RolloutEngine
+from xpo_lightning.rollout.local import LocalRollout, gather, order_of
+from xpo_lightning.rollout.pair_selection import Candidates, chosen_completions, chosen_values
+from xpo_lightning.rollout.reference_cache import ReferenceCache, missing_rows
+from xpo_lightning.rollout.samplers import ReferenceSampler, Sampler
+from xpo_lightning.training.persistent_state import Memory
+
+Written = tuple[Pair[list[Completions]], Pair[Tensor]]
+"""K completions of B prompts a side, and the reference's log-probabilities of them (K, B) a side."""
+
+COMPARED = 8
+"""Completions of the policy in a batch that an engine's log-probabilities are compared for."""
+
+
+@dataclass
+class Collector:
+    """Collects the pairs of a batch of prompts.
+
+    Args:
+        rollout: Samples completions.
+        memory: The reference; the sampler, which writes the second completion while the policy trains; and what the
+            reference wrote in earlier epochs.
+        candidates: How many completions a side writes then, and which become the pair.
+        verdicts: Says which completion is better.
+        label_rule: Turns that into labels.
+        timer: Times the phases.
+        engine: Writes the policy's and the reference's completions in place of `rollout`, where there is one.
+    """
+
+    rollout: LocalRollout
+    memory: Memory
+    candidates: Candidates
+    verdicts: Verdicts
+    label_rule: LabelRule
+    timer: PhaseTimer
+    engine: RolloutEngine | None = None
+
+    @torch.no_grad()
+    def collect(self, policy: nn.Module, prompts: Prompts, rng: RolloutRNG, *, training: bool = False) -> Experience:
+        """Sample completions of each prompt, and label a pair of them.
+
+        Args:
+            policy: The policy, on the device of the prompts.
+            prompts: B prompts.
+            rng: Source of the samples' randomness, and of the labels'.
+            training: Whether the policy trains on the pairs. Otherwise each is one completion by the policy and one by
+                the first reference, not one from the cache, and labels have no randomness.
+
+        Returns:
+            B labelled pairs.
+        """
+        sampler = self.memory.sampler if training else ReferenceSampler()
+        candidates = self.candidates if training else Candidates()
+        cache = self.memory.cache if training else None
+        kept = [None] * len(prompts) if cache is None else cache.get(prompts)
+        lend = partial(self.memory.reference.lent, first=not training)
+        # The sampler goes first, so that the same noise gives the same samples of it, whatever the policy writes.
+        of_sampler, of_policy = (
+            [self.rollout.uniforms(prompts, rng) for _ in range(candidates.count)] for _ in range(2)
+        )
+
+        def desk(rows: list[int]) -> Desk:
+            return Desk(self.rollout, policy, lend, prompts.select(rows), [kept[row] for row in rows], self.timer)
+
+        def write(rows: list[int]) -> Written:
+            index = torch.as_tensor(rows, device=prompts.ids.device)
+            uniforms = Pair(of_policy, of_sampler).map(lambda side: [numbers[index] for numbers in side])
+            return _written(desk(rows), sampler, uniforms)
+
+        groups = self.rollout.groups(prompts, policy)
+        if self.engine is None:
+            completions, logps = _together([write(rows) for rows in groups], groups)
+        else:
+            self.engine.sync(policy)
+            completions = _by_engine(self.engine, desk(list(range(len(prompts)))), sampler, Pair(of_policy, of_sampler))
+            logps = _scored(self.engine, desk, sampler, completions, groups)
+        self._count(prompts, completions)
+        said = self.verdicts(prompts, completions, [None if entry is None else entry.score for entry in kept])
+        missing = missing_rows(kept)
+        if cache is not None and missing:
+            written = completions.by_sampler[0].select(missing)
+            cache.put(prompts.select(missing), written, said.raw.by_sampler[0, missing])
+        places = candidates(said.scores, one_writer=sampler.is_policy)
+        scores = chosen_values(said.scores, places)
+        uniforms = rng.uniforms(len(prompts), 2).to(scores.by_policy) if training else None
+        labels = self.label_rule(said.preferences(scores), uniforms)
+        return Experience(
+            prompts=prompts,
+            completions=chosen_completions(completions, places),
+            scores=scores,
+            labels=labels.labels,
+            reference_logps=chosen_values(logps, places),
+            silent=labels.silent,
+            answered=said.answered,
+        )
+
+    def open_cache(self, where: str | None, reference: dict[str, Any], trainer: Trainer) -> None:
+        """Open the cache of what this reference writes with this sampling, scored by this reward.
+
+        Args:
+            where: "memory", or a folder; None is no cache.
+            reference: The identity of the reference.
+            trainer: Knows the precision, and the number of the process.
+
+        Raises:
+            InputError: The folder cannot be used, or holds what was made otherwise.
+        """
+        if where is None:
+            self.memory.cache = None
+            return
+        sampling = {**asdict(self.rollout.sampling), "eos_token_ids": sorted(self.rollout.eos_token_ids)}
+        # Earlier versions kept texts, and scores of them, that were decoded without their prompts.
+        sampling["texts"] = "decoded behind their prompts"
+        model = {"policy": reference, "sampling": sampling, "reward": self.verdicts.feedback.identity()}
+        made_by = {"model": model, "trainer": {"precision": str(trainer.precision)}}
+        self.memory.cache = ReferenceCache(where, made_by, trainer.global_rank)
+
+    def _count(self, prompts: Prompts, completions: Pair[list[Completions]]) -> None:
+        tokens = sum(sum(some.counts) for some in (*completions.by_policy, *completions.by_sampler))
+        self.timer.counts.update(prompts=len(prompts), prompt_tokens=sum(prompts.counts), completion_tokens=tokens)
+
+
+def check_rollout(experience: Experience) -> Experience:
+    """Refuse pairs with scores or log-probabilities that are not finite; give them back otherwise.
+
+    Raises:
+        NonFiniteError: Some are not finite.
+    """
+    scores, completions = experience.scores, experience.completions
+    values = [
+        ("the score of the policy's completion", scores.by_policy),
+        ("the score of the sampler's completion", scores.by_sampler),
+        ("the policy's log-probability of its own completion", completions.by_policy.logps),
+        ("the reference's log-probability of the policy's completion", experience.reference_logps.by_policy),
+        ("the reference's log-probability of the sampler's completion", experience.reference_logps.by_sampler),
+    ]
+    check_finite(values, experience.prompts.raw, "no step was taken on them")
+    return experience
+
+
+def _written(desk: Desk, sampler: Sampler, uniforms: Pair[list[Tensor]]) -> Written:
+    """Let both sides write, and the reference score what it has not written itself."""
+    by_sampler = sampler.write(desk, uniforms.by_sampler)
+    completions = Pair(desk.by_policy(uniforms.by_policy), by_sampler)
+    if sampler.is_reference:
+        own = torch.stack(desk.reference_logps(completions.by_policy))
+        return completions, Pair(own, torch.stack([some.logps for some in by_sampler]))
+    everything = torch.stack(desk.reference_logps([*completions.by_policy, *by_sampler]))
+    return completions, Pair(*everything.chunk(2))
+
+
+def _by_engine(
+    engine: RolloutEngine, desk: Desk, sampler: Sampler, uniforms: Pair[list[Tensor]]
+) -> Pair[list[Completions]]:
+    """Let an engine write for all prompts on a desk, what it can write of the sampler's side in the same breath."""
+    asked = [Asked("policy", uniforms.by_policy)]
+    if sampler.is_policy or sampler.is_reference:
+        asked.append(Asked("policy" if sampler.is_policy else "reference", uniforms.by_sampler))
+    with desk.timer("policy_rollout", desk.device), evaluating(desk.policy):
+        by_policy, *others = engine.write(desk.prompts, asked)
+    return Pair(by_policy, others[0] if others else sampler.write(desk, uniforms.by_sampler))
+
+
+def _scored(
+    engine: RolloutEngine,
+    desk: Callable[[list[int]], Desk],
+    sampler: Sampler,
+    completions: Pair[list[Completions]],
+    groups: Sequence[list[int]],
+) -> Pair[Tensor]:
+    """Let the reference score what an engine wrote, (K, B) a side, and see that it was the right models that wrote."""
+    both = [*completions.by_policy, *completions.by_sampler]
+    parts = [torch.stack(desk(rows).reference_logps([some.select(rows) for some in both])) for rows in groups]
+    logps = Pair(*torch.cat(parts, 1)[:, order_of(groups)].chunk(2))
+    if sampler.is_reference:
+        engine.compare("reference", completions.by_sampler, logps.by_sampler)
+    # Scoring all of them would cost a pass that nothing else needs.
+    rows = groups[0][:COMPARED]
+    some = [candidate.select(rows) for candidate in completions.by_policy[:1]]
+    engine.compare("policy", some, torch.stack(desk(rows).policy_logps(some)))
+    return logps
+
+
+def _together(parts: Sequence[Written], groups: Sequence[Sequence[int]]) -> Written:
+    """Put what was written for groups of prompts into the order of the prompts."""
+    order = order_of(groups)
+
+    def completions(sides: list[list[Completions]]) -> list[Completions]:
+        return [gather(candidate, groups) for candidate in zip(*sides, strict=True)]
+
+    def logps(sides: list[Tensor]) -> Tensor:
+        return torch.cat(sides, 1)[:, order]
+
+    return (
+        Pair(completions([each.by_policy for each, _ in parts]), completions([each.by_sampler for each, _ in parts])),
+        Pair(logps([each.by_policy for _, each in parts]), logps([each.by_sampler for _, each in parts])),
+    )

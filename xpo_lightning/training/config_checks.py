@@ -1,0 +1,182 @@
+"""Refuses options of the trainer and of the module that do not go together, before anything is loaded."""
+
+import warnings
+from typing import Any, Protocol
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.models.policy import LoadedModel, LoRASpec, ModelSpec
+from xpo_lightning.models.reference import ReferenceRefresh
+from xpo_lightning.rewards.base import Feedback, Judge
+from xpo_lightning.rollout.engine import RolloutEngine
+from xpo_lightning.rollout.pair_selection import Candidates
+from xpo_lightning.rollout.samplers import PreviousPolicySampler, Sampler
+from xpo_lightning.training.replay_buffer.buffer import BufferOptions
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse what would touch more than the policy, and silence what Lightning cannot know to be meant.
+
+    Raises:
+        InputError: `trainer.precision` would convert the reward's weights as well, or a checkpoint callback has an
+            option that it would ignore.
+    """
+    if trainer.precision not in ("32-true", "bf16-mixed"):
+        raise InputError(
+            f"trainer.precision={trainer.precision} is not supported; use 32-true or bf16-mixed, and "
+            f"model.policy.dtype for the type of the weights (other settings would convert the reward as well)"
+        )
+    for callback in trainer.checkpoint_callbacks:
+        if type(callback) is ModelCheckpoint and callback._train_time_interval is not None:
+            raise InputError(
+                "trainer.callbacks: Lightning's ModelCheckpoint ignores train_time_interval where a module takes its "
+                "optimizer steps itself, as this one does; use RunCheckpoint, which has the same options"
+            )
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+    warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\(.*sync_dist=True")
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+
+
+class Options(Protocol):
+    """What is looked at; `XPOLightningModule` has it."""
+
+    reward: Feedback
+    sampler: Sampler
+    candidates: Candidates
+    missing_eos_penalty: float | None
+    reference_cache: str | None
+    reference_refresh: ReferenceRefresh | None
+    buffer_options: BufferOptions | None
+    rollout: RolloutEngine | None
+    lora: LoRASpec | None
+    policy_spec: ModelSpec | LoadedModel
+
+
+def refuse_combinations(options: Options) -> None:
+    """Refuse options of which one would make the other wrong, or without effect.
+
+    Raises:
+        InputError: There are such; the message names both.
+    """
+    judged, several = isinstance(options.reward, Judge), options.candidates.count > 1
+    cached, refreshed = options.reference_cache is not None, options.reference_refresh is not None
+    engine = None if options.rollout is None else f"model.rollout={type(options.rollout).__name__}"
+    judge = f"model.reward={type(options.reward).__name__}"
+    quantized = getattr(options.policy_spec, "quantize", None)
+    refused = [
+        (
+            quantized is not None and options.lora is None,
+            f"model.policy.quantize={quantized} keeps the policy's weights as they are, so that there is nothing to "
+            f"train without model.lora; set model.lora, or quantize to null",
+        ),
+        (
+            judged and bool(options.missing_eos_penalty),
+            f"model.missing_eos_penalty is taken from scores, and {judge} is a judge, which gives none; set the "
+            f"penalty to null, or model.reward to a reward",
+        ),
+        (
+            judged and several,
+            f"model.candidates.count={options.candidates.count} needs scores to choose by, and {judge} is a judge, "
+            f"which gives none; set the count to 1, or model.reward to a reward",
+        ),
+        (
+            cached and judged,
+            f"model.reference_cache keeps scores of the reference's completions, and {judge} is a judge, which gives "
+            f"none; set the cache to null, or model.reward to a reward",
+        ),
+        (
+            cached and options.reward.depends_on_batch,
+            f"model.reference_cache keeps scores, and those of {judge} depend on the batch (normalize: batch); set one "
+            f"of the two to null or none",
+        ),
+        (
+            cached and not options.sampler.is_reference,
+            f"model.reference_cache keeps what the reference writes, and with model.sampler="
+            f"{type(options.sampler).__name__} it writes nothing; set one of the two to null",
+        ),
+        (
+            cached and several,
+            f"model.reference_cache keeps one completion a prompt, and model.candidates.count is "
+            f"{options.candidates.count}; set the cache to null, or the count to 1",
+        ),
+        (
+            cached and refreshed,
+            "model.reference_cache keeps what the reference writes, and model.reference_refresh changes the reference; "
+            "set one of the two to null",
+        ),
+        (
+            refreshed and options.buffer_options is not None,
+            "model.buffer keeps the reference's log-probabilities, and model.reference_refresh changes the reference; "
+            "set one of the two to null",
+        ),
+        (
+            options.rollout is not None and options.rollout.needs_adapters and options.lora is None,
+            f"{engine} has one server hold the reference, and load the policy as an adapter of it, and model.lora is "
+            f"null; set model.lora, or model.rollout to null",
+        ),
+        (
+            engine is not None and cached,
+            f"{engine} has the reference's completions written with the policy's, and model.reference_cache keeps "
+            f"those of the model at hand; set one of the two to null",
+        ),
+        (
+            engine is not None and refreshed,
+            f"{engine} has the reference be the server's base model, and model.reference_refresh changes the "
+            f"reference; set one of the two to null",
+        ),
+        (
+            engine is not None and isinstance(options.sampler, PreviousPolicySampler),
+            f"{engine} knows the reference and the policy as it is, and model.sampler="
+            f"{type(options.sampler).__name__} has an earlier one write; set one of the two to null",
+        ),
+    ]
+    for is_refused, message in refused:
+        if is_refused:
+            raise InputError(message)
+
+
+def refuse_sharding(options: Options) -> None:
+    """Refuse options that need all of a policy's weights while they are spread over processes.
+
+    Raises:
+        InputError: There is one; the message names it.
+    """
+    refused = {
+        "model.sampler=PreviousPolicySampler": isinstance(options.sampler, PreviousPolicySampler),
+        "model.reference_refresh": options.reference_refresh is not None,
+        "model.rollout": options.rollout is not None,
+        "model.policy.quantize": getattr(options.policy_spec, "quantize", None) is not None,
+    }
+    for option, is_set in refused.items():
+        if is_set:
+            raise InputError(
+                f"{option} needs the policy's weights whole, and trainer.strategy spreads them over processes; use "
+                f"ddp, or leave the option out"
+            )
+
+
+def refuse_own_steps(options: Any) -> None:
+    """Refuse options that act through the module's own steps, where another module takes the steps.
+
+    Args:
+        options: An `XPOLightningModule`.
+
+    Raises:
+        InputError: There is one; the message names it.
+    """
+    inert = {
+        "model.buffer": options.buffer_options is not None,
+        "model.reference_cache": options.reference_cache is not None,
+        "model.reference_refresh": options.reference_refresh is not None,
+        "model.sampler=PreviousPolicySampler": isinstance(options.sampler, PreviousPolicySampler),
+        "model.updates_per_rollout": options.plan.steps != 1,
+    }
+    for option, is_set in inert.items():
+        if is_set:
+            raise InputError(
+                f"{option} acts through XPOLightningModule's own steps, and another module takes them; leave it out, "
+                f"or derive from XPOLightningModule"
+            )

@@ -1,0 +1,125 @@
+"""What is measured of a batch of pairs, and how batches and processes are averaged."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from xpo_lightning.core.batch import Experience, Pair
+from xpo_lightning.losses.xpo import XPOLoss
+
+WITH_ERRORS = ("win_rate", "objective/kl")
+
+
+def rollout_metrics(experience: Experience, beta: float) -> dict[str, Tensor]:
+    """Measure what was sampled; `docs/metrics.md` gives each formula.
+
+    A tie is half a win.
+
+    Args:
+        experience: B labelled pairs, just sampled.
+        beta: Strength of the KL constraint.
+
+    Returns:
+        One number a pair for each metric. (B,) each
+    """
+    scores, reference_logps = experience.scores, experience.reference_logps
+    policy, sampler = experience.completions.by_policy, experience.completions.by_sampler
+    kl, margins = policy.logps - reference_logps.by_policy, scores.by_policy - scores.by_sampler
+    values = {
+        "objective/kl": kl,
+        "objective/entropy": -policy.logps,
+        "objective/model_scores": scores.by_policy,
+        "objective/ref_scores": scores.by_sampler,
+        "objective/scores_margin": margins,
+        "objective/rlhf_reward": scores.by_policy - beta * kl,
+        "val/model_contain_eos_token": policy.ended,
+        "val/ref_contain_eos_token": sampler.ended,
+        "completions/model_length": policy.lengths,
+        "completions/ref_length": sampler.lengths,
+        "pairs/tied": margins == 0,
+        "pairs/identical": experience.identical,
+        "win_rate": (torch.sign(margins) + 1) / 2,
+    }
+    if experience.silent is not None:
+        values["pairs/silent"] = experience.silent
+    if experience.answered is not None:
+        values["pairs/unanswered"] = ~experience.answered
+    return {name: value.detach().float() for name, value in values.items()}
+
+
+def update_metrics(experience: Experience, loss: XPOLoss, policy_logps: Pair[Tensor], beta: float) -> dict[str, Tensor]:
+    """Measure the pairs of an update; `docs/metrics.md` gives each formula.
+
+    For a label between 0 and 1, `chosen` and `rejected` are means of both completions, weighted by it.
+
+    Args:
+        experience: B labelled pairs.
+        loss: Their losses.
+        policy_logps: The policy's log-probability of each completion, summed over tokens, in nats. (B,) a side
+        beta: Strength of the KL constraint.
+
+    Returns:
+        One number a pair for each metric. (B,) each
+    """
+    labels = experience.labels
+    chosen_rewards = beta * _mix(loss.log_ratios, labels)
+    rejected_rewards = beta * _mix(loss.log_ratios, 1 - labels)
+    margins = chosen_rewards - rejected_rewards
+    values = {
+        "loss/total": loss.total,
+        "loss/dpo": loss.preference,
+        "loss/xpo": loss.bonus,
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": margins,
+        "rewards/accuracies": (torch.sign(margins) + 1) / 2,
+        "logps/chosen": _mix(policy_logps, labels),
+        "logps/rejected": _mix(policy_logps, 1 - labels),
+        "logps/reference_completions": policy_logps.by_sampler,
+    }
+    return {name: value.detach().float() for name, value in values.items()}
+
+
+class PairAverages(Metric):
+    """Means over pairs of numbers that are measured of each, over batches and processes.
+
+    Sums are kept in float64, so that the order of batches hardly matters.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    squares: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.add_state("sums", torch.zeros(0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("squares", torch.zeros(0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.set_dtype(torch.float64)
+
+    def update(self, values: dict[str, Tensor]) -> None:
+        """Add a batch: one number a pair for each metric, the same metrics each time, of shape (B,) each."""
+        self.names = list(values)
+        stacked = torch.stack(list(values.values())).to(self.count.device, torch.float64)  # (metrics, B)
+        if not len(self.sums):
+            self.sums = self.squares = torch.zeros(len(stacked), dtype=torch.float64, device=self.count.device)
+        self.sums = self.sums + stacked.sum(1)
+        self.squares = self.squares + stacked.square().sum(1)
+        self.count = self.count + stacked.shape[1]
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the mean of each metric, and the standard errors of `WITH_ERRORS` as `<name>_stderr`."""
+        means = self.sums / self.count
+        variances = (self.squares / self.count - means.square()).clamp(min=0)
+        errors = (variances / (self.count - 1).clamp(min=1)).sqrt()
+        averages = {name: mean.float() for name, mean in zip(self.names, means, strict=True)}
+        for name in (name for name in WITH_ERRORS if name in self.names):
+            averages[f"{name}_stderr"] = errors[self.names.index(name)].float()
+        return averages
+
+
+def _mix(pair: Pair[Tensor], labels: Tensor) -> Tensor:
+    """Take the policy's side where the label is 1, the reference's where it is 0, and the mean of both for a tie."""
+    return labels * pair.by_policy + (1 - labels) * pair.by_sampler

@@ -1,0 +1,99 @@
+"""The XPO objective of labelled pairs under a policy, with weights that may change as a run goes on."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from xpo_lightning.core.batch import Experience
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.losses.preference import PreferenceLoss
+from xpo_lightning.losses.schedules import Progress, Schedule, as_positive_schedule, as_schedule
+from xpo_lightning.losses.xpo import BonusTarget, xpo_loss
+from xpo_lightning.models.logprobs import pair_logps, pair_logps_and_entropies
+from xpo_lightning.training.metrics import update_metrics
+
+
+@dataclass(frozen=True)
+class ObjectiveTerms:
+    """What the objective is made of besides alpha and beta; the fields are `XPOLightningModule`'s options.
+
+    Raises:
+        InputError: A value is out of range.
+    """
+
+    preference_loss: PreferenceLoss
+    bonus_on: BonusTarget
+    bonus_clip: float | None
+    entropy_bonus: float
+    alpha_in_beta: bool
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.bonus_clip is not None and not self.bonus_clip > 0:
+            raise InputError(f"model.bonus_clip must be above 0 or null, but is {self.bonus_clip}")
+        if not 0 <= self.entropy_bonus < math.inf:
+            raise InputError(f"model.entropy_bonus must be at least 0 and finite, but is {self.entropy_bonus}")
+
+
+class Objective:
+    """Evaluates the objective; the arguments are `XPOLightningModule`'s options of the same names.
+
+    Raises:
+        InputError: A value is out of range.
+    """
+
+    def __init__(
+        self, alpha: Schedule | float | list[float], beta: Schedule | float | list[float], terms: ObjectiveTerms
+    ) -> None:
+        self.alpha, self.beta = as_schedule(alpha), as_positive_schedule(beta, "model.beta")
+        self.terms = terms
+
+    def weights(self, progress: Progress) -> dict[str, float]:
+        """Return alpha and beta at some point of a run.
+
+        Raises:
+            InputError: The schedule of beta gives what is not above 0.
+        """
+        alpha, beta = self.alpha(progress), self.beta(progress)
+        if beta <= 0:
+            raise InputError(f"model.beta must be above 0, but its schedule gives {beta} at step {progress.step}")
+        return {"alpha": alpha * beta if self.terms.alpha_in_beta else alpha, "beta": beta}
+
+    def evaluate(
+        self, policy: nn.Module, experience: Experience, *, alpha: float, beta: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Evaluate.
+
+        Args:
+            policy: The policy.
+            experience: B pairs.
+            alpha: Weight of the exploration term.
+            beta: Strength of the KL constraint.
+
+        Returns:
+            The objective of each pair, with gradient where enabled (B,), and each metric, without (B,) each.
+        """
+        terms, entropies = self.terms, None
+        if terms.entropy_bonus:
+            policy_logps, entropies = pair_logps_and_entropies(policy, experience.prompts, experience.completions)
+        else:
+            policy_logps = pair_logps(policy, experience.prompts, experience.completions)
+        loss = xpo_loss(
+            policy_logps,
+            experience.reference_logps,
+            experience.labels,
+            experience.without_preference,
+            alpha=alpha,
+            beta=beta,
+            preference_loss=terms.preference_loss,
+            bonus_clip=terms.bonus_clip,
+            bonus_on=terms.bonus_on,
+            lengths=experience.completions.map(lambda side: side.lengths),
+            entropies=entropies,
+            entropy_weight=terms.entropy_bonus,
+        )
+        measured = update_metrics(experience, loss, policy_logps, beta)
+        if entropies is not None:
+            measured["objective/token_entropy"] = entropies.detach()
+        return loss.total, measured

@@ -1,0 +1,201 @@
+"""The optimizer, its learning rate over steps, and the length of a run."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.fingerprint import as_json, recorded_path
+from xpo_lightning.losses.schedules import LearningRateShape, learning_rate_factor
+from xpo_lightning.models.sharding import full
+
+DEFAULT_LEARNING_RATE = 5e-7
+
+
+@dataclass
+class Optimization:
+    """How weights are updated; the fields are `XPOLightningModule`'s options of the same names.
+
+    Raises:
+        InputError: A value is out of range, or two options exclude each other.
+    """
+
+    learning_rate: float | None
+    optimizer: OptimizerCallable | None
+    lr_schedule: LearningRateShape | None
+    warmup_ratio: float
+    warmup_steps: int | None
+    lr_scheduler: LRSchedulerCallable | None
+    max_grad_norm: float | None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if not 0 <= self.warmup_ratio < 1:
+            raise InputError(f"model.warmup_ratio must be at least 0 and below 1, but is {self.warmup_ratio}")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise InputError(f"model.warmup_steps must be at least 0, but is {self.warmup_steps}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise InputError(f"model.max_grad_norm must be above 0 or null, but is {self.max_grad_norm}")
+        if self.learning_rate is not None and self.learning_rate < 0:
+            raise InputError(f"model.learning_rate must be at least 0, but is {self.learning_rate}")
+        if self.warmup_steps is not None and self.warmup_ratio:
+            raise InputError("model.warmup_steps and model.warmup_ratio exclude each other; set one")
+        if self.optimizer is not None and self.learning_rate is not None:
+            raise InputError("model.learning_rate is that of the built-in optimizer; set lr in model.optimizer instead")
+        own = {name: getattr(self, name) for name in ("lr_schedule", "warmup_steps", "warmup_ratio")}
+        given = [f"model.{name}" for name, value in own.items() if value]
+        if self.lr_scheduler is not None and given:
+            raise InputError(f"{', '.join(given)} cannot be set together with model.lr_scheduler; set one or the other")
+
+    def build(self, trained: list[nn.Parameter]) -> tuple[Optimizer, LRScheduler]:
+        """Build the optimizer and its schedule.
+
+        The default is AdamW without weight decay, which would confound exploration: it pulls towards the uniform
+        policy.
+
+        Args:
+            trained: The weights to train.
+
+        Raises:
+            InputError: The scheduler needs a metric.
+        """
+        rate = DEFAULT_LEARNING_RATE if self.learning_rate is None else self.learning_rate
+        with _naming("model.optimizer"):
+            optimizer = self.optimizer(trained) if self.optimizer else AdamW(trained, lr=rate, weight_decay=0.0)
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise InputError("model.optimizer: LBFGS evaluates the loss several times a step; it is not supported")
+        if self.lr_scheduler is None:
+            shape = self.lr_schedule or "linear"
+            return optimizer, WarmupThenDecay(optimizer, shape, self.warmup_ratio, self.warmup_steps)
+        with _naming("model.lr_scheduler"):
+            scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise InputError("model.lr_scheduler: ReduceLROnPlateau needs a metric at each step; it is not supported")
+        return optimizer, scheduler
+
+    def identity(self, trained: list[nn.Parameter]) -> dict[str, Any]:
+        """Tell what must be the same when a run is resumed, because the saved state has no meaning without it.
+
+        A scheduler other than the built-in one keeps its settings, and those of the optimizer that it changes, in its
+        state, where they would win over the configuration; so all of them are in it.
+        """
+        optimizer, scheduler = self.build(trained)
+        own = isinstance(scheduler, WarmupThenDecay)
+        groups = [_settings(group, flags_only=own) for group in optimizer.param_groups]
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        described = {"class": recorded_path(type(optimizer)), "weights": sizes, "groups": groups}
+        named: dict[str, Any] = {"optimizer": described}
+        if not own:
+            named["lr_scheduler"] = {"class": recorded_path(type(scheduler)), **scheduler.state_dict()}
+        return {"model": json.loads(as_json(named))}
+
+    def take_settings(self, optimizer: Optimizer, scheduler: LRScheduler) -> None:
+        """Give an optimizer whose state was loaded the settings of the configuration: it has those of the checkpoint.
+
+        The learning rate is left to the scheduler.
+        """
+        if not isinstance(scheduler, WarmupThenDecay):
+            return
+        fresh, _ = self.build([weight for group in optimizer.param_groups for weight in group["params"]])
+        for group, configured in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+            group.update(_settings(configured))
+
+    def clip(self, trained: list[nn.Parameter]) -> Tensor:
+        """Scale gradients down to `max_grad_norm` and return their norm before that."""
+        return full(clip_grad_norm_(trained, math.inf if self.max_grad_norm is None else self.max_grad_norm))
+
+
+def _settings(group: dict[str, Any], flags_only: bool = False) -> dict[str, Any]:
+    """Return the settings of a group of weights, its learning rate left out."""
+    left_out = {"params", "lr"}
+    return {
+        name: value
+        for name, value in group.items()
+        if name not in left_out and (isinstance(value, bool) or not flags_only)
+    }
+
+
+@contextmanager
+def _naming(key: str) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{key}: {error}") from error
+
+
+class WarmupThenDecay(LambdaLR):
+    """The learning rate of `learning_rate_factor`, for a run whose length is known only once it starts.
+
+    Asking the trainer for its length while optimizers are configured would set up the data loaders too early for a
+    resume, so the length is given by `begin`, before the first step.
+
+    Args:
+        optimizer: Its groups' learning rates are the peak.
+        shape: How the rate falls after the warm-up.
+        warmup_ratio: Warm-up as a share of the run.
+        warmup_steps: Warm-up in optimizer steps, in place of a share.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, shape: LearningRateShape, warmup_ratio: float, warmup_steps: int | None
+    ) -> None:
+        self.shape, self.warmup_ratio, self.warmup_steps = shape, warmup_ratio, warmup_steps
+        self.total_steps: int | None = None
+        super().__init__(optimizer, self.factor)
+
+    def factor(self, step: int) -> float:
+        """Return the share of the peak learning rate that this step takes."""
+        return learning_rate_factor(step, self.shape, self.warmup_ratio, self.warmup_steps, self.total_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of steps taken, and nothing that the configuration says: a resumed run may change that."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the number of steps taken."""
+        self.last_epoch = state_dict["last_epoch"]
+
+    def begin(self, total_steps: int | None) -> None:
+        """Set the length of the run, in optimizer steps, and with it the rate of the next step.
+
+        Raises:
+            InputError: The run has no known end, and the rate depends on it.
+        """
+        depends = self.shape != "constant" or (self.warmup_steps is None and self.warmup_ratio > 0)
+        if total_steps is None and depends:
+            raise InputError(
+                "model.lr_schedule and model.warmup_ratio need the length of the run, which is not known here: "
+                "set trainer.max_steps, or model.lr_schedule: constant with model.warmup_steps"
+            )
+        self.total_steps = total_steps
+        factor = self.factor(self.last_epoch)
+        for group, peak in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = peak * factor
+
+
+def total_steps(trainer: Trainer, steps_per_batch: int) -> int | None:
+    """Count the optimizer steps of a run that has started.
+
+    Args:
+        trainer: The trainer, its loaders set up.
+        steps_per_batch: Optimizer steps taken for each batch.
+
+    Returns:
+        The number of steps, or None where neither the data nor the trainer ends the run.
+    """
+    lengths = [trainer.max_steps] if trainer.max_steps > 0 else []
+    epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
+    if epochs >= 0 and math.isfinite(trainer.num_training_batches):
+        lengths.append(epochs * int(trainer.num_training_batches) * steps_per_batch)
+    return min(lengths) if lengths else None

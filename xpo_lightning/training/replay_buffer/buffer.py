@@ -1,0 +1,164 @@
+"""The growing data set of Algorithm 1 (arXiv 2405.21046, step 5): pairs of earlier batches, which updates see again.
+
+The reference is frozen, so its log-probabilities are kept with the pairs.
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from xpo_lightning.core.batch import Experience
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.training.replay_buffer.serialization import decoded, encoded
+from xpo_lightning.training.replay_buffer.store import FileStore, MemoryStore, PairStore, Sizes
+
+
+@dataclass(frozen=True)
+class BufferOptions:
+    """Which pairs an update sees.
+
+    An update goes over all pairs kept, in `model.epochs_per_rollout` passes of `model.updates_per_rollout` optimizer
+    steps each: with more pairs a step is larger, and the number of steps stays.
+
+    Args:
+        keep: How many batches' pairs are kept: `all`, as in Algorithm 1, or the last n, the newest included.
+        memory_pairs: Most pairs that a process keeps in memory; where there are more, all of them are in a file in the
+            run's folder, `pairs-<rank>-<run>.sqlite`, and read when they are needed. The file has those of older
+            batches too, for older checkpoints.
+
+    Raises:
+        InputError: A number is below 1.
+    """
+
+    keep: Literal["all"] | int = "all"
+    memory_pairs: int = 10_000
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.keep != "all" and self.keep < 1:
+            raise InputError(f"model.buffer.keep must be 'all' or at least 1, but is {self.keep}")
+        if self.memory_pairs < 1:
+            raise InputError(f"model.buffer.memory_pairs must be at least 1, but is {self.memory_pairs}")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Pairs that are kept, for an update: as much of an `Experience` as it takes.
+
+    Args:
+        store: Where they are.
+        begin: Number of the first.
+        device: Where they go.
+    """
+
+    store: PairStore
+    begin: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.sizes)
+
+    @property
+    def sizes(self) -> Sizes:
+        """Tokens of each prompt, and of the longer one of its completions."""
+        return self.store.sizes[self.begin - self.store.begin :]
+
+    def select(self, rows: Sequence[int]) -> Experience:
+        """Return these pairs."""
+        return decoded(self.store.get([self.begin + row for row in rows]), self.device)
+
+
+class Buffer:
+    """Keeps the pairs of earlier batches.
+
+    Args:
+        options: Which are kept.
+        folder: Where a file goes that many pairs need: the run's folder.
+        rank: Number of the process.
+    """
+
+    def __init__(self, options: BufferOptions, folder: Path, rank: int = 0) -> None:
+        # Two runs may share a folder, one after the other or at once.
+        self.options, self.path = options, folder / f"pairs-{rank}-{secrets.token_hex(4)}.sqlite"
+        self.store: PairStore = MemoryStore()
+        self.starts: list[int] = []  # where the pairs of each kept batch begin
+        self.settled = 0  # number after the last pair of the batches that are finished
+
+    def add(self, experience: Experience) -> Kept:
+        """Keep the pairs of a batch, and return all that are kept; the batch is not finished before `settle`."""
+        self.store.keep(self.store.begin, self.settled)
+        self.starts = [*(start for start in self.starts if start < self.settled), self.settled]
+        if len(self.store.sizes) + len(experience) > self.options.memory_pairs and isinstance(self.store, MemoryStore):
+            self.store = self._on_disk(self.store)
+        self.store.append(encoded(experience), experience.sizes)
+        return Kept(self.store, self.starts[-self._batches :][0], experience.labels.device)
+
+    def settle(self) -> None:
+        """Note that the batch is finished, and forget what the next one will not need."""
+        self.settled = self.store.end
+        if self.options.keep != "all":
+            self.starts = self.starts[max(len(self.starts) - self.options.keep + 1, 0) :]
+            self.store.keep(self.starts[0] if self.starts else self.settled, self.settled)
+
+    @property
+    def _batches(self) -> int:
+        return len(self.starts) if self.options.keep == "all" else self.options.keep
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs, as of the last batch that was finished: plain values."""
+        kept: dict[str, Any] = {"begin": self.store.begin, "end": self.settled, "keep": self.options.keep}
+        kept["digest"] = self.store.digest(self.settled)
+        starts = [start for start in self.starts if start < self.settled]
+        if not isinstance(self.store, MemoryStore):
+            return {**kept, "starts": starts, "file": str(self.path.resolve())}
+        count = self.settled - self.store.begin
+        sizes = [list(size) for size in self.store.sizes[:count]]
+        return {**kept, "starts": starts, "lines": self.store.lines[:count], "sizes": sizes}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go back to a state.
+
+        Raises:
+            InputError: The pairs are in a file that is gone, or too few batches were kept for the present options.
+        """
+        begin, end = state["begin"], state["end"]
+        if state["keep"] != "all" and (self.options.keep == "all" or self.options.keep > state["keep"]):
+            raise InputError(
+                f"model.buffer.keep is {self.options.keep}, but the checkpoint was made with {state['keep']}, so the "
+                f"pairs before are gone; resume with that, or with fewer"
+            )
+        if "file" in state:
+            self.store = self._fetched(Path(state["file"]), begin)
+        else:
+            self.store = MemoryStore()
+            self.store.begin = begin
+            self.store.append(state["lines"], [(prompt, completion) for prompt, completion in state["sizes"]])
+        if self.store.end < end or self.store.digest(end) != state["digest"]:
+            raise InputError(
+                f"ckpt_path: the checkpoint needs pairs {begin} to {end} of model.buffer, and '{self.path}' does not "
+                f"have them, or those of a run that went on differently; put the file of that time there"
+            )
+        self.store.keep(begin, end)
+        self.starts, self.settled = list(state["starts"]), end
+
+    def _on_disk(self, memory: MemoryStore) -> FileStore:
+        file = FileStore(self.path, memory.begin)
+        file.append(memory.lines, memory.sizes)
+        return file
+
+    def _fetched(self, saved: Path, begin: int) -> FileStore:
+        """Find the file of a checkpoint, and bring it into the present run's folder, if it is not there."""
+        self.path = self.path.with_name(saved.name)
+        if self.path.is_file():  # The run's own; its folder may have been moved.
+            return FileStore(self.path, begin)
+        if not saved.is_file():
+            raise InputError(
+                f"ckpt_path: the checkpoint needs the pairs that model.buffer kept in '{saved}', and there is no such "
+                f"file, nor '{self.path}'; put it back"
+            )
+        return FileStore(saved, begin).copied(self.path)

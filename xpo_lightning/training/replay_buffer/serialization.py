@@ -1,0 +1,99 @@
+"""Labelled pairs as lines of JSON, to be kept for later, and back."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from xpo_lightning.core.batch import Completions, Experience, Pair, Prompts, left_pad
+from xpo_lightning.core.errors import InputError
+
+
+def encoded(experience: Experience) -> list[str]:
+    """Write each of B pairs as a line: all that an update needs.
+
+    The prompts' columns and the writers' log-probabilities are left out; only the reward and metrics look at them.
+    Numbers come back bit for bit.
+    """
+    prompts = experience.prompts
+    silent = experience.without_preference.tolist()
+    numbers = {
+        "scores": [side.tolist() for side in (experience.scores.by_policy, experience.scores.by_sampler)],
+        "logps": [
+            side.tolist() for side in (experience.reference_logps.by_policy, experience.reference_logps.by_sampler)
+        ],
+    }
+    prompt_ids = _ids(prompts.ids, prompts.mask)
+    sides = [experience.completions.by_policy, experience.completions.by_sampler]
+    ids, ended = [_ids(side.ids, side.mask) for side in sides], [side.ended.tolist() for side in sides]
+    lines = []
+    for row, label in enumerate(experience.labels.tolist()):
+        pair = {
+            "prompt": prompts.raw[row],
+            "prompt_ids": prompt_ids[row],
+            "ids": [side[row] for side in ids],
+            "texts": [side.texts[row] for side in sides],
+            "ended": [side[row] for side in ended],
+            "label": label,
+            "silent": silent[row],
+            **{name: [side[row] for side in values] for name, values in numbers.items()},
+        }
+        text = json.dumps(pair, ensure_ascii=False)
+        lines.append(f"{text}\n{_digest(text)}")
+    return lines
+
+
+def decoded(lines: Sequence[str], device: torch.device | str) -> Experience:
+    """Read pairs back.
+
+    Args:
+        lines: B lines, as `encoded` writes them.
+        device: Where the pairs go.
+
+    Returns:
+        B pairs; the writers' log-probabilities of their own tokens are NaN.
+
+    Raises:
+        InputError: A line is damaged.
+    """
+    pairs = [_pair(line) for line in lines]
+    ids, mask = left_pad([pair["prompt_ids"] for pair in pairs])
+
+    def both(name: str) -> Pair[Tensor]:
+        return Pair(*(torch.tensor([pair[name][side] for pair in pairs]) for side in (0, 1)))
+
+    def completions(side: int) -> Completions:
+        rows = [torch.tensor(pair["ids"][side]) for pair in pairs]
+        tokens = pad_sequence(rows, batch_first=True)
+        real = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        texts = tuple(pair["texts"][side] for pair in pairs)
+        logps = torch.zeros(tokens.shape).masked_fill(real, torch.nan)
+        return Completions(tokens, real, torch.tensor([pair["ended"][side] for pair in pairs]), texts, logps)
+
+    return Experience(
+        prompts=Prompts(ids, mask, tuple(pair["prompt"] for pair in pairs)),
+        completions=Pair(completions(0), completions(1)),
+        scores=both("scores"),
+        labels=torch.tensor([pair["label"] for pair in pairs]),
+        reference_logps=both("logps"),
+        silent=torch.tensor([pair["silent"] for pair in pairs]),
+    ).to(device)
+
+
+def _pair(line: str) -> Any:
+    text, _, digest = line.rpartition("\n")
+    if digest != _digest(text):
+        raise InputError("model.buffer: a pair of the buffer's file is damaged; resume from an earlier checkpoint")
+    return json.loads(text)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    return [row[real].tolist() for row, real in zip(ids.cpu(), mask.cpu(), strict=True)]

@@ -1,0 +1,121 @@
+"""Which pairs go into which optimizer step, and which of those go through the models together."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from xpo_lightning.core.batch import Experience
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.rng import RolloutRNG
+
+
+class Pairs(Protocol):
+    """Pairs that updates go over: an `Experience`, or what a buffer keeps."""
+
+    @property
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """Tokens of each prompt, and of the longer one of its completions."""
+
+    def select(self, rows: Sequence[int]) -> Experience:
+        """Return these pairs."""
+
+
+FEW_PAIRS = 8
+"""Most pairs of a micro-batch where no option limits it and nothing has been measured."""
+
+
+@dataclass(frozen=True)
+class UpdatePlan:
+    """Which pairs of a batch go into which optimizer step, and which of those into which micro-batch.
+
+    Args:
+        micro_batch_size: Most pairs in a forward and backward pass; None is no limit.
+        micro_batch_tokens: Most tokens in it, padding included; a pair of more is a micro-batch by itself. None is no
+            limit. Where both are None, see `within`.
+        updates_per_rollout: Steps that share one pass over a batch's pairs.
+        epochs_per_rollout: Passes over a batch's pairs.
+    """
+
+    micro_batch_size: int | None
+    micro_batch_tokens: int | None
+    updates_per_rollout: int
+    epochs_per_rollout: int
+
+    def __post_init__(self) -> None:
+        """Refuse numbers below 1."""
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise InputError(f"model.{name} must be at least 1, but is {value}")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps a batch that has at least as many pairs."""
+        return self.updates_per_rollout * self.epochs_per_rollout
+
+    @property
+    def is_open(self) -> bool:
+        """Tell whether no option limits a micro-batch."""
+        return self.micro_batch_size is None and self.micro_batch_tokens is None
+
+    def within(self, tokens: int | None) -> "UpdatePlan":
+        """Return the plan with the most tokens that were found to fit; an option goes before that."""
+        return replace(self, micro_batch_tokens=tokens) if self.is_open else self
+
+    def most_pairs(self, prompt: int, completion: int) -> int:
+        """Return how many pairs a micro-batch has at most, at least one, given the longest tokens of either part."""
+        tokens = tokens_of_pair(prompt, completion)
+        pairs = FEW_PAIRS if self.is_open else self.micro_batch_size
+        limits = [pairs, None if self.micro_batch_tokens is None else self.micro_batch_tokens // tokens]
+        return max(1, min(limit for limit in limits if limit is not None))
+
+    def __call__(self, pairs: Pairs, noise: RolloutRNG) -> Iterator[list[list[int]]]:
+        """Yield the micro-batches of each optimizer step; several steps a pass share the pairs out at random."""
+        sizes = pairs.sizes
+        for _ in range(self.epochs_per_rollout):
+            rows = list(range(len(sizes)))
+            if self.updates_per_rollout > 1:
+                rows = noise.permutation(len(sizes))
+            steps = min(self.updates_per_rollout, len(sizes))
+            for step in range(steps):
+                part = slice(step * len(sizes) // steps, (step + 1) * len(sizes) // steps)
+                yield self.micro_batches(sizes, rows[part])
+
+    def micro_batches(self, sizes: Sequence[tuple[int, int]], rows: Sequence[int]) -> list[list[int]]:
+        """Put pairs of similar length together, the longest first: memory runs out at once or never.
+
+        Args:
+            sizes: Tokens of each prompt, and of the longer one of its completions.
+            rows: The pairs to put together.
+        """
+        groups: list[list[int]] = []
+        for row in sorted(rows, key=lambda row: (-sizes[row][0], -sizes[row][1])):
+            longest_prompt = sizes[groups[-1][0]][0] if groups else 0
+            if groups and self._fits(longest_prompt, [sizes[member][1] for member in [*groups[-1], row]]):
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        return groups
+
+    def _fits(self, prompt: int, completions: list[int]) -> bool:
+        """Tell whether pairs padded to the longest prompt and the longest completion are within the limits."""
+        return len(completions) <= self.most_pairs(prompt, max(completions))
+
+
+def tokens_of_pair(prompt: int, completion: int) -> int:
+    """Count the tokens of a pair whose completions are padded to the longer one."""
+    return prompt + 2 * completion
+
+
+def most_tokens(sizes: Sequence[tuple[int, int]], micro_batches: Sequence[Sequence[int]]) -> int:
+    """Count the tokens of the largest micro-batch, padding included.
+
+    Args:
+        sizes: Tokens of each prompt, and of the longer one of its completions.
+        micro_batches: The pairs of each.
+    """
+
+    def tokens(rows: Sequence[int]) -> int:
+        prompts, completions = zip(*(sizes[row] for row in rows), strict=True)
+        return len(rows) * tokens_of_pair(max(prompts), max(completions))
+
+    return max(map(tokens, micro_batches))
