@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from xpo_lightning.reporting.memory.estimate import Plan, estimate
+from xpo_lightning.reporting.memory.estimate import MemoryInputs, estimate
 from xpo_lightning.reporting.memory.fsdp import estimate_sharded
 from xpo_lightning.reporting.memory.model_shape import Shape
 
@@ -90,10 +90,10 @@ CASES = {
 }
 
 
-def plan_of(case: Case, shape: Shape) -> Plan:
+def plan_of(case: Case, shape: Shape) -> MemoryInputs:
     """Describe a case, whose model has this shape, to `estimate`."""
     width = 2 if case.dtype == "bfloat16" else 4
-    return Plan(
+    return MemoryInputs(
         policy=shape,
         reward=replace(shape, tied=True) if case.reward_model else None,  # no vocabulary head
         weight_bytes=width,

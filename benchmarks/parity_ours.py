@@ -32,7 +32,7 @@ from xpo_lightning import LoadedModel, LoRASpec, PythonReward, Sampling, Sequenc
 from xpo_lightning.core.batch import Completions, Pair, Prompts, left_pad
 from xpo_lightning.losses.xpo import IPOLoss, SigmoidLoss
 from xpo_lightning.models.logprobs import token_logps
-from xpo_lightning.rollout.engine import Asked, RolloutEngine
+from xpo_lightning.rollout.engine import GenerationRequest, RolloutEngine
 from xpo_lightning.rollout.local import LocalRollout
 
 
@@ -59,7 +59,7 @@ class GivenCompletions(RolloutEngine):
         """Take note of the policy, for the log-probabilities that a writer has of its own completions."""
         self.models["policy"] = policy
 
-    def write(self, prompts: Prompts, asked: Sequence[Asked]) -> list[list[Completions]]:
+    def write(self, prompts: Prompts, asked: Sequence[GenerationRequest]) -> list[list[Completions]]:
         """Return what was given."""
         rows = [self.case.texts().index(str(text)) for text in prompts.raw]
         return [[self._by(one.who, prompts, rows)] for one in asked]

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from public_models import POLICIES, REWARDS
 
-from xpo_lightning.reporting.memory.estimate import Plan, estimate
+from xpo_lightning.reporting.memory.estimate import MemoryInputs, estimate
 from xpo_lightning.reporting.memory.fsdp import estimate_sharded, root_weight_count
 from xpo_lightning.reporting.memory.model_shape import Shape, weight_count
 
@@ -55,13 +55,13 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-def plan_of(recipe: dict[str, Any]) -> Plan:
+def plan_of(recipe: dict[str, Any]) -> MemoryInputs:
     """Describe a recipe to `estimate`; it must state every key that its memory depends on."""
     model, data, trainer = (recipe[part] for part in ("model", "data", "trainer"))
     policy, reward = model["policy"], model["reward"]["init_args"]
     shape, width = POLICIES[policy["path"]], BYTES[policy["dtype"]]
     compute = 2 if trainer["precision"] == "bf16-mixed" else width
-    plan = Plan(
+    plan = MemoryInputs(
         policy=shape,
         reward=REWARDS[reward["path"]],
         weight_bytes=width,

@@ -21,7 +21,7 @@ from flops import step_flop
 from memory_cases import CASES, predicted
 from public_models import LLAMA_1B, LLAMA_8B, LLAMA_70B
 
-from xpo_lightning.reporting.memory.estimate import Footprint, Plan, estimate
+from xpo_lightning.reporting.memory.estimate import MemoryEstimate, MemoryInputs, estimate
 from xpo_lightning.reporting.memory.fsdp import estimate_sharded
 from xpo_lightning.reporting.memory.model_shape import Shape
 
@@ -37,10 +37,10 @@ MIXED = {"weight_bytes": 4, "compute_bytes": 2, "cache_bytes": 2}
 REWARD = {"reward": LLAMA_1B, "reward_bytes": 2}
 
 
-def worked_plan(shape: Shape, kind: str) -> Plan:
+def worked_plan(shape: Shape, kind: str) -> MemoryInputs:
     """Describe a run of the worked table: `full`, `LoRA` or `QLoRA`, with gradient checkpointing."""
     width = MIXED if kind == "full" else HALF
-    plan = Plan(policy=shape, **REWARD, **STEP, **width, gradient_checkpointing=True)  # type: ignore[arg-type]
+    plan = MemoryInputs(policy=shape, **REWARD, **STEP, **width, gradient_checkpointing=True)  # type: ignore[arg-type]
     if kind == "full":
         return plan
     packed = recipes.quantized_bytes(shape) // 2 if kind == "QLoRA" else None
@@ -60,7 +60,7 @@ WORKED = (
 )
 
 
-def phases_of(foot: Footprint) -> tuple[int, int]:
+def phases_of(foot: MemoryEstimate) -> tuple[int, int]:
     """Return the peak while completions are written and scored, and while the policy is updated."""
     return (
         foot.standing + max(foot.rollout, foot.scoring),

@@ -48,7 +48,7 @@ from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.training.metrics import PairAverages
 from xpo_lightning.training.objective import Objective
 from xpo_lightning.training.optimizer import Optimization, WarmupThenDecay
-from xpo_lightning.training.persistent_state import Memory
+from xpo_lightning.training.persistent_state import PersistentState
 
 LIMIT = 60
 """Seconds that processes may take to end, their start included."""
@@ -163,7 +163,7 @@ def places() -> list[Place]:
         Place("step: optimizer", torch.optim.AdamW, "step"),
         Place("step: learning rate", WarmupThenDecay, "step", "training"),
         Place("step: averages", PairAverages, "compute", "training", 3),
-        Place("step: ends", Memory, "after_batch"),
+        Place("step: ends", PersistentState, "after_batch"),
         Place("saving: begins", RunCheckpoint, "_save", occurrence=2),
         Place("saving: state", RunState, "state"),
         Place("saving: a callback", RunContinuation, "on_save_checkpoint"),

@@ -16,7 +16,7 @@ from conftest import make_tokenizer
 from test_cli import refused
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
-from xpo_lightning.cli.check.survey import Prompts, spread
+from xpo_lightning.cli.check.survey import Prompts, pick_evenly
 from xpo_lightning.cli.lightning_cli import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -522,6 +522,6 @@ def test_percentiles_are_of_the_nearest_rank():
 
 
 def test_a_closer_look_takes_the_longest_and_others_from_everywhere():
-    assert spread([1, 2, 9, 1, 1, 1], 3) == [2, 0, 3]
-    assert sorted(spread([1, 2, 3], 10)) == [0, 1, 2]
-    assert spread([1, 2, 3], 0) == []
+    assert pick_evenly([1, 2, 9, 1, 1, 1], 3) == [2, 0, 3]
+    assert sorted(pick_evenly([1, 2, 3], 10)) == [0, 1, 2]
+    assert pick_evenly([1, 2, 3], 0) == []

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.data import PromptDataModule
-from xpo_lightning.data.prompts import PromptEncoder
+from xpo_lightning.data.prompts import PromptTokenizer
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</>{% endfor %}"
@@ -68,7 +68,7 @@ def set_up(
 ) -> PromptDataModule:
     """Build a data module, attach it to a stand-in of a trainer, and set it up."""
     module = PromptDataModule(source, **options)
-    encoder = None if tokenizer is None else PromptEncoder(tokenizer, limit)
+    encoder = None if tokenizer is None else PromptTokenizer(tokenizer, limit)
     module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(prompt_encoder=encoder), current_epoch=0)
     module.setup(stage)
     return module
@@ -546,7 +546,7 @@ def test_setup_repeats_the_work_only_for_another_encoder(source: str):
     os.remove(source)
     module.setup("fit")
     assert column(module.train_dataloader()) == TEXTS
-    module.trainer.lightning_module.prompt_encoder = PromptEncoder(CHAT)
+    module.trainer.lightning_module.prompt_encoder = PromptTokenizer(CHAT)
     with pytest.raises(InputError, match="there is nothing at"):
         module.setup("fit")
 
@@ -780,7 +780,7 @@ def test_no_whole_batch(source: str):
 
 
 class Recorder(pl.LightningModule):
-    prompt_encoder = PromptEncoder(TOKENIZER)
+    prompt_encoder = PromptTokenizer(TOKENIZER)
 
     def __init__(self) -> None:
         super().__init__()

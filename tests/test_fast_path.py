@@ -52,11 +52,11 @@ from xpo_lightning.models.forward.cpu import (
 from xpo_lightning.models.forward.cpu_attention import attention, fast_attention, for_any_shape
 from xpo_lightning.models.forward.lm_head import head_logps
 from xpo_lightning.models.logprobs import pair_logps, shares_prompt
-from xpo_lightning.models.lora import adapters_cast
+from xpo_lightning.models.lora import cast_lora_weights
 from xpo_lightning.models.policy import LoRASpec
 from xpo_lightning.rewards.sequence_classifier import reward as classifier_module
-from xpo_lightning.rewards.sequence_classifier.capabilities import ScoringWays
-from xpo_lightning.rewards.sequence_classifier.scoring import find_twins, score_rows, score_twins
+from xpo_lightning.rewards.sequence_classifier.capabilities import ScoringCapabilities
+from xpo_lightning.rewards.sequence_classifier.scoring import find_prefix_pairs, score_prefix_pairs, score_rows
 from xpo_lightning.rollout.local import LocalRollout
 from xpo_lightning.rollout.opening import writing_of
 from xpo_lightning.rollout.plain_session import PlainSession
@@ -444,7 +444,7 @@ def test_adapters_of_a_bfloat16_model_are_converted_for_a_while_and_learn_in_flo
     randomize_adapters(model)
     adapters = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
     assert {weight.dtype for weight in adapters.values()} == {torch.float32}
-    with adapters_cast(model):
+    with cast_lora_weights(model):
         inside = {name: weight.dtype for name, weight in model.named_parameters() if "lora_" in name}
         assert set(inside.values()) == {torch.bfloat16}
     assert all(weight is adapters[name] for name, weight in model.named_parameters() if "lora_" in name)
@@ -478,15 +478,15 @@ def classifier(arch: str) -> nn.Module:
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
 def test_scores_of_twins_equal_those_of_single_rows(arch: str, micro_batch_size: int):
     model = classifier(arch)
-    assert ScoringWays(model).shares(60)
+    assert ScoringCapabilities(model).shares(60)
     begins = random_rows([20, 17, 30])
     rows = [
         begin + end for seed in (1, 2) for begin, end in zip(begins, random_rows([3, 9, 1], seed=seed), strict=True)
     ]
-    twins, single = find_twins(rows, ["a", "b", "c"] * 2)
+    twins, single = find_prefix_pairs(rows, ["a", "b", "c"] * 2)
     assert sorted(twins) == [(0, 3, 20), (1, 4, 17), (2, 5, 30)]
     assert single == []
-    scores = score_twins(model, rows, twins, micro_batch_size, [0])
+    scores = score_prefix_pairs(model, rows, twins, micro_batch_size, [0])
     places = [twin[side] for side in (0, 1) for twin in twins]
     torch.testing.assert_close(scores, score_rows(model, rows, 1, [0])[places], rtol=0, atol=1e-5)
 
@@ -494,12 +494,12 @@ def test_scores_of_twins_equal_those_of_single_rows(arch: str, micro_batch_size:
 @pytest.mark.parametrize("arch", ["bert", "mistral_sliding", "gemma2_sliding"])
 def test_a_classifier_that_cannot_share_is_found_out(arch: str):
     """An encoder's prompt sees the completion; a sliding window would count padding."""
-    assert not ScoringWays(classifier(arch)).shares(60)
+    assert not ScoringCapabilities(classifier(arch)).shares(60)
 
 
 def test_rows_that_share_little_are_scored_by_themselves():
     rows = [[1, 2, 3], [1, 2, 4], list(range(20)), list(range(20)), list(range(20, 40)), [7]]
-    assert find_twins(rows, ["a", "a", "b", "b", "c", "c"]) == ([(2, 3, 19)], [0, 1, 4, 5])
+    assert find_prefix_pairs(rows, ["a", "a", "b", "b", "c", "c"]) == ([(2, 3, 19)], [0, 1, 4, 5])
 
 
 # ---- nothing is left out, and the fast path is taken ----
@@ -547,7 +547,7 @@ def test_a_step_reads_each_prompt_as_often_as_it_must(
     found: list[Any] = []
 
     def finding(rows: Any, prompts: Any) -> Any:
-        twins, single = find_twins(rows, prompts)
+        twins, single = find_prefix_pairs(rows, prompts)
         found.extend([(rows, twins), (single,)])
         return twins, single
 

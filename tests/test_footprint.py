@@ -10,7 +10,7 @@ from conftest import CONFIGS
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, MambaConfig, OPTConfig
 
 from xpo_lightning.reporting.memory.estimate import (
-    Plan,
+    MemoryInputs,
     cache_bytes,
     estimate,
     head_bytes,
@@ -136,7 +136,7 @@ def test_reading_needs_the_widest_part_of_one_layer():
 
 # ---- the phases of a step ----
 
-STEP = Plan(SMALL, rows=3, prompt_tokens=10, new_tokens=4, micro_batch_size=2, reward_rows=2)
+STEP = MemoryInputs(SMALL, rows=3, prompt_tokens=10, new_tokens=4, micro_batch_size=2, reward_rows=2)
 
 
 def test_rollout_holds_prompts_twice_and_completions_once():
@@ -180,7 +180,7 @@ def test_mixed_precision_holds_converted_weights():
 
 def test_all_weights_of_llama_7b_in_float32_need_five_copies():
     """6,738,415,616 x 4 bytes = 25.1 GiB, for the policy, the reference, the gradient, and Adam's two: 125.5 GiB."""
-    foot = estimate(Plan(LLAMA_7B))
+    foot = estimate(MemoryInputs(LLAMA_7B))
     copy = 6_738_415_616 * 4
     assert (foot.policy, foot.reference, foot.gradients, foot.optimizer) == (copy, copy, copy, 2 * copy)
     assert foot.standing == 5 * copy
@@ -192,7 +192,7 @@ def test_all_weights_of_llama_7b_in_float32_need_five_copies():
 def test_adapters_on_llama_7b_in_bfloat16_fit_a_small_gpu():
     """Weights 13,476,831,232; adapters 39,976,960 x 4 bytes, four times with gradient and Adam's state."""
     half = {"weight_bytes": 2, "compute_bytes": 2, "cache_bytes": 2}
-    foot = estimate(Plan(LLAMA_7B, **half, lora_rank=16, rows=8, micro_batch_size=1))
+    foot = estimate(MemoryInputs(LLAMA_7B, **half, lora_rank=16, rows=8, micro_batch_size=1))
     adapters = 39_976_960 * 4
     assert foot.reference == 0
     assert foot.standing == 13_476_831_232 + 4 * adapters

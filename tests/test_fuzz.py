@@ -26,7 +26,7 @@ from lightning.pytorch.cli import LightningCLI
 from xpo_lightning import InputError
 from xpo_lightning.cli.lightning_cli import XPOCLI, main
 from xpo_lightning.data import PromptDataModule
-from xpo_lightning.data.prompts import PromptEncoder
+from xpo_lightning.data.prompts import PromptTokenizer
 
 # A longer run, for a night: XPO_FUZZ=20 makes twenty times as many examples, other ones each time.
 TIMES = int(os.environ.get("XPO_FUZZ", "1"))
@@ -74,7 +74,7 @@ def within(seconds: float) -> Iterator[None]:
 def load_all(path: Path, options: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Set the data module up and read every training batch and every validation batch."""
     module = PromptDataModule(str(path), **options)
-    encoder = PromptEncoder(TOKENIZER, LIMIT)
+    encoder = PromptTokenizer(TOKENIZER, LIMIT)
     module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(prompt_encoder=encoder), current_epoch=0)
     module.setup("fit")
     return list(module.train_dataloader()), list(module.val_dataloader())

@@ -28,7 +28,7 @@ from xpo_lightning.core.errors import InputError, NonFiniteError
 from xpo_lightning.core.fault_tolerance.guard import Guard, StopAsked
 from xpo_lightning.rewards.base import Judge, Reward
 from xpo_lightning.rewards.human_judge import HumanJudge
-from xpo_lightning.rewards.llm_judge import ModelJudge, is_exchanged
+from xpo_lightning.rewards.llm_judge import PromptedJudge, is_exchanged
 from xpo_lightning.rewards.local_judge import LocalJudge
 from xpo_lightning.rewards.python import PythonJudge
 from xpo_lightning.rewards.weighted_sum import WeightedSum
@@ -44,7 +44,7 @@ def ask(judge: Judge, prompts: Sequence[RawPrompt], firsts: Sequence[str], secon
     return result.tolist()
 
 
-class Stub(ModelJudge):
+class Stub(PromptedJudge):
     """Answers each question by a rule, and keeps what it was asked."""
 
     def __init__(self, rule: Callable[[str], float | None], template: str = SHORT, **options: Any) -> None:

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from xpo_lightning import InputError, LoadedModel, LoRASpec, ModelSpec, Sampling, XPOLightningModule
 from xpo_lightning.callbacks import PolicyExport
 from xpo_lightning.data.prompts import as_prompts
-from xpo_lightning.models.lora import adapters_cast
+from xpo_lightning.models.lora import cast_lora_weights
 
 MakeModule = Callable[..., XPOLightningModule]
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -109,7 +109,7 @@ def adapted(name: str, dtype: torch.dtype, rounded: bool) -> nn.Module:
 def outputs_of(model: nn.Module, converted: bool) -> tuple[Tensor, list[Tensor]]:
     """Return logits, and the gradients of the adapters of a loss of them."""
     model.zero_grad()
-    with adapters_cast(model) if converted else nullcontext():
+    with cast_lora_weights(model) if converted else nullcontext():
         logits = logits_of(model).float()
         logits.square().mean().backward()
     gradients = [weight.grad for weight in model.parameters() if weight.requires_grad]

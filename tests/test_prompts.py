@@ -8,14 +8,14 @@ from conftest import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from xpo_lightning import InputError, LoadedModel
-from xpo_lightning.data.prompts import PromptEncoder, as_prompts
+from xpo_lightning.data.prompts import PromptTokenizer, as_prompts
 
 USER = {"role": "user", "content": "the cat"}
 CPU = torch.device("cpu")
 
 
-def encoder(kind: str = "distinct", limit: int | None = None) -> PromptEncoder:
-    return PromptEncoder(make_tokenizer(kind), limit)
+def encoder(kind: str = "distinct", limit: int | None = None) -> PromptTokenizer:
+    return PromptTokenizer(make_tokenizer(kind), limit)
 
 
 def test_text_is_tokenized_as_the_tokenizer_does_by_default():
@@ -31,8 +31,8 @@ def test_an_eos_that_the_tokenizer_appends_is_taken_off_and_one_in_the_text_is_k
     ends = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)])
     tokenizer.backend_tokenizer.post_processor = ends
     bare = tokenizer("the cat", add_special_tokens=False)["input_ids"]
-    assert PromptEncoder(tokenizer)("the cat") == bare
-    assert PromptEncoder(tokenizer)("the cat<eos>")[-1] == tokenizer.eos_token_id
+    assert PromptTokenizer(tokenizer)("the cat") == bare
+    assert PromptTokenizer(tokenizer)("the cat<eos>")[-1] == tokenizer.eos_token_id
 
 
 def test_conversation_goes_through_the_template_and_asks_for_an_answer():
@@ -50,7 +50,7 @@ def test_template_that_refuses_names_the_row():
     tokenizer = make_tokenizer("chat")
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InputError, match=r"x\.jsonl, line 3: .*roles must alternate"):
-        PromptEncoder(tokenizer)([USER], "x.jsonl, line 3")
+        PromptTokenizer(tokenizer)([USER], "x.jsonl, line 3")
 
 
 @pytest.mark.parametrize(

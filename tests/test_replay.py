@@ -24,7 +24,7 @@ from torch import nn
 
 from xpo_lightning import Completions, LoRASpec, Sampling, XPOLightningModule
 from xpo_lightning.models.forward.norms import norms_fused
-from xpo_lightning.models.lora import adapters_cast
+from xpo_lightning.models.lora import cast_lora_weights
 from xpo_lightning.rollout import opening, replay
 from xpo_lightning.rollout.local import LocalRollout
 from xpo_lightning.rollout.opening import writing_of
@@ -130,7 +130,7 @@ def test_converted_adapters_stay_where_they_are(load_model: LoadModel):
     places = []
     for _ in range(2):
         randomize_adapters(adapted)
-        with torch.no_grad(), adapters_cast(adapted):
+        with torch.no_grad(), cast_lora_weights(adapted):
             places.append(replay.identity_of(adapted))
     assert places[0] == places[1]
 

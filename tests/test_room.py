@@ -51,7 +51,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def test_the_first_step_finds_how_many_tokens_fit(free: dict[str, int]):
-    measured = room.Room(torch.device("cpu"))
+    measured = room.MemoryBudget(torch.device("cpu"))
     measured.after_gradients()
     free["bytes"] = 70 * MIB  # and 10 that are reserved and not used: half of it is 20 times what 300 tokens took
     assert measured.tokens(300) == 4096  # the power of two below 6000

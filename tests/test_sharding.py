@@ -121,7 +121,7 @@ def test_processes_that_do_not_want_the_weights_copy_none(monkeypatch: pytest.Mo
     model = torch.nn.Linear(1, 1)
     monkeypatch.setattr(model, "state_dict", lambda: {"weight": Part()})
     monkeypatch.setattr(sharding, "is_sharded", lambda model: True)
-    assert sharding.assembled(model, torch.nn.Identity, here=False) is None
+    assert sharding.gather_full_model(model, torch.nn.Identity, here=False) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -28,8 +28,8 @@ from xpo_lightning.cli.dispatch import RUNS, VERBS
 from xpo_lightning.cli.lightning_cli import main
 from xpo_lightning.core.batch import Pair
 from xpo_lightning.core.recipes import recipes
-from xpo_lightning.evaluation.compare import Encoded, outcome
-from xpo_lightning.evaluation.policies import SeatedWriter, Writer, find_writer
+from xpo_lightning.evaluation.compare import TokenizedPrompts, compare_completions
+from xpo_lightning.evaluation.policies import LoadedPolicy, NamedPolicy, find_policy
 
 ROOT = Path(__file__).parent.parent
 LORA = {"r": 2, "target_modules": "all-linear"}
@@ -190,15 +190,15 @@ def test_policies_of_a_run_are_computed_in_its_precision(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    seen, seated = [], Writer.seated
+    seen, seated = [], NamedPolicy.seated
 
-    def watched(self: Writer, *args: Any) -> SeatedWriter:
+    def watched(self: NamedPolicy, *args: Any) -> LoadedPolicy:
         one = seated(self, *args)
         layer = one.model.model.layers[0].mlp.up_proj
         layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
         return one
 
-    monkeypatch.setattr(Writer, "seated", watched)
+    monkeypatch.setattr(NamedPolicy, "seated", watched)
     result(tmp_path, "reference", "reference", "--config", write_config(trainer__precision=precision))
     assert seen[-1] == dtype  # ways are judged in float32 before
 
@@ -208,7 +208,7 @@ def written(texts: list[list[str]]) -> list[Any]:
     return [replace(completions_of([[1]] * len(each)), texts=tuple(each)) for each in texts]
 
 
-ASKED = Encoded([[1], [2]], ("p", "q"), {})
+ASKED = TokenizedPrompts([[1], [2]], ("p", "q"), {})
 
 
 def test_every_completion_of_one_meets_every_one_of_the_other():
@@ -217,7 +217,7 @@ def test_every_completion_of_one_meets_every_one_of_the_other():
     5 and 5: none.
     """
     sides = Pair(written([["aaa", "a"], ["a", "b"]]), written([["bb", "ccccc"], ["c", "ddddd"]]))
-    found = outcome(PythonReward(lengths), None, ASKED, sides)
+    found = compare_completions(PythonReward(lengths), None, ASKED, sides)
     assert found.by_prompt.tolist() == [2.5 / 4, 0.0]
     assert (found.scores.by_policy, found.scores.by_sampler) == (1.5, 3.25)
     assert found.exchanged().by_prompt.tolist() == [1.5 / 4, 1.0]
@@ -225,10 +225,10 @@ def test_every_completion_of_one_meets_every_one_of_the_other():
 
 def test_judge_is_asked_about_pairs_and_one_without_an_answer_is_left_out():
     sides = Pair(written([["a", "?"], ["?", "?"]]), written([["b", "b"], ["b", "b"]]))
-    found = outcome(PythonJudge(prefers_a), None, ASKED, sides)
+    found = compare_completions(PythonJudge(prefers_a), None, ASKED, sides)
     assert found.by_prompt.tolist() == [1.0]
     assert int(found.wins.isnan().sum()) == 3
-    tied = outcome(PythonJudge(prefers_a, invalid="tie"), None, ASKED, sides)
+    tied = compare_completions(PythonJudge(prefers_a, invalid="tie"), None, ASKED, sides)
     assert tied.by_prompt.tolist() == [0.75, 0.5]
 
 
@@ -261,7 +261,7 @@ def test_what_belongs_to_a_run_is_refused_without_its_config(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reference").mkdir()  # A folder of that name is `./reference`.
     with pytest.raises(InputError, match="--config"):
-        find_writer(name, None)
+        find_policy(name, None)
 
 
 def test_what_is_wrong_with_reward_or_column_is_said_before_anybody_writes(
@@ -269,7 +269,7 @@ def test_what_is_wrong_with_reward_or_column_is_said_before_anybody_writes(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("xpo_lightning.evaluation.compare.Contest.write", lambda *_: pytest.fail("it wrote"))
+    monkeypatch.setattr("xpo_lightning.evaluation.compare.Comparison.write", lambda *_: pytest.fail("it wrote"))
     policy = ["package:xpo_lightning/embedded/policy"] * 2
     reward = ["--reward", "SequenceClassifierReward", "--reward.path", "./nowhere"]
     assert "./nowhere" in refused(capsys, "compare", *policy, "--prompts", str(prompts_file), *reward)
@@ -384,7 +384,7 @@ def test_chat_reads_lines_from_a_pipe_until_they_end(
 
 
 def test_chat_model_remembers_the_conversation(model_folder: Callable[..., str]):
-    writer = find_writer(model_folder("llama", "chat"), None)
+    writer = find_policy(model_folder("llama", "chat"), None)
     speaker = Speaker.seated(writer, Sampling(max_new_tokens=4), torch.device("cpu"), seed=0, place=0)
     answers = [speaker.answer(speaker.hear(line)).removesuffix(" …") for line in ("hi", "go")]
     assert [message["role"] for message in speaker.said] == ["user", "assistant"] * 2

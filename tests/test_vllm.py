@@ -50,7 +50,7 @@ from xpo_lightning import (
     XPOLightningModule,
 )
 from xpo_lightning.cli.lightning_cli import main
-from xpo_lightning.rollout.engine import Asked
+from xpo_lightning.rollout.engine import GenerationRequest
 from xpo_lightning.rollout.local import LocalRollout
 
 MakeModule = Callable[..., XPOLightningModule]
@@ -109,7 +109,7 @@ def uniforms(seed: int = 0, rows: int = len(ROWS)) -> torch.Tensor:
 
 def both(rollout: VLLMRollout) -> list[Any]:
     """Have a completion a side written."""
-    asked = [Asked("policy", [uniforms(0)]), Asked("reference", [uniforms(1)])]
+    asked = [GenerationRequest("policy", [uniforms(0)]), GenerationRequest("reference", [uniforms(1)])]
     return [side[0] for side in rollout.write(prompts_of(ROWS), asked)]
 
 
@@ -130,7 +130,7 @@ def test_request_has_every_setting_so_that_the_server_fills_no_gap(serve: Serve,
     sampling = {"temperature": 0.7, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.3, "stop_strings": ["ab"]}
     rollout = begun(engine(server), eos=[7, 9], **sampling)
     rollout._vocabulary = 304
-    rollout.write(prompts_of([[3, 4, 5]]), [Asked("reference", [torch.tensor([[0.25] + [0.9] * 5])])])
+    rollout.write(prompts_of([[3, 4, 5]]), [GenerationRequest("reference", [torch.tensor([[0.25] + [0.9] * 5])])])
     assert server.asked("/v1/completions") == [
         {
             "model": server.folder,
@@ -211,25 +211,27 @@ def test_asking_again_gives_the_same_samples_and_no_row_depends_on_those_beside(
     rollout = begun(engine(serve()), policy)
     first, again = both(rollout), both(rollout)
     assert all(torch.equal(one.ids, other.ids) for one, other in zip(first, again, strict=True))
-    (alone,) = rollout.write(prompts_of(ROWS[2:3]), [Asked("policy", [uniforms(0)[2:3]])])
+    (alone,) = rollout.write(prompts_of(ROWS[2:3]), [GenerationRequest("policy", [uniforms(0)[2:3]])])
     assert torch.equal(alone[0].ids, first[0].select([2]).ids)
-    (other,) = rollout.write(prompts_of(ROWS), [Asked("policy", [uniforms(5)])])
+    (other,) = rollout.write(prompts_of(ROWS), [GenerationRequest("policy", [uniforms(5)])])
     assert not torch.equal(other[0].ids, first[0].ids)
 
 
 def test_completion_ends_at_eos_or_at_a_stop_string(serve: Serve, engine: Engine, load_model: Any) -> None:
     rollout = begun(engine(serve()))
     rollout._vocabulary = 304
-    (whole,) = rollout.write(prompts_of(ROWS), [Asked("reference", [uniforms()])])
+    (whole,) = rollout.write(prompts_of(ROWS), [GenerationRequest("reference", [uniforms()])])
     eos = int(whole[0].ids[0, 2])
-    (ended,) = begun(rollout, eos=[eos]).write(prompts_of(ROWS), [Asked("reference", [uniforms()])])
+    (ended,) = begun(rollout, eos=[eos]).write(prompts_of(ROWS), [GenerationRequest("reference", [uniforms()])])
     cut = whole[0].ids[0].tolist().index(eos) + 1
     assert ended[0].ids[0][ended[0].mask[0]].tolist() == whole[0].ids[0, :cut].tolist()
     assert bool(ended[0].ended[0])
     tokenizer = make_tokenizer()
     kept = whole[0].ids[1].tolist()
     stop = tokenizer.decode(kept[3:5])
-    (stopped,) = begun(rollout, stop_strings=[stop]).write(prompts_of(ROWS), [Asked("reference", [uniforms()])])
+    (stopped,) = begun(rollout, stop_strings=[stop]).write(
+        prompts_of(ROWS), [GenerationRequest("reference", [uniforms()])]
+    )
     assert bool(stopped[0].ended[1])
     assert stopped[0].texts[1] == tokenizer.decode(kept, skip_special_tokens=True).partition(stop)[0]
     assert stop in tokenizer.decode(stopped[0].ids[1][stopped[0].mask[1]])

@@ -1,5 +1,6 @@
 """Exploratory Preference Optimization (XPO, arXiv 2405.21046) of language models, as a Lightning module."""
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
         WeightedSum,
     )
     from xpo_lightning.rewards.labels import LabelRule
-    from xpo_lightning.rollout.context import Desk
-    from xpo_lightning.rollout.engine import Asked, RolloutEngine
+    from xpo_lightning.rollout.context import RolloutContext
+    from xpo_lightning.rollout.engine import GenerationRequest, RolloutEngine
     from xpo_lightning.rollout.pair_selection import Candidates
     from xpo_lightning.rollout.samplers import (
         PolicySampler,
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Asked",
     "BufferOptions",
     "Candidates",
     "Completions",
@@ -61,9 +61,9 @@ __all__ = [
     "Cosine",
     "CrashSafeCheckpointIO",
     "DPOPositiveLoss",
-    "Desk",
     "Experience",
     "FSDP2Strategy",
+    "GenerationRequest",
     "HTTPJudge",
     "HingeLoss",
     "HumanJudge",
@@ -94,6 +94,7 @@ __all__ = [
     "ResumableCSVLogger",
     "Reward",
     "RobustLoss",
+    "RolloutContext",
     "RolloutEngine",
     "Sampler",
     "Sampling",
@@ -114,7 +115,7 @@ _HOMES = {
     "checkpointing.io": ("CrashSafeCheckpointIO",),
     "checkpointing.csv_logger": ("ResumableCSVLogger",),
     "data": ("PromptDataModule",),
-    "rollout.context": ("Desk",),
+    "rollout.context": ("RolloutContext",),
     "core.errors": ("InputError",),
     "losses.xpo": ("XPOLoss", "xpo_loss"),
     "models.policy": ("LoRASpec", "LoadedModel", "ModelSpec"),
@@ -134,7 +135,7 @@ _HOMES = {
         "SequenceClassifierReward",
         "WeightedSum",
     ),
-    "rollout.engine": ("Asked", "RolloutEngine"),
+    "rollout.engine": ("GenerationRequest", "RolloutEngine"),
     "rollout.sampling": ("Sampling",),
     "rollout.vllm.engine": ("VLLMRollout",),
     "rollout.samplers": ("PolicySampler", "PreviousPolicySampler", "PythonSampler", "ReferenceSampler", "Sampler"),
@@ -144,8 +145,15 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
+_RENAMED = {"Asked": "GenerationRequest", "Desk": "RolloutContext"}
+"""Names of earlier versions, which still work for one release."""
+
+
 def __getattr__(name: str) -> Any:
     """Load a name when it is asked for: torch, Lightning and transformers take seconds, which `xpo --help` spares."""
+    if name in _RENAMED:
+        warnings.warn(f"xpo_lightning.{name} is {_RENAMED[name]} now", DeprecationWarning, stacklevel=2)
+        return __getattr__(_RENAMED[name])
     if name not in _HOME_OF:
         raise AttributeError(f"module 'xpo_lightning' has no attribute '{name}'")
     wanted = __all__ if name == "XPOLightningModule" else [name]  # A config may name any class by its short name.

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from xpo_lightning.checkpointing.run_state import RunState
 from xpo_lightning.checkpointing.weights import check_reference, check_trained_state, trained_state
 from xpo_lightning.core.batch import Experience
-from xpo_lightning.core.distributed import gathered
+from xpo_lightning.core.distributed import all_gather
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.fault_tolerance.guard import Guard
 from xpo_lightning.core.fault_tolerance.watch import watch
@@ -30,9 +30,9 @@ from xpo_lightning.core.trainer_progress import (
     begin_batch,
     forget_logged,
     has_begun,
-    settle,
+    normalize_loop_counters,
 )
-from xpo_lightning.data.prompts import PromptEncoder, as_prompts
+from xpo_lightning.data.prompts import PromptTokenizer, as_prompts
 from xpo_lightning.losses.preference import PreferenceLoss, SigmoidLoss
 from xpo_lightning.losses.schedules import FIRST_STEP, LearningRateShape, Progress, Schedule
 from xpo_lightning.losses.xpo import BonusTarget
@@ -41,10 +41,10 @@ from xpo_lightning.models.forward.cpu import keep_memory, speed_up_linears
 from xpo_lightning.models.forward.randomness import stop_random_draws
 from xpo_lightning.models.policy import LoadedModel, LoRASpec, ModelSpec, check_loaded, end_token_ids, prompt_limit
 from xpo_lightning.models.reference import Reference, ReferenceRefresh
-from xpo_lightning.models.sharding import shard_all, whole
+from xpo_lightning.models.sharding import shard_all, unsharded
 from xpo_lightning.rewards.base import Feedback
 from xpo_lightning.rewards.labels import LabelRule, check_penalty
-from xpo_lightning.rewards.scorer import Verdicts
+from xpo_lightning.rewards.scorer import PairScorer
 from xpo_lightning.rollout.engine import RolloutEngine
 from xpo_lightning.rollout.local import LocalRollout
 from xpo_lightning.rollout.opening import try_ways
@@ -54,11 +54,11 @@ from xpo_lightning.rollout.sampling import Sampling
 from xpo_lightning.training.collector import Collector, check_rollout
 from xpo_lightning.training.config_checks import check_trainer, refuse_combinations, refuse_own_steps, refuse_sharding
 from xpo_lightning.training.gradients import add_gradients, clip_gradient
-from xpo_lightning.training.memory_budget import Room, counts_memory
+from xpo_lightning.training.memory_budget import MemoryBudget, counts_memory
 from xpo_lightning.training.metrics import PairAverages, rollout_metrics
 from xpo_lightning.training.objective import Objective, ObjectiveTerms
 from xpo_lightning.training.optimizer import Optimization, WarmupThenDecay, total_steps
-from xpo_lightning.training.persistent_state import Memory
+from xpo_lightning.training.persistent_state import PersistentState
 from xpo_lightning.training.replay_buffer.buffer import Buffer, BufferOptions
 from xpo_lightning.training.update_plan import Pairs, UpdatePlan, most_tokens
 
@@ -129,7 +129,7 @@ class XPOLightningModule(LightningModule):
     policy: nn.Module
     reference: Reference
     collector: Collector
-    memory: Memory
+    memory: PersistentState
 
     def __init__(
         self,
@@ -197,12 +197,12 @@ class XPOLightningModule(LightningModule):
         return self.policy_spec.load_tokenizer()
 
     @cached_property
-    def prompt_encoder(self) -> PromptEncoder:
+    def prompt_encoder(self) -> PromptTokenizer:
         """Tokenizes prompts, and knows how long they may be; data modules use it to check prompts before training."""
         limit = prompt_limit(self.policy_spec.load_config(), self.sampling.max_new_tokens)
         if self.rollout is not None:
             limit = self.rollout.prompt_limit(limit, self.sampling.max_new_tokens)
-        return PromptEncoder(self.tokenizer, limit)
+        return PromptTokenizer(self.tokenizer, limit)
 
     def configure_model(self) -> None:
         """Load the policy, the reference and the reward; a second call does nothing."""
@@ -217,7 +217,7 @@ class XPOLightningModule(LightningModule):
             raise InputError("model.missing_eos_penalty is set, but model.sampling.eos_token_ids names no EOS token")
         self.policy = self._with_adapters(model)
         self.reference = Reference(self.policy, self.reference_refresh)
-        self.memory = Memory(self.reference, self.sampler)
+        self.memory = PersistentState(self.reference, self.sampler)
         self.reward.load()
         self.reward.set_check(self.guard.stop.check)
         rollout = LocalRollout(
@@ -236,9 +236,9 @@ class XPOLightningModule(LightningModule):
         if self.rollout is not None:
             self.rollout.set_check(self.guard.stop.check)
             self.rollout.begin(rollout)
-        verdicts = Verdicts(self.reward, self.missing_eos_penalty, self.timer)
+        scorer = PairScorer(self.reward, self.missing_eos_penalty, self.timer)
         self.collector = Collector(
-            rollout, self.memory, self.candidates, verdicts, self.label_rule, self.timer, self.rollout
+            rollout, self.memory, self.candidates, scorer, self.label_rule, self.timer, self.rollout
         )
         speed_up_linears(self.policy, self.reference, self.reward)
 
@@ -315,7 +315,7 @@ class XPOLightningModule(LightningModule):
         learning_rate = self._optimizer.param_groups[0]["lr"]
         self._optimizer.zero_grad()
         is_unmeasured = self.plan.is_open and self.run_state.tokens_together is None
-        room = Room(self.device) if is_unmeasured and counts_memory(self.device) else None
+        room = MemoryBudget(self.device) if is_unmeasured and counts_memory(self.device) else None
         added = add_gradients(self, pairs, micro_batches, weights, self.guard.stop if may_stop else None)
         if room is not None:
             room.after_gradients()
@@ -334,7 +334,7 @@ class XPOLightningModule(LightningModule):
         self.guard.record_step()
         if room is not None:
             tokens = room.tokens(most_tokens(pairs.sizes, micro_batches))
-            self.run_state.tokens_together = min(gathered(tokens))
+            self.run_state.tokens_together = min(all_gather(tokens))
         return {**weights, "lr": learning_rate, "grad_norm": norm}
 
     def _log_step(self, experience: Experience | None, settings: dict[str, Any]) -> None:
@@ -447,7 +447,7 @@ class XPOLightningModule(LightningModule):
 
     def _models_whole(self) -> AbstractContextManager[None]:
         """Put the weights together that are spread over processes, for rollouts and scores."""
-        return whole(self.policy, self.memory.reference, self.reward)
+        return unsharded(self.policy, self.memory.reference, self.reward)
 
     def _weights(self) -> dict[str, float]:
         """Return alpha and beta now; outside of training, and before it, those of the first step."""
@@ -492,7 +492,7 @@ class XPOLightningModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record which reference the weights were trained against, and all that a resumed run needs."""
-        settle(checkpoint["loops"]["fit_loop"])
+        normalize_loop_counters(checkpoint["loops"]["fit_loop"])
         checkpoint["xpo_reference"] = self.reference_identity
         optimization = self.optimization.identity(self.trained_parameters())
         checkpoint["xpo_run"] = self.run_state.state(self.trainer, self.memory, optimization)

@@ -47,7 +47,7 @@ def counts_as_validation(trainer: Trainer) -> bool:
     return not trainer.sanity_checking or runs_whole_sanity_check(trainer)
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print a line above the progress bar, as it is: nothing in it is taken for markup, and paths are not broken."""
     rich.get_console().print(Text(text), soft_wrap=True)
 

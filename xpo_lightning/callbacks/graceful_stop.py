@@ -9,7 +9,7 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from xpo_lightning.callbacks.base import is_fast_dev_run, run_folder, say
+from xpo_lightning.callbacks.base import is_fast_dev_run, print_line, run_folder
 from xpo_lightning.core.errors import InputError, one_line
 from xpo_lightning.core.fault_tolerance.guard import StopAsked
 from xpo_lightning.core.trainer_progress import batches_done, has_begun
@@ -82,7 +82,9 @@ class GracefulStop(Callback):
             try:
                 callback.on_exception(trainer, pl_module, exception)
             except Exception as error:  # It may be anybody's.
-                say(f"{type(callback).__name__} failed as the run ended: {type(error).__name__}: {one_line(error)}")
+                print_line(
+                    f"{type(callback).__name__} failed as the run ended: {type(error).__name__}: {one_line(error)}"
+                )
 
     def _can_save_after_error(self, trainer: Trainer, module: Any) -> bool:
         """Tell whether there is something to save that is of a finished batch, and no other process to wait for."""
@@ -95,13 +97,13 @@ class GracefulStop(Callback):
         try:
             self._save(trainer, cast("Path", self._folder))
         except Exception as error:  # The one that the run ends with counts.
-            say(f"No checkpoint of step {trainer.global_step}: {one_line(error)}")
+            print_line(f"No checkpoint of step {trainer.global_step}: {one_line(error)}")
 
     def _save(self, trainer: Trainer, folder: Path) -> None:
         path = folder / FILE_NAME
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            say(f"Stopped at step {trainer.global_step}; --ckpt_path last goes on from {path}")
+            print_line(f"Stopped at step {trainer.global_step}; --ckpt_path last goes on from {path}")
 
     def _listen(self) -> None:
         """Set the handlers; Lightning puts back the ones before when the run ends."""

@@ -11,7 +11,7 @@ from peft import PeftModel
 from xpo_lightning.callbacks.base import FileWriter, folder_id, goes_on_in, is_fast_dev_run
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.models.saving import check_exportable, check_replaceable, save_policy
-from xpo_lightning.models.sharding import assembled
+from xpo_lightning.models.sharding import gather_full_model
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.reporting.model_card import facts_of_trainer, model_card
 
@@ -120,7 +120,7 @@ class PolicyExport(FileWriter):
 
     def _export(self, trainer: Trainer, module: Any) -> None:
         metrics = dict(trainer.callback_metrics)  # May be reduced over processes, so all of them ask.
-        policy = assembled(module.policy, module.new_policy, here=trainer.is_global_zero)
+        policy = gather_full_model(module.policy, module.new_policy, here=trainer.is_global_zero)
         if policy is None or not trainer.is_global_zero or is_fast_dev_run(trainer):
             return
         target = self.folder / self.export_folder

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from xpo_lightning.callbacks.base import is_fast_dev_run, run_folder, say
+from xpo_lightning.callbacks.base import is_fast_dev_run, print_line, run_folder
 from xpo_lightning.callbacks.pair_rows import Row, append_rows, pair_rows
 from xpo_lightning.core.atomic_files import TEXT, clear_leftovers, explaining_write_errors, part_of
 from xpo_lightning.core.batch import Experience
@@ -75,7 +75,7 @@ class PredictionsWriter(BasePredictionWriter):
         with explaining_write_errors(self.path):
             os.fsync(self._stream.fileno())
             self._close(self.path)
-        say(f"Predictions are in {self.path}")
+        print_line(f"Predictions are in {self.path}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the file; what is in it stays as `<file>.partial`."""

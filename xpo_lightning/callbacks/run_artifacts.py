@@ -6,7 +6,7 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from xpo_lightning.callbacks.base import FileWriter, is_fast_dev_run, say
+from xpo_lightning.callbacks.base import FileWriter, is_fast_dev_run, print_line
 from xpo_lightning.core.errors import InputError, one_line
 from xpo_lightning.core.fault_tolerance.guard import StopAsked
 from xpo_lightning.reporting.html_report import write_report
@@ -82,7 +82,7 @@ class MadeAtEnd(FileWriter):
             self.make(self._metrics, path)
         except Exception as error:  # A run that is done must not fail for want of a picture.
             known = isinstance(error, InputError)
-            say(f"No {self.kind}: {'' if known else f'{type(error).__name__}: '}{one_line(error)}")
+            print_line(f"No {self.kind}: {'' if known else f'{type(error).__name__}: '}{one_line(error)}")
         else:
             self.written[self.kind] = path
 

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from xpo_lightning.callbacks.base import FileWriter, counts_as_validation, is_fast_dev_run, say
+from xpo_lightning.callbacks.base import FileWriter, counts_as_validation, is_fast_dev_run, print_line
 from xpo_lightning.core.atomic_files import replacing_file
 from xpo_lightning.core.versions import surroundings, versions
 from xpo_lightning.module import XPOLightningModule
@@ -96,7 +96,7 @@ class RunSummary(FileWriter):
 def _say_all(lines: dict[str, str]) -> None:
     width = max(map(len, lines))
     for name, text in lines.items():
-        say(f"{name:{width}}  {text}")
+        print_line(f"{name:{width}}  {text}")
 
 
 def _with_error(trainer: Trainer, name: str) -> str:

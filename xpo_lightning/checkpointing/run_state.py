@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from xpo_lightning.core.distributed import gathered
+from xpo_lightning.core.distributed import all_gather
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.fault_tolerance.guard import Guard
 from xpo_lightning.core.fingerprint import differences
 from xpo_lightning.core.rng import random_state, set_random_state
 from xpo_lightning.core.trainer_progress import batches_done, has_begun, validate_now, validation_is_due
-from xpo_lightning.training.persistent_state import Memory
+from xpo_lightning.training.persistent_state import PersistentState
 
 
 @dataclass
@@ -72,7 +72,7 @@ class RunState:
         if has_begun(trainer):
             self.validated = batches_done(trainer)
 
-    def state(self, trainer: Trainer, memory: Memory, optimization: dict[str, Any]) -> dict[str, Any]:
+    def state(self, trainer: Trainer, memory: PersistentState, optimization: dict[str, Any]) -> dict[str, Any]:
         """Read the state; all processes must call it.
 
         Args:
@@ -94,7 +94,7 @@ class RunState:
             "metrics": {name: float(value) for name, value in metrics.items()},
             "skipped": [self.guard.in_a_row, self.guard.skipped],
             "weights": memory.shared(),
-            "processes": gathered(own),
+            "processes": all_gather(own),
         }
 
     def load(self, state: dict[str, Any], trainer: Trainer, optimization: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ class RunState:
             )
         self.loaded = state
 
-    def take_up(self, trainer: Trainer, memory: Memory) -> None:
+    def take_up(self, trainer: Trainer, memory: PersistentState) -> None:
         """Put everything back, and make up for a validation that was due; does nothing where nothing was loaded."""
         state, self.loaded = self.loaded, None
         if state is None:

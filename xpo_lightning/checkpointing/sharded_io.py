@@ -36,7 +36,7 @@ from xpo_lightning.core.atomic_files import (
     remove,
     replacing_file,
 )
-from xpo_lightning.core.distributed import gathered
+from xpo_lightning.core.distributed import all_gather
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.fault_tolerance.guard import Guard
 
@@ -56,7 +56,7 @@ def save_folder(checkpoint: dict[str, Any], target: Path) -> None:
         InputError: A weight is not finite, or the file system refuses.
     """
     guard, first = Guard(), torch.distributed.get_rank() == 0
-    part = gathered(part_of(target))[0]
+    part = all_gather(part_of(target))[0]
     with guard.together():
         check_finite(checkpoint["state_dict"], target)
     spread = {"state_dict": checkpoint["state_dict"]}
@@ -73,7 +73,7 @@ def save_folder(checkpoint: dict[str, Any], target: Path) -> None:
             _write(spread, others if first else None, part, target)
         with guard.together():
             own = _checksums(part, lambda name: _writer_of(name) == torch.distributed.get_rank())
-        checksums = {name: value for sums in gathered(own) for name, value in sums.items()}
+        checksums = {name: value for sums in all_gather(own) for name, value in sums.items()}
         with guard.together():
             if first:
                 with replacing_file(part / CHECKSUMS) as file:

@@ -236,7 +236,7 @@ class Experience:
         )
 
 
-def cut(rows: Sequence[T], size: int) -> list[Sequence[T]]:
+def chunk(rows: Sequence[T], size: int) -> list[Sequence[T]]:
     """Cut rows into groups of at most `size`, in their order."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
@@ -267,7 +267,7 @@ def same_tokens(completions: Pair[Completions]) -> Tensor:
     return (a.lengths == b.lengths) & equal.all(1)
 
 
-def stack(parts: Sequence[Completions], width: int = 1) -> Completions:
+def concat_completions(parts: Sequence[Completions], width: int = 1) -> Completions:
     """Put completions below each other, padded to the longest, or to `width` where that is more."""
     width = max(width, *(part.ids.shape[1] for part in parts))
 

@@ -27,7 +27,7 @@ class Origin:
     is_here: bool
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Tell whether the run has more than one process."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return distributed and torch.distributed.get_world_size() > 1
@@ -35,12 +35,12 @@ def several() -> bool:
 
 def own_rank() -> int:
     """Return the number of this process."""
-    return torch.distributed.get_rank() if several() else 0
+    return torch.distributed.get_rank() if is_distributed() else 0
 
 
-def gathered(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Collect a picklable value from every process, by rank; all processes must call it."""
-    if not several():
+    if not is_distributed():
         return [value]
     values: list[T] = [value] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
@@ -49,7 +49,7 @@ def gathered(value: T) -> list[T]:
 
 def named(message: str) -> str:
     """Say which process a message is from, where there are several."""
-    return f"process {own_rank()}: {message}" if several() else message
+    return f"process {own_rank()}: {message}" if is_distributed() else message
 
 
 def set_origin(error: BaseException, origin: Origin) -> None:
@@ -81,13 +81,13 @@ class Midway:
     value: Any
 
 
-def gathered_midway(value: T) -> list[T]:
+def all_gather_guarded(value: T) -> list[T]:
     """Collect a picklable value from every process, by rank; all must call it that do not fail before.
 
     Raises:
         ConsequentError: A process has left the work, and told what is wrong in place of its value.
     """
-    messages: list[Any] = gathered(Midway(value))
+    messages: list[Any] = all_gather(Midway(value))
     for rank, message in enumerate(messages):
         if not isinstance(message, Midway):
             what = message[1] if message else "it was done before the others were"

@@ -12,7 +12,7 @@ def recipes() -> dict[str, Path]:
     return {file.stem: file for file in sorted(SHIPPED_CONFIGS.rglob("*.yaml"))}
 
 
-def purpose(file: Path) -> str:
+def purpose_of(file: Path) -> str:
     """Return the first sentence of a recipe, which its first line holds."""
     with file.open(encoding="utf-8") as lines:
         return lines.readline().lstrip("# ").strip()

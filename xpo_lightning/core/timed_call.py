@@ -91,7 +91,7 @@ class CallThread:
         self._thread = None
 
 
-class UserFunction:
+class TimedFunction:
     """A function that the config names, called by keyword, always in the same thread of its own.
 
     Args:

@@ -45,7 +45,7 @@ def validation_is_due(trainer: Trainer) -> bool:
     return in_epoch and between_batches and fetcher is not None and epoch_loop._should_check_val_fx(fetcher)
 
 
-def settle(fit_loop: dict[str, Any]) -> None:
+def normalize_loop_counters(fit_loop: dict[str, Any]) -> None:
     """Set the counters that a checkpoint holds to those of the last batch that was finished.
 
     Lightning reads from small differences between counters in which hook a checkpoint was written, and goes on

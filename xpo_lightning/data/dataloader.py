@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from xpo_lightning.core.errors import InputError
-from xpo_lightning.data.preprocessing import Encoding, Sample
-from xpo_lightning.data.readers import Located
-from xpo_lightning.data.sampler import PromptOrder, Share, epoch_generator, shuffle_buffered
+from xpo_lightning.data.preprocessing import PromptPreprocessor, Sample
+from xpo_lightning.data.readers import LocatedRow
+from xpo_lightning.data.sampler import ProcessShard, PromptOrder, epoch_generator, shuffle_buffered
 
 
 class PromptDataset(Dataset[Sample]):
@@ -29,7 +29,7 @@ class PromptDataset(Dataset[Sample]):
         InputError: A row is malformed or too long, or no row is left.
     """
 
-    def __init__(self, rows: Sequence[Located], encoding: Encoding, name: str) -> None:
+    def __init__(self, rows: Sequence[LocatedRow], encoding: PromptPreprocessor, name: str) -> None:
         self._rows = rows
         self._encoding = encoding
         # An array takes an eighth of the memory of a list of integers.
@@ -75,12 +75,12 @@ class PromptStream(IterableDataset[Sample]):
         epoch: Changes the order.
     """
 
-    rows: Iterable[Located]
-    encoding: Encoding
+    rows: Iterable[LocatedRow]
+    encoding: PromptPreprocessor
     name: str
     buffer: int = 1
     seed: int = 0
-    share: Share = field(default_factory=Share)
+    share: ProcessShard = field(default_factory=ProcessShard)
     epoch: int = 0
 
     def __iter__(self) -> Iterator[Sample]:
@@ -170,7 +170,10 @@ class Batching:
     drop_last: bool
 
     def for_training(
-        self, prompts: PromptDataset | PromptStream, share: Share, position: Callable[[], tuple[int, int, int | None]]
+        self,
+        prompts: PromptDataset | PromptStream,
+        share: ProcessShard,
+        position: Callable[[], tuple[int, int, int | None]],
     ) -> DataLoader[Sample]:
         """Load training prompts; `position` is that of `TrainingLoader`."""
         if isinstance(prompts, PromptStream):
@@ -189,13 +192,13 @@ class Batching:
         loader.position = position
         return loader
 
-    def in_order(self, prompts: PromptDataset | PromptStream, share: Share) -> DataLoader[Sample]:
+    def in_order(self, prompts: PromptDataset | PromptStream, share: ProcessShard) -> DataLoader[Sample]:
         """Load prompts in their own order; Lightning shares indexed ones out among processes."""
         if isinstance(prompts, PromptStream):
             prompts = replace(prompts, share=share)
         return DataLoader(prompts, batch_size=self.eval_size, **self._common())
 
-    def identity(self, prompts: PromptDataset | PromptStream, share: Share) -> dict[str, Any]:
+    def identity(self, prompts: PromptDataset | PromptStream, share: ProcessShard) -> dict[str, Any]:
         """Tell what the order of the training prompts depends on, in plain values."""
         settings = asdict(self)
         batch_size, _, num_workers = (settings.pop(name) for name in ("size", "eval_size", "num_workers"))

@@ -13,10 +13,10 @@ from xpo_lightning.core.fault_tolerance.watch import watch
 from xpo_lightning.core.fingerprint import differences
 from xpo_lightning.core.trainer_progress import position
 from xpo_lightning.data.dataloader import Batching, PromptDataset, PromptStream
-from xpo_lightning.data.preprocessing import Encoding, Sample
+from xpo_lightning.data.preprocessing import PromptPreprocessor, Sample
 from xpo_lightning.data.prompts import Truncation
-from xpo_lightning.data.readers import Located
-from xpo_lightning.data.sampler import Share
+from xpo_lightning.data.readers import LocatedRow
+from xpo_lightning.data.sampler import ProcessShard
 from xpo_lightning.data.sources import Source, Stream, read, stream
 from xpo_lightning.data.splits import first_rows, hold_out
 
@@ -154,7 +154,7 @@ class PromptDataModule(LightningDataModule):
         )
         self.validation_size = validation_size
         self.limits: dict[Role, int | None] = {"training": max_prompts, "validation": max_validation_prompts}
-        self.encoding = Encoding(prompt_column, None, max_prompt_tokens, truncate)
+        self.encoding = PromptPreprocessor(prompt_column, None, max_prompt_tokens, truncate)
         self.streaming = streaming
         eval_batch_size = batch_size if validation_batch_size is None else validation_batch_size
         self.batching = Batching(batch_size, eval_batch_size, shuffle, seed, shuffle_buffer, num_workers, drop_last)
@@ -201,7 +201,7 @@ class PromptDataModule(LightningDataModule):
                 "data.validation_size"
             )
 
-    def held_out(self) -> list[Located]:
+    def held_out(self) -> list[LocatedRow]:
         """Read the rows of the validation prompts as they are, neither checked nor tokenized.
 
         Raises:
@@ -252,8 +252,8 @@ class PromptDataModule(LightningDataModule):
             self.encoding = replace(self.encoding, encoder=encoder)
             self._prompts.clear()
 
-    def _share(self) -> Share:
-        return Share(**(getattr(self.trainer, "distributed_sampler_kwargs", None) or {}))
+    def _share(self) -> ProcessShard:
+        return ProcessShard(**(getattr(self.trainer, "distributed_sampler_kwargs", None) or {}))
 
     def source_of(self, role: Role) -> Source:
         """Tell where prompts come from.
@@ -263,12 +263,12 @@ class PromptDataModule(LightningDataModule):
         """
         return self.validation_source if role == "validation" and self.validation_source else self.source
 
-    def _rows(self, roles: Sequence[Role]) -> dict[Role, Sequence[Located] | Stream]:
+    def _rows(self, roles: Sequence[Role]) -> dict[Role, Sequence[LocatedRow] | Stream]:
         if self.streaming:
             return {role: stream(self.source_of(role), self.limits[role]) for role in roles}
         if self.validation_size and roles:
             training, validation = hold_out(read(self.source), self.validation_size, self.batching.seed)
-            rows: dict[Role, Sequence[Located]] = {"training": training, "validation": validation}
+            rows: dict[Role, Sequence[LocatedRow]] = {"training": training, "validation": validation}
         else:
             rows = {role: read(self.source_of(role)) for role in roles}
         return {role: first_rows(rows[role], self.limits[role]) for role in roles}

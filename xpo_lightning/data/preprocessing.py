@@ -8,15 +8,15 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from xpo_lightning.core.errors import InputError
-from xpo_lightning.data.prompts import PromptEncoder, Truncation, check_prompt
-from xpo_lightning.data.readers import Located, Row
+from xpo_lightning.data.prompts import PromptTokenizer, Truncation, check_prompt
+from xpo_lightning.data.readers import LocatedRow, Row
 
 Sample = dict[str, Any]
 """`prompt`, `prompt_ids` where there is an encoder, and the row's other columns."""
 
 
 @dataclass(frozen=True)
-class Encoding:
+class PromptPreprocessor:
     """How rows become prompts.
 
     Args:
@@ -27,7 +27,7 @@ class Encoding:
     """
 
     prompt_column: str
-    encoder: PromptEncoder | None = None
+    encoder: PromptTokenizer | None = None
     max_tokens: int | None = None
     truncate: Truncation = "error"
 
@@ -36,7 +36,9 @@ class Encoding:
         if self.max_tokens is None and self.truncate != "error":
             raise InputError(f"data.truncate: '{self.truncate}' needs data.max_prompt_tokens, which is not set")
 
-    def encode(self, rows: Iterable[Located], name: str, report: bool = True) -> Iterator[tuple[int, Row, list[int]]]:
+    def encode(
+        self, rows: Iterable[LocatedRow], name: str, report: bool = True
+    ) -> Iterator[tuple[int, Row, list[int]]]:
         """Check and tokenize rows, and apply the limits on their length.
 
         Args:
@@ -83,7 +85,7 @@ class Encoding:
         fitting = self.encoder.truncate(prompt, ids, self.max_tokens, self.truncate, where)
         return fitting, fitting is not None and len(fitting) < len(ids)
 
-    def _checked(self, rows: Iterable[Located]) -> Iterator[Located]:
+    def _checked(self, rows: Iterable[LocatedRow]) -> Iterator[LocatedRow]:
         first: Row | None = None
         for where, row in rows:
             if first is None:

@@ -60,7 +60,7 @@ def _check_characters(text: str, where: str) -> None:
 
 
 @dataclass(frozen=True)
-class PromptEncoder:
+class PromptTokenizer:
     """Tokenizes prompts for the policy.
 
     Text is tokenized as the tokenizer does by default, without a trailing EOS where it would add one. Chat messages go
@@ -200,7 +200,7 @@ class PromptEncoder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def as_prompts(batch: Any, encoder: PromptEncoder, device: torch.device) -> Prompts:
+def as_prompts(batch: Any, encoder: PromptTokenizer, device: torch.device) -> Prompts:
     """Turn a batch as a data loader gives it into tokenized prompts.
 
     Args:

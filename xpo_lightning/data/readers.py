@@ -15,11 +15,11 @@ from datasets import Dataset
 from xpo_lightning.core.errors import InputError
 
 Row = dict[str, Any]
-Located = tuple[str, Row]
+LocatedRow = tuple[str, Row]
 """A row, preceded by its place: `("prompts.jsonl, line 3", {"prompt": "..."})`."""
 
 
-def read_jsonl(path: str) -> Iterator[Located]:
+def read_jsonl(path: str) -> Iterator[LocatedRow]:
     """Read one JSON object a line. Blank lines are skipped, but counted."""
     for number, line in _lines(path):
         if line.strip():
@@ -27,7 +27,7 @@ def read_jsonl(path: str) -> Iterator[Located]:
             yield where, _checked_row(_parse_json(line, where), where)
 
 
-def read_json(path: str) -> Iterator[Located]:
+def read_json(path: str) -> Iterator[LocatedRow]:
     """Read a JSON array of objects, or one object a line."""
     first = next((line.lstrip() for _, line in _lines(path) if line.strip()), "")
     if not first.startswith("["):
@@ -39,7 +39,7 @@ def read_json(path: str) -> Iterator[Located]:
         yield where, _checked_row(row, where)
 
 
-def read_csv(path: str) -> Iterator[Located]:
+def read_csv(path: str) -> Iterator[LocatedRow]:
     """Read a comma-separated file whose first line names the columns. Every value is text, as the file has it."""
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     numbers = count(1)
@@ -61,7 +61,7 @@ def read_csv(path: str) -> Iterator[Located]:
         raise InputError(f"{path}, line {reader.line_num}: the file cannot be parsed as CSV ({error})") from error
 
 
-def stream_parquet(path: str) -> Iterator[Located]:
+def stream_parquet(path: str) -> Iterator[LocatedRow]:
     """Read a Parquet file a batch of rows at a time."""
     with explaining_parquet(path):
         file = pyarrow.parquet.ParquetFile(path)
@@ -79,7 +79,7 @@ def load_parquet(path: str) -> Dataset:
         return Dataset(pyarrow.parquet.read_table(path))
 
 
-def numbered(name: str, rows: Iterable[Row]) -> Iterator[Located]:
+def numbered(name: str, rows: Iterable[Row]) -> Iterator[LocatedRow]:
     """Take rows one after the other and tell where each stands.
 
     Raises:

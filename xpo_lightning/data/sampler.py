@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Share:
+class ProcessShard:
     """Which part of the prompts one training process takes.
 
     Args:

@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.paths import explaining_hub_errors, is_local, resolve
 from xpo_lightning.data.readers import (
-    Located,
+    LocatedRow,
     explaining_row,
     load_parquet,
     numbered,
@@ -24,7 +24,7 @@ from xpo_lightning.data.readers import (
     stream_parquet,
 )
 
-_TEXT_FILES: dict[str, Callable[[str], Iterator[Located]]] = {
+_TEXT_FILES: dict[str, Callable[[str], Iterator[LocatedRow]]] = {
     ".jsonl": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
@@ -54,7 +54,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Stream(Iterable[Located]):
+class Stream(Iterable[LocatedRow]):
     """Rows that are read anew in each pass.
 
     Args:
@@ -62,16 +62,16 @@ class Stream(Iterable[Located]):
         limit: Stop after this many rows.
     """
 
-    start: Callable[[], Iterator[Located]]
+    start: Callable[[], Iterator[LocatedRow]]
     limit: int | None = None
 
-    def __iter__(self) -> Iterator[Located]:
+    def __iter__(self) -> Iterator[LocatedRow]:
         """Start a pass."""
         return islice(self.start(), self.limit)
 
 
 @dataclass(frozen=True)
-class _ArrowRows(Sequence[Located]):
+class _ArrowRows(Sequence[LocatedRow]):
     """The rows of a `datasets.Dataset`, decoded only when asked for."""
 
     name: str
@@ -81,10 +81,10 @@ class _ArrowRows(Sequence[Located]):
         return len(self.dataset)
 
     @overload
-    def __getitem__(self, index: int) -> Located: ...
+    def __getitem__(self, index: int) -> LocatedRow: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Located]: ...
-    def __getitem__(self, index: int | slice) -> Located | Sequence[Located]:
+    def __getitem__(self, index: slice) -> Sequence[LocatedRow]: ...
+    def __getitem__(self, index: int | slice) -> LocatedRow | Sequence[LocatedRow]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         if index >= len(self):  # how iteration over a sequence ends
@@ -94,7 +94,7 @@ class _ArrowRows(Sequence[Located]):
             return where, self.dataset[index]
 
 
-def read(source: Source) -> Sequence[Located]:
+def read(source: Source) -> Sequence[LocatedRow]:
     """Read all rows: text files into memory, anything else as an Arrow table.
 
     Raises:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import overload
 
 from xpo_lightning.core.errors import InputError
-from xpo_lightning.data.readers import Located
+from xpo_lightning.data.readers import LocatedRow
 
 
 @dataclass(frozen=True)
-class Chosen(Sequence[Located]):
+class RowSubset(Sequence[LocatedRow]):
     """Some rows of others.
 
     Args:
@@ -18,7 +18,7 @@ class Chosen(Sequence[Located]):
         indices: Which of them, in order.
     """
 
-    rows: Sequence[Located]
+    rows: Sequence[LocatedRow]
     indices: Sequence[int]
 
     def __len__(self) -> int:
@@ -26,22 +26,22 @@ class Chosen(Sequence[Located]):
         return len(self.indices)
 
     @overload
-    def __getitem__(self, index: int) -> Located: ...
+    def __getitem__(self, index: int) -> LocatedRow: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Located]: ...
-    def __getitem__(self, index: int | slice) -> Located | Sequence[Located]:
+    def __getitem__(self, index: slice) -> Sequence[LocatedRow]: ...
+    def __getitem__(self, index: int | slice) -> LocatedRow | Sequence[LocatedRow]:
         """Return one row, or choose among these."""
         if isinstance(index, slice):
-            return Chosen(self.rows, self.indices[index])
+            return RowSubset(self.rows, self.indices[index])
         return self.rows[self.indices[index]]
 
 
-def first_rows(rows: Sequence[Located], limit: int | None) -> Sequence[Located]:
+def first_rows(rows: Sequence[LocatedRow], limit: int | None) -> Sequence[LocatedRow]:
     """Return the first `limit` rows; all where it is None."""
-    return Chosen(rows, range(len(rows))[:limit])
+    return RowSubset(rows, range(len(rows))[:limit])
 
 
-def hold_out(rows: Sequence[Located], size: int | float, seed: int) -> tuple[Chosen, Chosen]:
+def hold_out(rows: Sequence[LocatedRow], size: int | float, seed: int) -> tuple[RowSubset, RowSubset]:
     """Split rows at random into those to train on and those held out, each in the order of the file.
 
     Args:
@@ -60,4 +60,4 @@ def hold_out(rows: Sequence[Located], size: int | float, seed: int) -> tuple[Cho
         )
     held_out = set(random.Random(seed).sample(range(len(rows)), number))
     kept = [index for index in range(len(rows)) if index not in held_out]
-    return Chosen(rows, kept), Chosen(rows, sorted(held_out))
+    return RowSubset(rows, kept), RowSubset(rows, sorted(held_out))

@@ -11,17 +11,17 @@ from xpo_lightning.core.batch import Completions, Pair, Prompts, RawPrompt, left
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.rng import RolloutRNG, Stream
 from xpo_lightning.core.timer import PhaseTimer
-from xpo_lightning.data.preprocessing import Encoding
-from xpo_lightning.data.prompts import PromptEncoder
-from xpo_lightning.data.readers import Located
-from xpo_lightning.evaluation.policies import Writer
+from xpo_lightning.data.preprocessing import PromptPreprocessor
+from xpo_lightning.data.prompts import PromptTokenizer
+from xpo_lightning.data.readers import LocatedRow
+from xpo_lightning.evaluation.policies import NamedPolicy
 from xpo_lightning.rewards.base import Feedback, Judge
-from xpo_lightning.rewards.scorer import Verdicts
+from xpo_lightning.rewards.scorer import PairScorer
 from xpo_lightning.rollout.sampling import Sampling
 
 
 @dataclass(frozen=True)
-class Encoded:
+class TokenizedPrompts:
     """B prompts as one writer takes them.
 
     Args:
@@ -35,9 +35,9 @@ class Encoded:
     columns: dict[str, tuple[Any, ...]]
 
 
-def encoded_for(
-    encoders: Sequence[PromptEncoder], rows: Sequence[Located], encoding: Encoding, name: str
-) -> list[Encoded]:
+def tokenize_for(
+    encoders: Sequence[PromptTokenizer], rows: Sequence[LocatedRow], encoding: PromptPreprocessor, name: str
+) -> list[TokenizedPrompts]:
     """Tokenize rows for several writers, and keep those that all of them take.
 
     Args:
@@ -60,11 +60,11 @@ def encoded_for(
     found = [kept[0][place][0] for place in places]
     raw = tuple(row[column] for row in found)
     columns = {other: tuple(row[other] for row in found) for other in found[0] if other != column}
-    return [Encoded([each[place][1] for place in places], raw, columns) for each in kept]
+    return [TokenizedPrompts([each[place][1] for place in places], raw, columns) for each in kept]
 
 
 @dataclass(frozen=True)
-class Contest:
+class Comparison:
     """How two writers are compared.
 
     Args:
@@ -81,7 +81,7 @@ class Contest:
     device: torch.device
     at_once: int | None = None
 
-    def write(self, writer: Writer, encoded: Encoded, place: int) -> list[Completions]:
+    def write(self, writer: NamedPolicy, encoded: TokenizedPrompts, place: int) -> list[Completions]:
         """Let one writer write for all prompts.
 
         Args:
@@ -125,8 +125,11 @@ class Outcome:
         return shares[~shares.isnan()]
 
 
-def outcome(
-    feedback: Feedback, missing_eos_penalty: float | None, encoded: Encoded, completions: Pair[list[Completions]]
+def compare_completions(
+    feedback: Feedback,
+    missing_eos_penalty: float | None,
+    encoded: TokenizedPrompts,
+    completions: Pair[list[Completions]],
 ) -> Outcome:
     """Ask the reward or the judge.
 
@@ -142,16 +145,16 @@ def outcome(
     """
     ids, mask = left_pad(encoded.ids)
     prompts = Prompts(ids, mask, encoded.raw, encoded.columns)
-    ask = Verdicts(feedback, missing_eos_penalty, PhaseTimer())
+    scorer = PairScorer(feedback, missing_eos_penalty, PhaseTimer())
     known: list[float | None] = [None] * len(prompts)
     if isinstance(feedback, Judge):
         said = [
-            ask(prompts, Pair([one], [other]), known)
+            scorer.score(prompts, Pair([one], [other]), known)
             for one, other in zip(completions.by_policy, completions.by_sampler, strict=True)
         ]
         margins = torch.stack([each.preferences(each.scores.map(lambda side: side[0])).margins for each in said], 1)
         return Outcome(_won(margins), None)
-    scores = ask(prompts, completions, known).scores
+    scores = scorer.score(prompts, completions, known).scores
     margins = scores.by_policy[:, None] - scores.by_sampler[None]  # (K, K, B)
     margins = margins.masked_fill(_alike(completions), 0.0).flatten(0, 1).t()
     return Outcome(_won(margins), Pair(float(scores.by_policy.mean()), float(scores.by_sampler.mean())))

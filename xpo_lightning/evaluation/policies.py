@@ -17,8 +17,8 @@ from xpo_lightning.checkpointing.safe_unpickling import METADATA
 from xpo_lightning.checkpointing.weights import check_reference, check_trained_state, trained_state
 from xpo_lightning.core.batch import Completions, Prompts
 from xpo_lightning.core.errors import InputError
-from xpo_lightning.data.prompts import PromptEncoder
-from xpo_lightning.evaluation.run_config import SavedRun
+from xpo_lightning.data.prompts import PromptTokenizer
+from xpo_lightning.evaluation.run_config import RunConfig
 from xpo_lightning.models.causal_lm import CausalLMSource
 from xpo_lightning.models.forward.causal_forward import base_of
 from xpo_lightning.models.forward.cpu import keep_memory, speed_up_linears
@@ -41,7 +41,7 @@ class NamedModel(CausalLMSource):
 
 
 @dataclass(frozen=True)
-class Writer:
+class NamedPolicy:
     """Somebody who writes completions; nothing is loaded yet.
 
     Args:
@@ -63,11 +63,11 @@ class Writer:
             tokenizer: PreTrainedTokenizerBase = self.source.load_tokenizer()
         return tokenizer
 
-    def encoder(self, sampling: Sampling) -> PromptEncoder:
+    def encoder(self, sampling: Sampling) -> PromptTokenizer:
         """Return what tokenizes prompts for it, and knows how long they may be."""
-        return PromptEncoder(self.tokenizer, prompt_limit(self.source.load_config(), sampling.max_new_tokens))
+        return PromptTokenizer(self.tokenizer, prompt_limit(self.source.load_config(), sampling.max_new_tokens))
 
-    def seated(self, sampling: Sampling, device: torch.device, at_once: int | None = None) -> "SeatedWriter":
+    def seated(self, sampling: Sampling, device: torch.device, at_once: int | None = None) -> "LoadedPolicy":
         """Load it, ready to write.
 
         Args:
@@ -83,17 +83,17 @@ class Writer:
         speed_up_linears(model)
         ends = end_token_ids(model, self.tokenizer, sampling.eos_token_ids)
         most = at_once if at_once is not None or device.type == "cpu" else AT_ONCE
-        return SeatedWriter(model, LocalRollout(self.tokenizer, sampling, ends, most), self.mixed)
+        return LoadedPolicy(model, LocalRollout(self.tokenizer, sampling, ends, most), self.mixed)
 
 
 @dataclass(frozen=True)
-class SeatedWriter:
+class LoadedPolicy:
     """A writer whose weights are loaded.
 
     Args:
         model: Its model.
         rollout: Samples from it.
-        mixed: See `Writer`.
+        mixed: See `NamedPolicy`.
     """
 
     model: nn.Module
@@ -114,7 +114,7 @@ class SeatedWriter:
             return self.rollout.write(self.model, prompts, uniforms)
 
 
-def find_writer(name: str, run: SavedRun | None) -> Writer:
+def find_policy(name: str, run: RunConfig | None) -> NamedPolicy:
     """Find out what a name means.
 
     Args:
@@ -127,14 +127,16 @@ def find_writer(name: str, run: SavedRun | None) -> Writer:
     if name == REFERENCE:
         given = _needed(run, "the reference is the model that a run started from")
         spec = given.module.policy_spec
-        return Writer(name, spec, spec.load_model, given.mixed)
+        return NamedPolicy(name, spec, spec.load_model, given.mixed)
     if is_checkpoint(name):
         given = _needed(run, f"'{name}' is a checkpoint, which holds trained weights alone")
         if not Path(name).exists():
             raise InputError(f"there is no checkpoint '{name}'")
-        return Writer(name, given.module.policy_spec, lambda: trained_policy(Path(name), given.module)[0], given.mixed)
+        return NamedPolicy(
+            name, given.module.policy_spec, lambda: trained_policy(Path(name), given.module)[0], given.mixed
+        )
     source = NamedModel(name)
-    return Writer(name, source, source.load_model)
+    return NamedPolicy(name, source, source.load_model)
 
 
 def is_checkpoint(name: str) -> bool:
@@ -198,7 +200,7 @@ def _naming(name: str) -> Iterator[None]:
         raise InputError(f"'{name}': {error}") from error
 
 
-def _needed(run: SavedRun | None, because: str) -> SavedRun:
+def _needed(run: RunConfig | None, because: str) -> RunConfig:
     if run is None:
         raise InputError(f"{because}: give the run's config as well, --config FOLDER_OF_THE_RUN/config.yaml")
     return run

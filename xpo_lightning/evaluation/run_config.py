@@ -18,7 +18,7 @@ PARTS = {"model": XPOLightningModule, "data": PromptDataModule}
 
 
 @dataclass(frozen=True)
-class SavedRun:
+class RunConfig:
     """What a config says of models and prompts.
 
     Args:
@@ -36,7 +36,7 @@ class _PartsParser(OneLineErrors, ArgumentParser):
     """The parser of a run's parts."""
 
 
-def saved_run(config: str) -> SavedRun:
+def read_run_config(config: str) -> RunConfig:
     """Build the module and the data module of a run.
 
     Args:
@@ -58,7 +58,7 @@ def saved_run(config: str) -> SavedRun:
         raise InputError(f"--config: '{path}' cannot be used: {error}") from error
     trainer = content.get("trainer")
     precision = trainer.get("precision") if isinstance(trainer, dict) else None
-    return SavedRun(built.model, built.data, mixed=str(precision) in ("bf16", "bf16-mixed"))  # Lightning's two names
+    return RunConfig(built.model, built.data, mixed=str(precision) in ("bf16", "bf16-mixed"))  # Lightning's two names
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class _SamplingParser(OneLineErrors, ArgumentParser):
     """The parser of sampling settings."""
 
 
-def changed(sampling: Sampling, changes: dict[str, Any] | None) -> Sampling:
+def override_sampling(sampling: Sampling, changes: dict[str, Any] | None) -> Sampling:
     """Change some settings.
 
     Args:

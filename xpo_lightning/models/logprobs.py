@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from xpo_lightning.core.batch import Completions, Pair, Prompts, stack
+from xpo_lightning.core.batch import Completions, Pair, Prompts, concat_completions
 from xpo_lightning.models.forward.capabilities import Sharing, capabilities_of, refuse_untrainable, rows_of, sharing_of
 from xpo_lightning.models.forward.causal_forward import is_checkpointing
 from xpo_lightning.models.forward.lm_head import apply_head, head_logps, logps_and_entropies
 from xpo_lightning.models.forward.prefix_sharing import shared_features
 from xpo_lightning.models.forward.unshared import unshared_features
-from xpo_lightning.models.lora import adapters_cast
+from xpo_lightning.models.lora import cast_lora_weights
 from xpo_lightning.models.sharding import is_sharded
 
 
@@ -118,13 +118,13 @@ def _stacked(model: nn.Module, completions: Pair[Completions]) -> Completions:
     Each pass over layers that are spread over processes gathers their weights, so all processes must take as many:
     completions of one token each, which one pass over the prompt predicts, are padded to need the second one too.
     """
-    return stack([completions.by_policy, completions.by_sampler], width=2 if is_sharded(model) else 1)
+    return concat_completions([completions.by_policy, completions.by_sampler], width=2 if is_sharded(model) else 1)
 
 
 def _features_of_both(model: nn.Module, prompts: Prompts, both: Completions) -> Tensor:
     """Return what predicts each token of two completions a prompt, stacked: (2B, T, D), or logits (2B, T, V)."""
     head, length = capabilities_of(model).head, _width(prompts, both)
-    with adapters_cast(model):
+    with cast_lora_weights(model):
         if model.training:
             refuse_untrainable(model)
         sharing = shares_prompt(model, length)

@@ -18,7 +18,7 @@ from xpo_lightning.models.forward.causal_forward import is_checkpointing
 
 
 @contextmanager
-def adapters_cast(model: nn.Module) -> Iterator[None]:
+def cast_lora_weights(model: nn.Module) -> Iterator[None]:
     """Convert adapters once, in place of the activations at every layer.
 
     peft keeps the adapters of a bfloat16 model in float32, to be trained, and converts what goes in and out of each of

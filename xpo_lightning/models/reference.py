@@ -11,7 +11,7 @@ from torch import nn
 
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.fingerprint import fingerprint
-from xpo_lightning.models.forward.causal_forward import base_of, evaluating
+from xpo_lightning.models.forward.causal_forward import base_of, eval_mode
 from xpo_lightning.models.snapshot import Snapshot
 
 
@@ -94,7 +94,7 @@ class Reference(nn.Module):
             yield self.frozen
             return
         policy = self._policy[0]
-        with evaluating(policy), policy.disable_adapter():  # type: ignore[operator]
+        with eval_mode(policy), policy.disable_adapter():  # type: ignore[operator]
             yield policy
 
 

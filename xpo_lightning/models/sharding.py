@@ -63,7 +63,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextmanager
-def whole(*models: nn.Module) -> Iterator[None]:
+def unsharded(*models: nn.Module) -> Iterator[None]:
     """Put the weights of models together for a while; all processes must enter it, and may do there what they like.
 
     Args:
@@ -91,7 +91,7 @@ def _whole(root: FSDPModule) -> Iterator[None]:
             module.set_reshard_after_forward(module is not root, recurse=False)
 
 
-def assembled(model: nn.Module, build: Callable[[], nn.Module], *, here: bool) -> nn.Module | None:
+def gather_full_model(model: nn.Module, build: Callable[[], nn.Module], *, here: bool) -> nn.Module | None:
     """Put a model together for good, as a copy in main memory; all processes must call it.
 
     Args:
@@ -103,7 +103,7 @@ def assembled(model: nn.Module, build: Callable[[], nn.Module], *, here: bool) -
         return model
     weights = {}
     for name, value in model.state_dict().items():
-        whole_value = full(value)
+        whole_value = full_tensor(value)
         if here:
             weights[name] = whole_value.cpu()
     if not here:
@@ -129,7 +129,7 @@ def _roots(model: nn.Module) -> list[FSDPModule]:
     return [root for child in model.children() for root in _roots(child)]
 
 
-def full(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor whole that may be spread; all processes must call it."""
     whole_tensor: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole_tensor

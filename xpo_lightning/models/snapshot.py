@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from xpo_lightning.core.errors import InputError
-from xpo_lightning.models.forward.causal_forward import evaluating
-from xpo_lightning.models.lora import adapters_cast
+from xpo_lightning.models.forward.causal_forward import eval_mode
+from xpo_lightning.models.lora import cast_lora_weights
 
 
 class Snapshot:
@@ -39,7 +39,7 @@ class Snapshot:
         for name, weight in trained.items():
             weight.data = self.weights[name].to(weight.device, weight.dtype)
         try:
-            with torch.no_grad(), evaluating(policy), adapters_cast(policy):
+            with torch.no_grad(), eval_mode(policy), cast_lora_weights(policy):
                 yield policy
         finally:
             for name, weight in trained.items():

@@ -9,8 +9,8 @@ from xpo_lightning.data import PromptDataModule
 from xpo_lightning.data.dataloader import PromptDataset, PromptStream
 from xpo_lightning.models.sharding import is_sharded
 from xpo_lightning.module import XPOLightningModule
-from xpo_lightning.reporting.memory.estimate import Footprint, estimate
-from xpo_lightning.reporting.memory.run_plan import count, plan_of, rewards_with_models
+from xpo_lightning.reporting.memory.estimate import MemoryEstimate, estimate
+from xpo_lightning.reporting.memory.run_plan import count, memory_inputs, rewards_with_models
 
 
 def models_of(module: XPOLightningModule) -> Iterator[tuple[str, str]]:
@@ -28,7 +28,7 @@ def models_of(module: XPOLightningModule) -> Iterator[tuple[str, str]]:
     yield "reward", "; ".join([type(module.reward).__name__, *models])
 
 
-def estimate_text(whole: Footprint, there: int | None = None) -> str:
+def estimate_text(whole: MemoryEstimate, there: int | None = None) -> str:
     """Say what a step takes, and what it is made of.
 
     Args:
@@ -101,7 +101,7 @@ def _memory(trainer: Trainer, module: XPOLightningModule, data: PromptDataModule
     longest = max(prompts.lengths) if isinstance(prompts, PromptDataset) else data.encoding.max_tokens
     if longest is None or is_sharded(module.policy) or not trainer.optimizers:
         return None
-    plan = plan_of(
+    plan = memory_inputs(
         module,
         trainer.optimizers[0],
         batch_size=data.batching.size,

@@ -15,7 +15,7 @@ _KINDS: list[tuple[str, Any]] = [
 
 
 @dataclass(frozen=True)
-class Written:
+class Completion:
     """A completion.
 
     Args:
@@ -44,7 +44,7 @@ class Sample:
     """
 
     prompt: list[tuple[str, str]]
-    written: list[Written]
+    written: list[Completion]
 
 
 def samples_of(lines: str) -> list[Sample]:
@@ -97,7 +97,7 @@ def _row(line: str, number: int) -> Row | None:
         raise InputError(f"completions.jsonl, line {number} is no row of CompletionsTable: {error!r:.80}") from error
 
 
-def _written(rows: dict[int, Row]) -> list[Written]:
+def _written(rows: dict[int, Row]) -> list[Completion]:
     several = len(rows) > 1
     policy = [_completion(row, "policy", f"Policy, step {step}") for step, row in rows.items()]
     texts = {row["reference"] for row in rows.values()}
@@ -106,10 +106,10 @@ def _written(rows: dict[int, Row]) -> list[Written]:
     return [*policy, *(_completion(row, "reference", f"Reference, step {step}") for step, row in rows.items())]
 
 
-def _completion(row: Row, side: str, writer: str) -> Written:
+def _completion(row: Row, side: str, writer: str) -> Completion:
     label = row["label"]
     verdict = {0.0: "lost", 0.5: "tie", 1.0: "won"}.get(label, f"won with probability {label:.2f}")
-    return Written(
+    return Completion(
         writer=writer,
         text=row[side],
         score=row[f"{side}_score"],

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.http.client import HTTPClient, RequestError, UnusableError, checked_url
 from xpo_lightning.rewards.base import OnInvalid
-from xpo_lightning.rewards.llm_judge import TEMPLATE, VERDICTS, ModelJudge
+from xpo_lightning.rewards.llm_judge import TEMPLATE, VERDICTS, PromptedJudge
 
 _OPTIONS = "model.reward.init_args"
 _TOKENS = 8  # enough for a letter with blanks, stars or brackets around it
@@ -23,11 +23,11 @@ _OURS = {
 }
 
 
-class HTTPJudge(ModelJudge):
+class HTTPJudge(PromptedJudge):
     """Asks a language model behind a chat completions endpoint: OpenAI, vLLM, llama.cpp, Ollama and many others.
 
     Each question is one request `POST {url}/chat/completions` with temperature 0. Which completion is shown as A is
-    decided as `ModelJudge` says. What the answer means:
+    decided as `PromptedJudge` says. What the answer means:
 
     - With `logprobs`, p(A) / (p(A) + p(B)), where p adds up the probabilities of the letter with and without blanks
       around it, among the likeliest first tokens that the server lists. A letter that is not among them counts as 0; it

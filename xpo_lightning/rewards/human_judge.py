@@ -17,7 +17,7 @@ from xpo_lightning.core.batch import RawPrompt
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.fault_tolerance.guard import StopAsked
 from xpo_lightning.rewards.base import Judge
-from xpo_lightning.rewards.llm_judge import as_text, is_exchanged
+from xpo_lightning.rewards.llm_judge import format_prompt, is_exchanged
 
 _LONGEST_WAIT = 1.0  # seconds; after this it is seen that the run is asked to stop
 _ANSWERS = {"1": 1.0, "2": 0.0, "=": 0.5, "s": math.nan}
@@ -87,7 +87,7 @@ class HumanJudge(Judge):
             _discard_typed()
             console.rule(f"Pair {number} of {len(prompts)} in this batch, {len(prompts) - number} left after it")
             shown = (second, first) if exchanged else (first, second)
-            for title, text in zip(("Prompt", "1", "2"), (as_text(prompt), *shown), strict=True):
+            for title, text in zip(("Prompt", "1", "2"), (format_prompt(prompt), *shown), strict=True):
                 console.print(Panel(Text(_visible(text)), title=title, title_align="left"))
             answer = self._answer(console)
             answers.append(1 - answer if exchanged else answer)

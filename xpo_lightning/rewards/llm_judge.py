@@ -32,7 +32,7 @@ Say which completion is better with one letter, A or B, and nothing else."""
 _PLACES = ("prompt", "first", "second")
 
 
-class ModelJudge(Judge):
+class PromptedJudge(Judge):
     """A judge that puts each pair to a language model as a question whose answer is one letter.
 
     Which completion is shown first is decided by a hash of the texts, so it favours neither side, and is the same on a
@@ -90,7 +90,7 @@ class ModelJudge(Judge):
         return torch.tensor([1 - one if swap else one for one, swap in zip(said, exchanged, strict=True)])
 
     def _question(self, prompt: RawPrompt, first: str, second: str) -> str:
-        texts = {"prompt": as_text(prompt), "first": first, "second": second}
+        texts = {"prompt": format_prompt(prompt), "first": first, "second": second}
         # In one go, so that a text which holds a place's name is left as it is.
         return re.sub("|".join(f"{{{name}}}" for name in _PLACES), lambda found: texts[found[0][1:-1]], self.template)
 
@@ -102,7 +102,7 @@ def is_exchanged(prompt: RawPrompt, first: str, second: str) -> bool:
     return shown != first
 
 
-def as_text(prompt: RawPrompt) -> str:
+def format_prompt(prompt: RawPrompt) -> str:
     """Write a prompt down as plain text; of a conversation, each message with its role."""
     if isinstance(prompt, str):
         return prompt

@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from xpo_lightning.core.batch import Prompts, RawPrompt, left_pad
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.fingerprint import fingerprint, recorded_path
-from xpo_lightning.data.prompts import PromptEncoder
+from xpo_lightning.data.prompts import PromptTokenizer
 from xpo_lightning.models.causal_lm import CausalLMSource, Dtype
 from xpo_lightning.models.logprobs import next_logits
 from xpo_lightning.rewards.base import OnInvalid
-from xpo_lightning.rewards.llm_judge import TEMPLATE, VERDICTS, ModelJudge, as_text
+from xpo_lightning.rewards.llm_judge import TEMPLATE, VERDICTS, PromptedJudge, format_prompt
 
 _OPTIONS = "model.reward.init_args"
 
@@ -44,7 +44,7 @@ class QuestionEncoder:
             InputError: The chat template refuses it.
         """
         if self.tokenizer.chat_template is None:
-            return PromptEncoder(self.tokenizer)(question, "model.reward: a question to the judge")
+            return PromptTokenizer(self.tokenizer)(question, "model.reward: a question to the judge")
         try:
             text = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
@@ -93,7 +93,7 @@ class JudgeSource(CausalLMSource):
     key: ClassVar[str] = _OPTIONS
 
 
-class LocalJudge(ModelJudge):
+class LocalJudge(PromptedJudge):
     """A causal language model as the judge: it reads a question, and how likely it would say A or B is the verdict.
 
     The probability that A is better is p(A) / (p(A) + p(B)), where the model puts p on its first token after the
@@ -246,7 +246,7 @@ class LocalJudge(ModelJudge):
     def _question(self, prompt: RawPrompt, first: str, second: str) -> str:
         """Write the question, with as much of the prompt's end as there is room for."""
         _, encoder = self._loaded()
-        question, text = super()._question(prompt, first, second), as_text(prompt)
+        question, text = super()._question(prompt, first, second), format_prompt(prompt)
         while self.truncate == "left" and text and (excess := encoder.excess(question)):
             text = encoder.without_start(text, excess)
             question = super()._question(text, first, second)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from xpo_lightning.core.batch import RawPrompt
 from xpo_lightning.core.fingerprint import recorded_path
-from xpo_lightning.core.timed_call import UserFunction
+from xpo_lightning.core.timed_call import TimedFunction
 from xpo_lightning.rewards.base import Judge, OnInvalid, Reward
 from xpo_lightning.rewards.llm_judge import is_exchanged
 from xpo_lightning.rewards.validation import as_probabilities, as_scores
@@ -38,7 +38,7 @@ class PythonReward(Reward):
         self, function: Callable[..., Any], arguments: dict[str, Any] | None = None, timeout: float | None = 1800
     ) -> None:
         super().__init__()
-        self.function = UserFunction("reward function", function, _SCORED, arguments, timeout)
+        self.function = TimedFunction("reward function", function, _SCORED, arguments, timeout)
 
     @property
     def timeout(self) -> float | None:
@@ -111,7 +111,7 @@ class PythonJudge(Judge):
         invalid: OnInvalid = "skip",
     ) -> None:
         super().__init__(invalid)
-        self.function = UserFunction("judge function", function, _COMPARED, arguments, timeout)
+        self.function = TimedFunction("judge function", function, _COMPARED, arguments, timeout)
         self.shuffle = shuffle
 
     def identity(self) -> dict[str, Any]:

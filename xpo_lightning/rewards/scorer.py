@@ -8,7 +8,7 @@ from torch import Tensor
 
 from xpo_lightning.core.batch import Completions, Pair, Prompts
 from xpo_lightning.core.errors import NonFiniteError
-from xpo_lightning.core.fault_tolerance.guard import shown
+from xpo_lightning.core.fault_tolerance.guard import format_prompts
 from xpo_lightning.core.timer import PhaseTimer
 from xpo_lightning.rewards.base import Feedback, Judge
 from xpo_lightning.rewards.labels import Preferences, penalize_missing_eos
@@ -16,7 +16,7 @@ from xpo_lightning.rewards.validation import as_scores
 
 
 @dataclass(frozen=True)
-class Said:
+class PairScores:
     """What was said of K completions of B prompts a side.
 
     Args:
@@ -42,7 +42,7 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Verdicts:
+class PairScorer:
     """Asks the reward or the judge.
 
     Args:
@@ -55,7 +55,9 @@ class Verdicts:
     missing_eos_penalty: float | None
     timer: PhaseTimer
 
-    def __call__(self, prompts: Prompts, completions: Pair[list[Completions]], known: Sequence[float | None]) -> Said:
+    def score(
+        self, prompts: Prompts, completions: Pair[list[Completions]], known: Sequence[float | None]
+    ) -> PairScores:
         """Score completions, or compare them.
 
         Args:
@@ -68,15 +70,17 @@ class Verdicts:
                 return self._compared(self.feedback, prompts, completions.map(lambda side: side[0]))
             return self._scored(prompts, completions, known)
 
-    def _compared(self, judge: Judge, prompts: Prompts, completions: Pair[Completions]) -> Said:
+    def _compared(self, judge: Judge, prompts: Prompts, completions: Pair[Completions]) -> PairScores:
         texts = completions.map(lambda side: side.texts)
         wins = judge(prompts.raw, texts.by_policy, texts.by_sampler, prompts.columns).to(prompts.ids.device)
         answered = ~wins.isnan()
         wins = wins.masked_fill(~answered, 0.5)[None]
         scores = Pair(wins, 1 - wins)
-        return Said(scores, scores, answered, is_judged=True, counts_unanswered=judge.invalid == "tie")
+        return PairScores(scores, scores, answered, is_judged=True, counts_unanswered=judge.invalid == "tie")
 
-    def _scored(self, prompts: Prompts, completions: Pair[list[Completions]], known: Sequence[float | None]) -> Said:
+    def _scored(
+        self, prompts: Prompts, completions: Pair[list[Completions]], known: Sequence[float | None]
+    ) -> PairScores:
         """Score all completions at once, except those whose score is known."""
         device, size = prompts.ids.device, len(prompts)
         new = [row for row, score in enumerate(known) if score is None]
@@ -90,13 +94,14 @@ class Verdicts:
             values = self.feedback(raw_prompts, tuple(texts), columns)
             scores = as_scores(values, len(rows), type(self.feedback).__name__).to(device)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; {shown([raw_prompts[row] for row in error.rows])}", error.rows) from error
+            concerned = format_prompts([raw_prompts[row] for row in error.rows])
+            raise NonFiniteError(f"{error}; {concerned}", error.rows) from error
         split = len(completions.by_policy) * size
         by_sampler = torch.tensor([0.0 if score is None else score for score in known], device=device)
         by_sampler = by_sampler.repeat(len(completions.by_sampler), 1)
         by_sampler[:, new] = scores[split:].view(len(completions.by_sampler), len(new))
         raw = Pair(scores[:split].view(len(completions.by_policy), size), by_sampler)
-        return Said(raw, self._penalized(raw, completions))
+        return PairScores(raw, self._penalized(raw, completions))
 
     def _penalized(self, scores: Pair[Tensor], completions: Pair[list[Completions]]) -> Pair[Tensor]:
         """Take the missing-EOS penalty from completions that were cut, (K, B) a side."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xpo_lightning.core.batch import RawPrompt
-from xpo_lightning.core.distributed import gathered_midway
+from xpo_lightning.core.distributed import all_gather_guarded
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.fingerprint import recorded_path
 from xpo_lightning.rewards.base import Reward
@@ -108,7 +108,7 @@ def _standardized(scores: Sequence[Tensor]) -> list[Tensor]:
         (score - mean) / standard deviation of the population, float32; 0 where the deviation is. (B,) each
     """
     standardized = []
-    for own, *everywhere in zip(scores, *gathered_midway(list(scores)), strict=True):
+    for own, *everywhere in zip(scores, *all_gather_guarded(list(scores)), strict=True):
         values = torch.cat(everywhere).double()
         mean = values.mean()
         deviation = (values - mean).square().mean().sqrt()

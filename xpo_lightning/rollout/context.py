@@ -1,14 +1,15 @@
-"""Where completions of a few prompts are written: what a model has read of them serves as long as it is of use."""
+"""Generation context for a group of prompts; keeps what each model has read, so that prompts are read once."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
+from typing_extensions import deprecated
 
 from xpo_lightning.core.batch import Completions, Prompts
 from xpo_lightning.core.timer import PhaseTimer
-from xpo_lightning.models.forward.causal_forward import evaluating
-from xpo_lightning.models.lora import adapters_cast
+from xpo_lightning.models.forward.causal_forward import eval_mode
+from xpo_lightning.models.lora import cast_lora_weights
 from xpo_lightning.rollout.local import LocalRollout
 from xpo_lightning.rollout.opening import AnySession
 from xpo_lightning.rollout.reference_cache import Entry, missing_rows, with_kept
@@ -16,8 +17,8 @@ from xpo_lightning.rollout.reference_cache import Entry, missing_rows, with_kept
 LendReference = Callable[[], AbstractContextManager[nn.Module]]
 
 
-class Desk:
-    """Writes completions of B prompts, each by one of several models, and scores them under the reference.
+class RolloutContext:
+    """Generates completions of B prompts with any of several models, and scores them under the reference.
 
     Args:
         rollout: Samples completions.
@@ -43,8 +44,8 @@ class Desk:
         self._read_by_policy: AnySession | None = None
         self._read_by_reference: AnySession | None = None
 
-    def by_reference(self, uniforms: Sequence[Tensor]) -> list[Completions]:
-        """Let the reference write, except for prompts that it wrote for before.
+    def generate_with_reference(self, uniforms: Sequence[Tensor]) -> list[Completions]:
+        """Generate with the reference, except for prompts that it has completed before.
 
         Args:
             uniforms: The randomness of each completion of a prompt. (B, max_new_tokens) each
@@ -64,8 +65,8 @@ class Desk:
                 self._read_by_reference = read
         return [with_kept(fresh, self.kept, self.device) for fresh in written]
 
-    def by_policy(self, uniforms: Sequence[Tensor]) -> list[Completions]:
-        """Let the policy write; it reads the prompts once for all calls.
+    def generate_with_policy(self, uniforms: Sequence[Tensor]) -> list[Completions]:
+        """Generate with the policy, which reads the prompts once for all calls.
 
         Args:
             uniforms: The randomness of each completion of a prompt. (B, max_new_tokens) each
@@ -73,13 +74,13 @@ class Desk:
         Returns:
             B completions for each entry of `uniforms`.
         """
-        with self.timer("policy_rollout", self.device), evaluating(self.policy), adapters_cast(self.policy):
+        with self.timer("policy_rollout", self.device), eval_mode(self.policy), cast_lora_weights(self.policy):
             read, written = self.rollout.several(self.policy, self.prompts, uniforms, self._read_by_policy)
         self._read_by_policy = read
         return written
 
-    def by(self, lent: AbstractContextManager[nn.Module], uniforms: Sequence[Tensor]) -> list[Completions]:
-        """Let another model write.
+    def generate_with(self, lent: AbstractContextManager[nn.Module], uniforms: Sequence[Tensor]) -> list[Completions]:
+        """Generate with another model.
 
         Args:
             lent: Gives the model, in eval mode, and takes it back.
@@ -91,6 +92,21 @@ class Desk:
         with self.timer("reference_rollout", self.device), lent as model:
             return self.rollout.several(model, self.prompts, uniforms, None)[1]
 
+    @deprecated("by_reference is generate_with_reference now")
+    def by_reference(self, uniforms: Sequence[Tensor]) -> list[Completions]:
+        """Write with the reference, under the name of earlier versions."""
+        return self.generate_with_reference(uniforms)
+
+    @deprecated("by_policy is generate_with_policy now")
+    def by_policy(self, uniforms: Sequence[Tensor]) -> list[Completions]:
+        """Write with the policy, under the name of earlier versions."""
+        return self.generate_with_policy(uniforms)
+
+    @deprecated("by is generate_with now")
+    def by(self, lent: AbstractContextManager[nn.Module], uniforms: Sequence[Tensor]) -> list[Completions]:
+        """Write with another model, under the name of earlier versions."""
+        return self.generate_with(lent, uniforms)
+
     def policy_logps(self, completions: Sequence[Completions]) -> list[Tensor]:
         """Score completions under the policy as it samples, without dropout and without gradient.
 
@@ -100,7 +116,7 @@ class Desk:
         Returns:
             The policy's log-probability of each, summed over its tokens, in nats. (B,) each
         """
-        with self.timer("policy_rollout", self.device), evaluating(self.policy), adapters_cast(self.policy):
+        with self.timer("policy_rollout", self.device), eval_mode(self.policy), cast_lora_weights(self.policy):
             read = self.rollout.open(self.policy, self.prompts)
             return [read.logps(some) for some in completions]
 

@@ -17,7 +17,7 @@ Writer = Literal["policy", "reference"]
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerationRequest:
     """Completions of a batch of prompts that one model is to write.
 
     Args:
@@ -125,7 +125,7 @@ class RolloutEngine(ABC):
         """
 
     @abstractmethod
-    def write(self, prompts: Prompts, asked: Sequence[Asked]) -> list[list[Completions]]:
+    def write(self, prompts: Prompts, asked: Sequence[GenerationRequest]) -> list[list[Completions]]:
         """Write completions, those of all models together.
 
         Args:

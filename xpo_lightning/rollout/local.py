@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
-from xpo_lightning.core.batch import Completions, Prompts, cut, stack
+from xpo_lightning.core.batch import Completions, Prompts, chunk, concat_completions
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.rng import RolloutRNG
 from xpo_lightning.models.forward.capabilities import capabilities_of
-from xpo_lightning.models.forward.causal_forward import evaluating
+from xpo_lightning.models.forward.causal_forward import eval_mode
 from xpo_lightning.models.forward.lm_head import apply_head
 from xpo_lightning.models.logprobs import token_logps
-from xpo_lightning.models.lora import adapters_cast
+from xpo_lightning.models.lora import cast_lora_weights
 from xpo_lightning.rollout.decoding import CompletionDecoder
 from xpo_lightning.rollout.from_text import given_completions
 from xpo_lightning.rollout.kv_cache import most_rows
@@ -115,7 +115,7 @@ class LocalRollout:
             B completions for each entry of `uniforms`.
         """
         groups, parts = self.groups(prompts, model), []
-        with evaluating(model), adapters_cast(model):
+        with eval_mode(model), cast_lora_weights(model):
             for rows in groups:
                 some = [numbers[torch.as_tensor(rows, device=numbers.device)] for numbers in uniforms]
                 parts.append(self.several(model, prompts.select(rows), some, None)[1])
@@ -127,7 +127,7 @@ class LocalRollout:
         most = self.rows_at_once or len(order)
         if self.rows_at_once is None and prompts.ids.device.type == "cpu":
             most = most_rows(model, prompts.ids.shape[1] + self.sampling.max_new_tokens)
-        return [list(rows) for rows in cut(order, most)]
+        return [list(rows) for rows in chunk(order, most)]
 
     def uniforms(self, prompts: Prompts, noise: RolloutRNG) -> Tensor:
         """Draw all the randomness of a rollout beforehand, so that no row's depends on the rows beside it.
@@ -211,7 +211,7 @@ class LocalRollout:
     def _stop(self, written: Written, places: Tensor, step: int) -> None:
         """End rows in which a stop string came up, or which have one."""
         if self.stops is not None:
-            # Completion tokens alone: a stop string that began in the prompt is not the completion's.
+            # Written tokens alone: a stop string that began in the prompt is not the completion's.
             stopped: Tensor = self.stops(written.tokens[places, : step + 1], None)
             written.ended[places] |= stopped
 
@@ -229,7 +229,7 @@ class LocalRollout:
 
 def gather(parts: Sequence[Completions], groups: Sequence[Sequence[int]]) -> Completions:
     """Put the completions of groups of prompts back into the order of the prompts."""
-    return stack(parts).select(order_of(groups))
+    return concat_completions(parts).select(order_of(groups))
 
 
 def order_of(groups: Sequence[Sequence[int]]) -> list[int]:

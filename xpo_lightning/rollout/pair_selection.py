@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from xpo_lightning.core.batch import Completions, Pair, stack
+from xpo_lightning.core.batch import Completions, Pair, concat_completions
 from xpo_lightning.core.errors import InputError
 
 Choice = Literal["first", "best_of_each", "largest_margin", "best_and_worst"]
@@ -93,7 +93,7 @@ def chosen_completions(candidates: Pair[list[Completions]], places: Pair[Tensor]
     """
     if len(candidates.by_policy) == 1:
         return candidates.map(lambda side: side[0])
-    everything = stack([*candidates.by_policy, *candidates.by_sampler])
+    everything = concat_completions([*candidates.by_policy, *candidates.by_sampler])
     return places.map(lambda side: everything.select(rows_of(side)))
 
 

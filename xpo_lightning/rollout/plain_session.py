@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from xpo_lightning.core.batch import Completions, Prompts, cut
+from xpo_lightning.core.batch import Completions, Prompts, chunk
 from xpo_lightning.models.forward.capabilities import capabilities_of
 from xpo_lightning.models.forward.causal_forward import OwnState, base_of, last_features, positions_from
 from xpo_lightning.models.forward.lengths import named_lengths
@@ -71,7 +71,7 @@ class PlainSession:
     def logps(self, completions: Completions) -> Tensor:
         """See `Session.logps`."""
         width = self.given.ids.shape[1] + completions.ids.shape[1]
-        groups = cut(range(len(completions)), max(1, self.tokens_at_once // width))
+        groups = chunk(range(len(completions)), max(1, self.tokens_at_once // width))
         parts = [token_logps(self.model, self.given.select(rows), completions.select(rows)) for rows in groups]
         return torch.cat([part.sum(1) for part in parts])
 

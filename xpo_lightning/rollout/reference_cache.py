@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xpo_lightning.core.batch import Completions, Prompts
-from xpo_lightning.core.distributed import gathered
+from xpo_lightning.core.distributed import all_gather
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.fault_tolerance.guard import Guard
 from xpo_lightning.core.fingerprint import as_json, differences
@@ -99,7 +99,7 @@ class ReferenceCache:
             InputError: A process cannot write it.
         """
         pending, self._pending = self._pending if keep else {}, {}
-        new = [entries for entries in gathered(pending) if entries]
+        new = [entries for entries in all_gather(pending) if entries]
         if new:
             with Guard().together():
                 for entries in new:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from xpo_lightning.core.batch import Completions
 from xpo_lightning.core.errors import InputError
-from xpo_lightning.core.timed_call import UserFunction
+from xpo_lightning.core.timed_call import TimedFunction
 from xpo_lightning.models.snapshot import Snapshot
-from xpo_lightning.rollout.context import Desk
+from xpo_lightning.rollout.context import RolloutContext
 
 
 class Sampler(ABC):
@@ -25,11 +25,11 @@ class Sampler(ABC):
     is_reference = False
 
     @abstractmethod
-    def write(self, desk: Desk, uniforms: Sequence[Tensor]) -> list[Completions]:
-        """Write completions of the prompts on a desk.
+    def write(self, context: RolloutContext, uniforms: Sequence[Tensor]) -> list[Completions]:
+        """Write completions of the prompts on a context.
 
         Args:
-            desk: B prompts, and the models.
+            context: B prompts, and the models.
             uniforms: Randomness in [0, 1) of each completion of a prompt, float64. (B, max_new_tokens) each
 
         Returns:
@@ -71,9 +71,9 @@ class ReferenceSampler(Sampler):
 
     is_reference = True
 
-    def write(self, desk: Desk, uniforms: Sequence[Tensor]) -> list[Completions]:
+    def write(self, context: RolloutContext, uniforms: Sequence[Tensor]) -> list[Completions]:
         """See `Sampler.write`."""
-        return desk.by_reference(uniforms)
+        return context.generate_with_reference(uniforms)
 
 
 class PolicySampler(Sampler):
@@ -81,9 +81,9 @@ class PolicySampler(Sampler):
 
     is_policy = True
 
-    def write(self, desk: Desk, uniforms: Sequence[Tensor]) -> list[Completions]:
+    def write(self, context: RolloutContext, uniforms: Sequence[Tensor]) -> list[Completions]:
         """See `Sampler.write`."""
-        return desk.by_policy(uniforms)
+        return context.generate_with_policy(uniforms)
 
 
 class PreviousPolicySampler(Sampler):
@@ -112,9 +112,9 @@ class PreviousPolicySampler(Sampler):
             self.previous, self.current = self.current, self.previous
             self.current.take(policy)
 
-    def write(self, desk: Desk, uniforms: Sequence[Tensor]) -> list[Completions]:
+    def write(self, context: RolloutContext, uniforms: Sequence[Tensor]) -> list[Completions]:
         """See `Sampler.write`."""
-        return desk.by(self.previous.lent(desk.policy), uniforms)
+        return context.generate_with(self.previous.lent(context.policy), uniforms)
 
     def state(self) -> dict[str, Any]:
         """Return both states of the policy."""
@@ -151,15 +151,15 @@ class PythonSampler(Sampler):
         self, function: Callable[..., Any], arguments: dict[str, Any] | None = None, timeout: float | None = 1800
     ) -> None:
         given = ("prompts", "columns")
-        self.function = UserFunction("sampler function", function, given, arguments, timeout, "model.sampler")
+        self.function = TimedFunction("sampler function", function, given, arguments, timeout, "model.sampler")
 
-    def write(self, desk: Desk, uniforms: Sequence[Tensor]) -> list[Completions]:
+    def write(self, context: RolloutContext, uniforms: Sequence[Tensor]) -> list[Completions]:
         """See `Sampler.write`; the function is called once for each entry of `uniforms`, which it does not see."""
-        prompts, rollout = desk.prompts, desk.rollout
+        prompts, rollout = context.prompts, context.rollout
         written = []
         for _ in uniforms:
             columns = {name: list(values) for name, values in prompts.columns.items()}
-            with desk.timer("reference_rollout", desk.device):
+            with context.timer("reference_rollout", context.device):
                 texts = self.function(rollout.check, prompts=list(prompts.raw), columns=columns)
             check_texts(texts, len(prompts), self.function.who)
             written.append(rollout.given(prompts, texts))

@@ -13,16 +13,16 @@ from xpo_lightning.core.batch import Completions, Experience, Pair, Prompts
 from xpo_lightning.core.fault_tolerance.guard import check_finite
 from xpo_lightning.core.rng import RolloutRNG
 from xpo_lightning.core.timer import PhaseTimer
-from xpo_lightning.models.forward.causal_forward import evaluating
+from xpo_lightning.models.forward.causal_forward import eval_mode
 from xpo_lightning.rewards.labels import LabelRule
-from xpo_lightning.rewards.scorer import Verdicts
-from xpo_lightning.rollout.context import Desk
-from xpo_lightning.rollout.engine import Asked, RolloutEngine
+from xpo_lightning.rewards.scorer import PairScorer
+from xpo_lightning.rollout.context import RolloutContext
+from xpo_lightning.rollout.engine import GenerationRequest, RolloutEngine
 from xpo_lightning.rollout.local import LocalRollout, gather, order_of
 from xpo_lightning.rollout.pair_selection import Candidates, chosen_completions, chosen_values
 from xpo_lightning.rollout.reference_cache import ReferenceCache, missing_rows
 from xpo_lightning.rollout.samplers import ReferenceSampler, Sampler
-from xpo_lightning.training.persistent_state import Memory
+from xpo_lightning.training.persistent_state import PersistentState
 
 Written = tuple[Pair[list[Completions]], Pair[Tensor]]
 """K completions of B prompts a side, and the reference's log-probabilities of them (K, B) a side."""
@@ -40,16 +40,16 @@ class Collector:
         memory: The reference; the sampler, which writes the second completion while the policy trains; and what the
             reference wrote in earlier epochs.
         candidates: How many completions a side writes then, and which become the pair.
-        verdicts: Says which completion is better.
+        scorer: Says which completion is better.
         label_rule: Turns that into labels.
         timer: Times the phases.
         engine: Writes the policy's and the reference's completions in place of `rollout`, where there is one.
     """
 
     rollout: LocalRollout
-    memory: Memory
+    memory: PersistentState
     candidates: Candidates
-    verdicts: Verdicts
+    scorer: PairScorer
     label_rule: LabelRule
     timer: PhaseTimer
     engine: RolloutEngine | None = None
@@ -78,31 +78,35 @@ class Collector:
             [self.rollout.uniforms(prompts, rng) for _ in range(candidates.count)] for _ in range(2)
         )
 
-        def desk(rows: list[int]) -> Desk:
-            return Desk(self.rollout, policy, lend, prompts.select(rows), [kept[row] for row in rows], self.timer)
+        def open_context(rows: list[int]) -> RolloutContext:
+            return RolloutContext(
+                self.rollout, policy, lend, prompts.select(rows), [kept[row] for row in rows], self.timer
+            )
 
         def write(rows: list[int]) -> Written:
             index = torch.as_tensor(rows, device=prompts.ids.device)
             uniforms = Pair(of_policy, of_sampler).map(lambda side: [numbers[index] for numbers in side])
-            return _written(desk(rows), sampler, uniforms)
+            return _written(open_context(rows), sampler, uniforms)
 
         groups = self.rollout.groups(prompts, policy)
         if self.engine is None:
             completions, logps = _together([write(rows) for rows in groups], groups)
         else:
             self.engine.sync(policy)
-            completions = _by_engine(self.engine, desk(list(range(len(prompts)))), sampler, Pair(of_policy, of_sampler))
-            logps = _scored(self.engine, desk, sampler, completions, groups)
+            completions = _by_engine(
+                self.engine, open_context(list(range(len(prompts)))), sampler, Pair(of_policy, of_sampler)
+            )
+            logps = _scored(self.engine, open_context, sampler, completions, groups)
         self._count(prompts, completions)
-        said = self.verdicts(prompts, completions, [None if entry is None else entry.score for entry in kept])
+        scored = self.scorer.score(prompts, completions, [None if entry is None else entry.score for entry in kept])
         missing = missing_rows(kept)
         if cache is not None and missing:
             written = completions.by_sampler[0].select(missing)
-            cache.put(prompts.select(missing), written, said.raw.by_sampler[0, missing])
-        places = candidates(said.scores, one_writer=sampler.is_policy)
-        scores = chosen_values(said.scores, places)
+            cache.put(prompts.select(missing), written, scored.raw.by_sampler[0, missing])
+        places = candidates(scored.scores, one_writer=sampler.is_policy)
+        scores = chosen_values(scored.scores, places)
         uniforms = rng.uniforms(len(prompts), 2).to(scores.by_policy) if training else None
-        labels = self.label_rule(said.preferences(scores), uniforms)
+        labels = self.label_rule(scored.preferences(scores), uniforms)
         return Experience(
             prompts=prompts,
             completions=chosen_completions(completions, places),
@@ -110,7 +114,7 @@ class Collector:
             labels=labels.labels,
             reference_logps=chosen_values(logps, places),
             silent=labels.silent,
-            answered=said.answered,
+            answered=scored.answered,
         )
 
     def open_cache(self, where: str | None, reference: dict[str, Any], trainer: Trainer) -> None:
@@ -130,7 +134,7 @@ class Collector:
         sampling = {**asdict(self.rollout.sampling), "eos_token_ids": sorted(self.rollout.eos_token_ids)}
         # Earlier versions kept texts, and scores of them, that were decoded without their prompts.
         sampling["texts"] = "decoded behind their prompts"
-        model = {"policy": reference, "sampling": sampling, "reward": self.verdicts.feedback.identity()}
+        model = {"policy": reference, "sampling": sampling, "reward": self.scorer.feedback.identity()}
         made_by = {"model": model, "trainer": {"precision": str(trainer.precision)}}
         self.memory.cache = ReferenceCache(where, made_by, trainer.global_rank)
 
@@ -157,46 +161,46 @@ def check_rollout(experience: Experience) -> Experience:
     return experience
 
 
-def _written(desk: Desk, sampler: Sampler, uniforms: Pair[list[Tensor]]) -> Written:
+def _written(context: RolloutContext, sampler: Sampler, uniforms: Pair[list[Tensor]]) -> Written:
     """Let both sides write, and the reference score what it has not written itself."""
-    by_sampler = sampler.write(desk, uniforms.by_sampler)
-    completions = Pair(desk.by_policy(uniforms.by_policy), by_sampler)
+    by_sampler = sampler.write(context, uniforms.by_sampler)
+    completions = Pair(context.generate_with_policy(uniforms.by_policy), by_sampler)
     if sampler.is_reference:
-        own = torch.stack(desk.reference_logps(completions.by_policy))
+        own = torch.stack(context.reference_logps(completions.by_policy))
         return completions, Pair(own, torch.stack([some.logps for some in by_sampler]))
-    everything = torch.stack(desk.reference_logps([*completions.by_policy, *by_sampler]))
+    everything = torch.stack(context.reference_logps([*completions.by_policy, *by_sampler]))
     return completions, Pair(*everything.chunk(2))
 
 
 def _by_engine(
-    engine: RolloutEngine, desk: Desk, sampler: Sampler, uniforms: Pair[list[Tensor]]
+    engine: RolloutEngine, context: RolloutContext, sampler: Sampler, uniforms: Pair[list[Tensor]]
 ) -> Pair[list[Completions]]:
-    """Let an engine write for all prompts on a desk, what it can write of the sampler's side in the same breath."""
-    asked = [Asked("policy", uniforms.by_policy)]
+    """Let an engine write for all prompts on a context, what it can write of the sampler's side in the same breath."""
+    asked = [GenerationRequest("policy", uniforms.by_policy)]
     if sampler.is_policy or sampler.is_reference:
-        asked.append(Asked("policy" if sampler.is_policy else "reference", uniforms.by_sampler))
-    with desk.timer("policy_rollout", desk.device), evaluating(desk.policy):
-        by_policy, *others = engine.write(desk.prompts, asked)
-    return Pair(by_policy, others[0] if others else sampler.write(desk, uniforms.by_sampler))
+        asked.append(GenerationRequest("policy" if sampler.is_policy else "reference", uniforms.by_sampler))
+    with context.timer("policy_rollout", context.device), eval_mode(context.policy):
+        by_policy, *others = engine.write(context.prompts, asked)
+    return Pair(by_policy, others[0] if others else sampler.write(context, uniforms.by_sampler))
 
 
 def _scored(
     engine: RolloutEngine,
-    desk: Callable[[list[int]], Desk],
+    open_context: Callable[[list[int]], RolloutContext],
     sampler: Sampler,
     completions: Pair[list[Completions]],
     groups: Sequence[list[int]],
 ) -> Pair[Tensor]:
     """Let the reference score what an engine wrote, (K, B) a side, and see that it was the right models that wrote."""
     both = [*completions.by_policy, *completions.by_sampler]
-    parts = [torch.stack(desk(rows).reference_logps([some.select(rows) for some in both])) for rows in groups]
+    parts = [torch.stack(open_context(rows).reference_logps([some.select(rows) for some in both])) for rows in groups]
     logps = Pair(*torch.cat(parts, 1)[:, order_of(groups)].chunk(2))
     if sampler.is_reference:
         engine.compare("reference", completions.by_sampler, logps.by_sampler)
     # Scoring all of them would cost a pass that nothing else needs.
     rows = groups[0][:COMPARED]
     some = [candidate.select(rows) for candidate in completions.by_policy[:1]]
-    engine.compare("policy", some, torch.stack(desk(rows).policy_logps(some)))
+    engine.compare("policy", some, torch.stack(open_context(rows).policy_logps(some)))
     return logps
 
 

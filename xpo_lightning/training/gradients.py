@@ -10,9 +10,9 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from xpo_lightning.core.batch import RawPrompt
-from xpo_lightning.core.distributed import gathered, several
+from xpo_lightning.core.distributed import all_gather, is_distributed
 from xpo_lightning.core.errors import ConsequentError
-from xpo_lightning.core.fault_tolerance.guard import Stop, check_finite, shown
+from xpo_lightning.core.fault_tolerance.guard import Stop, check_finite, format_prompts
 from xpo_lightning.core.timer import PhaseTimer
 from xpo_lightning.models.forward.cpu_attention import for_any_shape
 from xpo_lightning.models.sharding import gradients_together, is_sharded
@@ -63,9 +63,9 @@ class Summands:
         losses = torch.cat([measured["loss/total"] for measured in self.numbers])
         check_finite([("the loss", losses)], self.prompts, CONSEQUENCE)
         if not norm.isfinite():
-            others = " and prompts of the other processes" * several()
+            others = " and prompts of the other processes" * is_distributed()
             raise ConsequentError(
-                f"the norm of the gradient is {float(norm)} for {shown(self.prompts)}{others}; {CONSEQUENCE}"
+                f"the norm of the gradient is {float(norm)} for {format_prompts(self.prompts)}{others}; {CONSEQUENCE}"
             )
         return norm
 
@@ -94,7 +94,7 @@ def add_gradients(
     timer, trainer = module.timer, module.trainer
     count, most = sum(map(len, micro_batches)), len(micro_batches)
     if is_sharded(module.policy):  # Each pass gathers weights, so all processes must take as many.
-        most = max(gathered(most))
+        most = max(all_gather(most))
     added = Summands()
     # A process alone must not break off between gradients that all processes add up.
     alone = trainer.world_size == 1

@@ -15,7 +15,7 @@ def counts_memory(device: torch.device) -> bool:
     return device.type in COUNTING
 
 
-class Room:
+class MemoryBudget:
     """Measures what a step's micro-batches take, and what is left beside them.
 
     Args:

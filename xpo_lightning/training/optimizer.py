@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.fingerprint import as_json, recorded_path
 from xpo_lightning.losses.schedules import LearningRateShape, learning_rate_factor
-from xpo_lightning.models.sharding import full
+from xpo_lightning.models.sharding import full_tensor
 
 DEFAULT_LEARNING_RATE = 5e-7
 
@@ -113,7 +113,7 @@ class Optimization:
 
     def clip(self, trained: list[nn.Parameter]) -> Tensor:
         """Scale gradients down to `max_grad_norm` and return their norm before that."""
-        return full(clip_grad_norm_(trained, math.inf if self.max_grad_norm is None else self.max_grad_norm))
+        return full_tensor(clip_grad_norm_(trained, math.inf if self.max_grad_norm is None else self.max_grad_norm))
 
 
 def _settings(group: dict[str, Any], flags_only: bool = False) -> dict[str, Any]:

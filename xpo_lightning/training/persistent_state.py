@@ -13,7 +13,7 @@ from xpo_lightning.training.replay_buffer.buffer import Buffer
 
 
 @dataclass
-class Memory:
+class PersistentState:
     """Holds all that checkpoints must have of it.
 
     Args:

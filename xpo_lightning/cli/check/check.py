@@ -2,11 +2,11 @@
 
 from lightning.pytorch import Trainer
 
-from xpo_lightning.callbacks.base import say
+from xpo_lightning.callbacks.base import print_line
 from xpo_lightning.cli.check.advice import warnings_of
 from xpo_lightning.cli.check.dry_step import dry_step, plan_of_dry_step, prompts_wanted
 from xpo_lightning.cli.check.meter import Meter, memory_of
-from xpo_lightning.cli.check.report import Findings, lines_of
+from xpo_lightning.cli.check.report import Findings, report_lines
 from xpo_lightning.cli.check.requirements import (
     check_folders,
     check_loaded,
@@ -20,7 +20,7 @@ from xpo_lightning.cli.check.trainer_setup import attach, set_up_callbacks, set_
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.reporting.memory.estimate import estimate
-from xpo_lightning.reporting.memory.run_plan import plan_of, rewards_with_models
+from xpo_lightning.reporting.memory.run_plan import memory_inputs, rewards_with_models
 from xpo_lightning.training.optimizer import WarmupThenDecay, total_steps
 
 SAMPLES = 256
@@ -52,17 +52,17 @@ class CheckingTrainer(Trainer):
             InputError: The run cannot be started, or would be stopped by its first step.
         """
         try:
-            found = look_at(self, model, datamodule)
+            found = check_run(self, model, datamodule)
         except KeyboardInterrupt:
             raise SystemExit(130) from None
         finally:
             model.teardown("fit")
-        for line in lines_of(model, found, warnings_of(model, found)):
-            say(line)
-        say("The run can start.")
+        for line in report_lines(model, found, warnings_of(model, found)):
+            print_line(line)
+        print_line("The run can start.")
 
 
-def look_at(trainer: Trainer, module: XPOLightningModule, data: PromptDataModule) -> Findings:
+def check_run(trainer: Trainer, module: XPOLightningModule, data: PromptDataModule) -> Findings:
     """Do all that a run does before its first optimizer step; leave nothing behind but loaded models.
 
     Raises:
@@ -92,7 +92,7 @@ def look_at(trainer: Trainer, module: XPOLightningModule, data: PromptDataModule
         scheduler.begin(steps)
     samples, wanted = surveyed.training.samples, prompts_wanted(module)
     rows = [reward_rows(part, samples, module.sampling.max_new_tokens) for part in rewards_with_models(module)]
-    plan = plan_of(
+    plan = memory_inputs(
         module,
         optimizer,
         batch_size=data.batching.size,

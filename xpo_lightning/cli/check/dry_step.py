@@ -13,7 +13,7 @@ from xpo_lightning.data.preprocessing import Sample
 from xpo_lightning.data.prompts import as_prompts
 from xpo_lightning.losses.schedules import FIRST_STEP
 from xpo_lightning.module import XPOLightningModule
-from xpo_lightning.reporting.memory.estimate import Plan
+from xpo_lightning.reporting.memory.estimate import MemoryInputs
 from xpo_lightning.rewards import HumanJudge
 from xpo_lightning.training.collector import check_rollout
 from xpo_lightning.training.gradients import add_gradients, clip_gradient
@@ -69,7 +69,7 @@ def dry_step(module: XPOLightningModule, trainer: Trainer, samples: Sequence[Sam
     return DryStep(experience, max(map(len, micro_batches)), module.timer.seconds())
 
 
-def plan_of_dry_step(plan: Plan, step: DryStep) -> Plan:
+def plan_of_dry_step(plan: MemoryInputs, step: DryStep) -> MemoryInputs:
     """Describe the dry step: few prompts, its own completions, and an optimizer that has not begun."""
     pairs = step.experience
     return replace(

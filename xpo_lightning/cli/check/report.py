@@ -10,7 +10,7 @@ from xpo_lightning.cli.check.meter import Meter
 from xpo_lightning.cli.check.requirements import Disk
 from xpo_lightning.cli.check.survey import Prompts, RewardRows, Survey
 from xpo_lightning.module import XPOLightningModule
-from xpo_lightning.reporting.memory.estimate import Footprint
+from xpo_lightning.reporting.memory.estimate import MemoryEstimate
 from xpo_lightning.reporting.run_description import estimate_text, models_of, size_text
 
 
@@ -39,13 +39,13 @@ class Findings:
     optimizer: Optimizer
     step: DryStep
     meter: Meter
-    dry: Footprint | None
-    whole: Footprint | None
+    dry: MemoryEstimate | None
+    whole: MemoryEstimate | None
     memory: int | None
     disk: Disk | None
 
 
-def lines_of(module: XPOLightningModule, found: Findings, warnings: list[str]) -> list[str]:
+def report_lines(module: XPOLightningModule, found: Findings, warnings: list[str]) -> list[str]:
     """Write the report, a line for each subject."""
     subjects = [*models_of(module), *_data(module, found), *_tried(found), *_memory(found)]
     width = max(len(name) for name, _ in subjects)

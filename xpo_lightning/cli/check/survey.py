@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.data.dataloader import PromptStream
-from xpo_lightning.data.preprocessing import Encoding, Sample
+from xpo_lightning.data.preprocessing import PromptPreprocessor, Sample
 from xpo_lightning.rewards import SequenceClassifierReward
 from xpo_lightning.rewards.sequence_classifier.inputs import render
 
@@ -82,7 +82,7 @@ def survey(trainer: Trainer, data: PromptDataModule, wanted: int) -> Survey:
     return Survey(training, validation, trainer.num_training_batches)
 
 
-def _read(dataset: Any, encoding: Encoding, wanted: int) -> Prompts:
+def _read(dataset: Any, encoding: PromptPreprocessor, wanted: int) -> Prompts:
     is_stream = isinstance(dataset, PromptStream)
     # The first rows of a stream are held: it is read once, in whatever order it comes.
     rows: Sequence[Sample] = list(islice(dataset, MOST_OF_A_STREAM)) if is_stream else dataset
@@ -91,11 +91,11 @@ def _read(dataset: Any, encoding: Encoding, wanted: int) -> Prompts:
     for sample in (rows[place] for place in range(len(rows))):
         lengths.append(len(sample["prompt_ids"]))
         truncated += _was_cut(sample, encoding)
-    chosen = [rows[place] for place in spread(lengths, wanted)]
+    chosen = [rows[place] for place in pick_evenly(lengths, wanted)]
     return Prompts(chosen, sorted(lengths), truncated, is_stream)
 
 
-def spread(lengths: Sequence[int], wanted: int) -> list[int]:
+def pick_evenly(lengths: Sequence[int], wanted: int) -> list[int]:
     """Choose places: that of the longest, then places at even distances; no place twice."""
     if not wanted:
         return []
@@ -105,7 +105,7 @@ def spread(lengths: Sequence[int], wanted: int) -> list[int]:
     return [longest, *(others[number * len(others) // count] for number in range(count))]
 
 
-def _was_cut(sample: Sample, encoding: Encoding) -> bool:
+def _was_cut(sample: Sample, encoding: PromptPreprocessor) -> bool:
     """Tell whether a prompt is as long as prompts may be because it was longer."""
     if encoding.truncate != "left" or encoding.encoder is None or len(sample["prompt_ids"]) != encoding.max_tokens:
         return False

@@ -14,9 +14,9 @@ from rich.text import Text
 from xpo_lightning.core.batch import Prompts, RawPrompt, left_pad
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.rng import RolloutRNG, Stream
-from xpo_lightning.data.prompts import PromptEncoder
-from xpo_lightning.evaluation.policies import REFERENCE, SeatedWriter, Writer, device_named, find_writer
-from xpo_lightning.evaluation.run_config import changed, saved_run
+from xpo_lightning.data.prompts import PromptTokenizer
+from xpo_lightning.evaluation.policies import REFERENCE, LoadedPolicy, NamedPolicy, device_named, find_policy
+from xpo_lightning.evaluation.run_config import override_sampling, read_run_config
 from xpo_lightning.rollout.sampling import Sampling
 
 NEW = "/new"
@@ -47,11 +47,11 @@ def chat(
         seed: Of the randomness.
         device: `auto` is a GPU where there is one.
     """
-    run = None if config is None else saved_run(config)
-    how = changed(Sampling() if run is None else run.module.sampling, sampling)
+    run = None if config is None else read_run_config(config)
+    how = override_sampling(Sampling() if run is None else run.module.sampling, sampling)
     beside = [reference] if reference is not None else [REFERENCE] * (run is not None)
     where = device_named(device)
-    writers = [find_writer(name, run) for name in (policy, *beside)]
+    writers = [find_policy(name, run) for name in (policy, *beside)]
     speakers = [Speaker.seated(one, how, where, seed, place) for place, one in enumerate(writers)]
     if prompt is not None:
         _exchange(speakers, prompt)
@@ -82,15 +82,15 @@ class Speaker:
     """
 
     name: str
-    writer: SeatedWriter
-    encoder: PromptEncoder
+    writer: LoadedPolicy
+    encoder: PromptTokenizer
     seed: int
     place: int
     said: list[dict[str, Any]] = field(default_factory=list)
     answers: int = 0
 
     @classmethod
-    def seated(cls, writer: Writer, sampling: Sampling, device: torch.device, seed: int, place: int) -> "Speaker":
+    def seated(cls, writer: NamedPolicy, sampling: Sampling, device: torch.device, seed: int, place: int) -> "Speaker":
         """Load a writer."""
         return cls(writer.name, writer.seated(sampling, device), writer.encoder(sampling), seed, place)
 

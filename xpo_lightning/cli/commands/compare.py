@@ -6,17 +6,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from xpo_lightning.callbacks.base import say
+from xpo_lightning.callbacks.base import print_line
 from xpo_lightning.core.atomic_files import replacing_file
 from xpo_lightning.core.batch import Pair
 from xpo_lightning.core.errors import InputError
-from xpo_lightning.data.preprocessing import Encoding
-from xpo_lightning.data.readers import Located
+from xpo_lightning.data.preprocessing import PromptPreprocessor
+from xpo_lightning.data.readers import LocatedRow
 from xpo_lightning.data.sources import Source, read
 from xpo_lightning.data.splits import first_rows
-from xpo_lightning.evaluation.compare import Contest, Outcome, encoded_for, outcome
-from xpo_lightning.evaluation.policies import device_named, find_writer
-from xpo_lightning.evaluation.run_config import SavedRun, changed, saved_run
+from xpo_lightning.evaluation.compare import Comparison, Outcome, compare_completions, tokenize_for
+from xpo_lightning.evaluation.policies import device_named, find_policy
+from xpo_lightning.evaluation.run_config import RunConfig, override_sampling, read_run_config
 from xpo_lightning.evaluation.win_rate import check_level, win_rate_interval
 from xpo_lightning.rewards.base import Feedback, Judge
 from xpo_lightning.rollout.sampling import Sampling
@@ -69,24 +69,24 @@ def compare(
     if json is not None and not Path(json).parent.is_dir():
         raise InputError(f"--json: there is no folder '{Path(json).parent}'")
     check_level(level)
-    run = None if config is None else saved_run(config)
+    run = None if config is None else read_run_config(config)
     feedback, penalty = _feedback(reward, missing_eos_penalty, run)
-    how = changed(run.module.sampling if run else Sampling(), sampling)
+    how = override_sampling(run.module.sampling if run else Sampling(), sampling)
     if penalty and how.eos_token_ids == [] and not how.stop_strings:
         raise InputError("--missing_eos_penalty: --sampling.eos_token_ids names no EOS token; leave one of them out")
     rows, encoding, where = _prompts(prompts, prompt_column, run)
     # Whoever is named first: the two write, and are judged, in the same order, so that exchanging them changes nothing.
     order = sorted((a, b))
-    writers = [find_writer(name, run) for name in order]
+    writers = [find_policy(name, run) for name in order]
     try:
-        encoded = encoded_for([one.encoder(how) for one in writers], first_rows(rows, max_prompts), encoding, where)
+        encoded = tokenize_for([one.encoder(how) for one in writers], first_rows(rows, max_prompts), encoding, where)
     except InputError as error:
         raise InputError(f"--prompts, --prompt_column: {error}" if prompts else str(error)) from error
     where_to = device_named(device)
     feedback.load()
-    contest = Contest(how, samples, seed, where_to, batch_size)
+    contest = Comparison(how, samples, seed, where_to, batch_size)
     written = [contest.write(one, rows, n) for n, (one, rows) in enumerate(zip(writers, encoded, strict=True))]
-    found = outcome(feedback.to(where_to), penalty, encoded[0], Pair(*written))
+    found = compare_completions(feedback.to(where_to), penalty, encoded[0], Pair(*written))
     found = found if order[0] == a else found.exchanged()
     result = _result(found, level)
     settings = {"a": a, "b": b, "prompts_from": where, "samples": samples, "seed": seed, "sampling": asdict(how)}
@@ -103,7 +103,7 @@ def _check(**counts: int | None) -> None:
             raise InputError(f"--{name} must be at least 1, but is {count}")
 
 
-def _feedback(reward: Feedback | None, penalty: float | None, run: SavedRun | None) -> tuple[Feedback, float | None]:
+def _feedback(reward: Feedback | None, penalty: float | None, run: RunConfig | None) -> tuple[Feedback, float | None]:
     """Choose the reward and its penalty; those of the run go together."""
     if reward is None:
         if run is None:
@@ -116,11 +116,13 @@ def _feedback(reward: Feedback | None, penalty: float | None, run: SavedRun | No
     return reward, penalty
 
 
-def _prompts(name: str | None, column: str | None, run: SavedRun | None) -> tuple[Sequence[Located], Encoding, str]:
+def _prompts(
+    name: str | None, column: str | None, run: RunConfig | None
+) -> tuple[Sequence[LocatedRow], PromptPreprocessor, str]:
     """Read the prompts, and say what to call them."""
     if name is not None:
         source = Source(name, key="--prompts", split_key="--prompts")
-        encoding = Encoding(column or (run.data.encoding.prompt_column if run else "prompt"))
+        encoding = PromptPreprocessor(column or (run.data.encoding.prompt_column if run else "prompt"))
         return read(source), encoding, name
     if run is None:
         raise InputError("xpo compare needs --prompts, or the --config of a run with validation prompts")
@@ -165,4 +167,4 @@ def _show(result: dict[str, Any], a: str, b: str, where: str, samples: int) -> N
     if "score_a" in result:
         lines["mean score"] = f"{result['score_a']:.4g} for A, {result['score_b']:.4g} for B"
     for name, text in lines.items():
-        say(f"{name:10}  {text}")
+        print_line(f"{name:10}  {text}")

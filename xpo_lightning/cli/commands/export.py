@@ -7,10 +7,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 from peft import PeftModel
 
-from xpo_lightning.callbacks.base import say
+from xpo_lightning.callbacks.base import print_line
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.evaluation.policies import trained_policy
-from xpo_lightning.evaluation.run_config import saved_run
+from xpo_lightning.evaluation.run_config import read_run_config
 from xpo_lightning.models.saving import check_exportable, check_replaceable, save_policy
 from xpo_lightning.reporting.model_card import model_card, training_facts
 
@@ -44,7 +44,7 @@ def export(
         check_push(push_to_hub)
     target = Path(out)
     check_replaceable(target, "--out")
-    run = saved_run(config)
+    run = read_run_config(config)
     if merge and run.module.lora is None:
         raise InputError("--merge is for adapters, and the run has none (model.lora); leave it out")
     policy, content = trained_policy(Path(checkpoint), run.module)
@@ -53,9 +53,9 @@ def export(
     facts = training_facts(content.get("global_step", 0), states[0].get("param_groups", []), run.data)
     is_adapter = isinstance(policy, PeftModel) and not merge
     save_policy(policy, run.module.tokenizer, target, merge, model_card(run.module, facts, {}, is_adapter))
-    say(f"{'adapter' if is_adapter else 'policy'}  {target}")
+    print_line(f"{'adapter' if is_adapter else 'policy'}  {target}")
     if push_to_hub is not None:
-        say(f"pushed   {push(target, push_to_hub, private)}")
+        print_line(f"pushed   {push(target, push_to_hub, private)}")
 
 
 KEY = "--push_to_hub"

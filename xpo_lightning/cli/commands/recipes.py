@@ -18,7 +18,7 @@ def recipes(name: str | None = None, target: str | None = None, /) -> None:
     if name is None:
         width = max(map(len, known))
         for title, file in known.items():
-            print(f"{title:{width}}  {shipped.purpose(file)}")
+            print(f"{title:{width}}  {shipped.purpose_of(file)}")
         print("\nxpo fit --config NAME runs one; xpo recipes NAME copies its file.")
         return
     if name not in known:

@@ -7,7 +7,7 @@ import socket
 import time
 from contextlib import suppress
 
-from xpo_lightning.core.distributed import gathered, own_rank
+from xpo_lightning.core.distributed import all_gather, own_rank
 from xpo_lightning.core.fault_tolerance.lifeline import Lifeline
 
 PATIENCE = 30.0
@@ -26,9 +26,9 @@ def connect(*, is_one_machine: bool) -> Lifeline | None:
     Returns:
         This process's end, or None on all where one of them could not connect.
     """
-    rank, others = own_rank(), len(gathered(None)) - 1
+    rank, others = own_rank(), len(all_gather(None)) - 1
     server, address = _listen(is_one_machine) if rank == 0 else (None, None)
-    address = gathered(address)[0]
+    address = all_gather(address)[0]
     ends: dict[int, socket.socket] | None = None
     with suppress(OSError):
         if server is not None and address is not None:
@@ -36,7 +36,7 @@ def connect(*, is_one_machine: bool) -> Lifeline | None:
                 ends = _accept(server, others, address[2])
         elif address is not None:
             ends = {0: _dial(address, rank)}
-    if all(gathered(ends is not None)) and ends is not None:
+    if all(all_gather(ends is not None)) and ends is not None:
         return Lifeline(rank, ends)
     for end in (ends or {}).values():
         end.close()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from xpo_lightning.core.batch import RawPrompt
-from xpo_lightning.core.distributed import Midway, Origin, gathered, host, own_rank, set_origin
+from xpo_lightning.core.distributed import Midway, Origin, all_gather, host, own_rank, set_origin
 from xpo_lightning.core.errors import ConsequentError, InputError, NonFiniteError
 from xpo_lightning.core.explanations import explanation
 
@@ -191,12 +191,12 @@ def check_finite(values: Sequence[tuple[str, Tensor]], prompts: Sequence[RawProm
     what, value = values[number]
     raise NonFiniteError(
         f"{what} is {float(value[row])} for {len(rows)} of {len(prompts)} prompts: "
-        f"{shown([prompts[row] for row in rows])}; {consequence}",
+        f"{format_prompts([prompts[row] for row in rows])}; {consequence}",
         rows,
     )
 
 
-def shown(prompts: Sequence[RawPrompt]) -> str:
+def format_prompts(prompts: Sequence[RawPrompt]) -> str:
     """Show some prompts in a message, each by its end, where prompts differ."""
     texts = [prompt if isinstance(prompt, str) else f"{prompt[-1]['content']}" for prompt in prompts[:SHOWN]]
     ends = [text if len(text) <= 80 else "..." + text[-77:] for text in texts]
@@ -205,9 +205,9 @@ def shown(prompts: Sequence[RawPrompt]) -> str:
 
 def _reports(own: Report | None) -> list[Report | None]:
     """Collect the report of every process, by rank."""
-    reports = gathered(own)
+    reports = all_gather(own)
     while any(isinstance(report, Midway) for report in reports):  # Others are still in the work that this one left.
-        reports = gathered(own)
+        reports = all_gather(own)
     return reports
 
 

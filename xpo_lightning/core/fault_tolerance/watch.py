@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from xpo_lightning.core.distributed import origin_of, several
+from xpo_lightning.core.distributed import is_distributed, origin_of
 from xpo_lightning.core.explanations import explanation
 from xpo_lightning.core.fault_tolerance.connecting import connect
 from xpo_lightning.core.fault_tolerance.lifeline import GRACE, Lifeline
@@ -14,7 +14,7 @@ from xpo_lightning.core.fault_tolerance.lifeline import GRACE, Lifeline
 
 def watch(trainer: Trainer) -> None:
     """Connect the processes of a run by a `Lifeline` until it ends; all must call it. It may be called again."""
-    if not several():
+    if not is_distributed():
         return
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, _Raising) and callback.is_watching for callback in callbacks):

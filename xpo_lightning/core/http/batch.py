@@ -9,7 +9,7 @@ from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 from xpo_lightning.core.errors import InputError
-from xpo_lightning.core.http.connection import Line, Reply, TryError, late
+from xpo_lightning.core.http.connection import Connection, Response, TryError, timeout_error
 
 T = TypeVar("T")
 _LONGEST_WAIT = 1.0  # seconds between two looks at whether the run is to stop
@@ -30,7 +30,7 @@ class RequestError(InputError):
 
 
 @dataclass(frozen=True)
-class Terms:
+class RetryPolicy:
     """How requests are made; see `HTTPClient`."""
 
     url: str
@@ -54,12 +54,12 @@ class _Try:
 
     row: int
     number: int
-    line: Line
+    line: Connection
     deadline: float
-    outcome: Reply | TryError | None = None
+    outcome: Response | TryError | None = None
 
 
-class Batch(Generic[T]):
+class RequestBatch(Generic[T]):
     """Requests that are sent together.
 
     Each try runs in a daemon thread of its own, which nobody waits for: one that hangs is cut off at its deadline, and
@@ -76,17 +76,17 @@ class Batch(Generic[T]):
 
     def __init__(
         self,
-        terms: Terms,
+        terms: RetryPolicy,
         key: str | None,
         bodies: Sequence[bytes | None],
-        accept: Callable[[Reply], T],
+        accept: Callable[[Response], T],
         check: Callable[[], None],
     ) -> None:
         self._terms, self._key, self._bodies, self._accept, self._check = terms, key, bodies, accept, check
         self._results: dict[int, T] = {}
         self._waiting = [(0.0, row, 1) for row in range(len(bodies))]  # a heap: when, which request, which try
         self._under_way: set[_Try] = set()
-        self._idle: list[Line] = []
+        self._idle: list[Connection] = []
         self._ended: SimpleQueue[_Try] = SimpleQueue()
 
     def run(self) -> list[T]:
@@ -117,7 +117,7 @@ class Batch(Generic[T]):
         now = time.monotonic()
         while self._waiting and self._waiting[0][0] <= now and len(self._under_way) < self._terms.concurrency:
             _, row, number = heapq.heappop(self._waiting)
-            line = self._idle.pop() if self._idle else Line(self._key)
+            line = self._idle.pop() if self._idle else Connection(self._key)
             one = _Try(row, number, line, now + self._terms.timeout)
             self._under_way.add(one)
             threading.Thread(target=self._send, args=(one,), name="reward request", daemon=True).start()
@@ -152,7 +152,7 @@ class Batch(Generic[T]):
         outcome = one.outcome
         if outcome is None:
             one.line.cut()
-            outcome = late(self._terms.timeout)
+            outcome = timeout_error(self._terms.timeout)
         try:
             if isinstance(outcome, TryError):
                 raise outcome

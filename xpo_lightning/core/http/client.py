@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 import requests
 
 from xpo_lightning.core.errors import InputError
-from xpo_lightning.core.http.batch import Batch, RequestError, Terms
-from xpo_lightning.core.http.connection import Reply, TryError
+from xpo_lightning.core.http.batch import RequestBatch, RequestError, RetryPolicy
+from xpo_lightning.core.http.connection import Response, TryError
 
 __all__ = ["HTTPClient", "RequestError", "UnusableError", "checked_url"]
 
@@ -92,7 +92,7 @@ class HTTPClient:
         ):
             if number < least:
                 raise InputError(f"{_OPTIONS}.{name} must be at least {least}, but is {number}")
-        self.terms = Terms(checked_url(url), timeout, retries, backoff, concurrency, max_bytes)
+        self.terms = RetryPolicy(checked_url(url), timeout, retries, backoff, concurrency, max_bytes)
         self.api_key_env = api_key_env
 
     def load(self) -> None:
@@ -120,11 +120,11 @@ class HTTPClient:
                 tried, and not the key.
         """
         bodies = [json.dumps(payload, allow_nan=False).encode() for payload in payloads]
-        return Batch(self.terms, self._key(), bodies, lambda reply: self._result(reply, read), check).run()
+        return RequestBatch(self.terms, self._key(), bodies, lambda reply: self._result(reply, read), check).run()
 
     def get(self, read: Callable[[Any], T], check: Callable[[], None]) -> T:
         """Get what is at the URL, under the same terms; see `post`."""
-        return Batch(self.terms, self._key(), [None], lambda reply: self._result(reply, read), check).run()[0]
+        return RequestBatch(self.terms, self._key(), [None], lambda reply: self._result(reply, read), check).run()[0]
 
     def _key(self) -> str | None:
         if self.api_key_env is None:
@@ -142,7 +142,7 @@ class HTTPClient:
             )
         return key
 
-    def _result(self, reply: Reply, read: Callable[[Any], T]) -> T:
+    def _result(self, reply: Response, read: Callable[[Any], T]) -> T:
         if not 200 <= reply.status < 300:
             raise self._refusal(reply)
         try:
@@ -154,7 +154,7 @@ class HTTPClient:
         except UnusableError as failure:
             raise UnusableError(f"{failure.why} ({reply.excerpt!r})") from None
 
-    def _refusal(self, reply: Reply) -> TryError:
+    def _refusal(self, reply: Response) -> TryError:
         status = reply.status
         what = f"answered {status}" + (f" ({reply.excerpt!r})" if reply.excerpt else "")
         if 300 <= status < 400:

@@ -36,7 +36,7 @@ class TryError(Exception):
 
 
 @dataclass(frozen=True)
-class Reply:
+class Response:
     """What a server answered.
 
     Attributes:
@@ -54,7 +54,7 @@ class Reply:
     retry_after: str
 
 
-class Line:
+class Connection:
     """A connection to a server, for one request at a time; another thread may cut it.
 
     Proxies and certificates are those of the environment, as the requests library reads it. Redirects are not followed,
@@ -72,7 +72,7 @@ class Line:
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, self._adapter)
 
-    def ask(self, url: str, body: bytes | None, timeout: float, max_bytes: int) -> Reply:
+    def ask(self, url: str, body: bytes | None, timeout: float, max_bytes: int) -> Response:
         """Send a request and read its answer.
 
         Args:
@@ -106,7 +106,7 @@ class Line:
                     if len(read) > limit:
                         break
         except requests.Timeout:
-            raise late(timeout) from None
+            raise timeout_error(timeout) from None
         except Exception as error:  # urllib3 and the standard library let some of their own through
             raise TryError(
                 f"could not be reached, or broke off ({self._shown(_cause(error))})",
@@ -117,7 +117,9 @@ class Line:
             raise TryError(f"answered more than {max_bytes} bytes", advice, again=False)
         location, retry_after = (response.headers.get(name, "") for name in ("Location", "Retry-After"))
         excerpt = self._shown(read.decode(errors="replace"))
-        return Reply(response.status_code, bytes(read), excerpt, self._shown(location.partition("?")[0]), retry_after)
+        return Response(
+            response.status_code, bytes(read), excerpt, self._shown(location.partition("?")[0]), retry_after
+        )
 
     def cut(self) -> None:
         """Break off a request that is under way in another thread; it fails there."""
@@ -138,7 +140,7 @@ class Line:
         return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
-def late(timeout: float) -> TryError:
+def timeout_error(timeout: float) -> TryError:
     """Return the failure of a request that was not answered in time."""
     return TryError(
         f"has not answered in full after {timeout:g} seconds",

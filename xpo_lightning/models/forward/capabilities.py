@@ -20,7 +20,7 @@ from xpo_lightning.models.forward.prefix_sharing import shared_features
 from xpo_lightning.models.forward.probe import Probe, draw_rows
 from xpo_lightning.models.forward.truth import FAILURES, described, name_of
 from xpo_lightning.models.forward.unshared import Rows, unshared_features
-from xpo_lightning.models.lora import adapters_cast
+from xpo_lightning.models.lora import cast_lora_weights
 from xpo_lightning.models.sharding import is_sharded
 
 W = TypeVar("W")
@@ -109,7 +109,7 @@ class Capabilities:
             def compute(prompts: Prompts, completions: Completions) -> Tensor:
                 return features(model, prompts, completions, self.head, way)
 
-            with adapters_cast(model):
+            with cast_lora_weights(model):
                 probes = (self._probe(reach, seed) for seed in range(max(1, min(SEEDS, SEEDS * BASE // reach))))
                 return next((fault for probe in probes if (fault := probe.fault(compute, is_written=is_written))), None)
 

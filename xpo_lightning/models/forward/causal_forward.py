@@ -103,7 +103,7 @@ def is_checkpointing(model: nn.Module) -> bool:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode, and every submodule back into its own mode afterwards.
 
     Sampling in train mode would apply dropout, and with gradient checkpointing would also lose the cache and write

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from xpo_lightning.models.forward.causal_forward import base_of, evaluating
+from xpo_lightning.models.forward.causal_forward import base_of, eval_mode
 
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
     """Switch off dropout and gradients."""
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), eval_mode(model):
         yield
 
 

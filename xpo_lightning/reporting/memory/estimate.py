@@ -14,7 +14,7 @@ FLOAT32 = 4
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryInputs:
     """A run, as far as its memory depends on it, on one device.
 
     Args:
@@ -64,7 +64,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryEstimate:
     """What a run takes, in bytes.
 
     Args:
@@ -110,7 +110,7 @@ class Footprint:
         return self.gradients + self.optimizer + self.copies  # A gradient is as large as its weight.
 
 
-def estimate(plan: Plan) -> Footprint:
+def estimate(plan: MemoryInputs) -> MemoryEstimate:
     """Work out what a run takes, from the second step on, when gradients and the optimizer's state are there."""
     policy, reward, adapted = plan.policy, plan.reward, plan.lora_rank is not None
     count = weight_count(policy) if plan.policy_weights is None else plan.policy_weights
@@ -118,7 +118,7 @@ def estimate(plan: Plan) -> Footprint:
     trained = trained if plan.trained_weights is None else plan.trained_weights
     of_reward = plan.reward_weights if plan.reward_weights is not None else weight_count(reward) if reward else 0
     own = trained * (FLOAT32 if adapted else plan.weight_bytes)
-    return Footprint(
+    return MemoryEstimate(
         policy=int(count * plan.weight_bytes + (own if adapted else 0)),
         reference=0 if adapted else int(count * plan.weight_bytes),
         reward=int(of_reward * plan.reward_bytes),
@@ -170,7 +170,7 @@ def head_bytes(shape: Shape, tokens: int, number_bytes: float, *, trained: bool)
     return int(kept + states + (shape.vocabulary * shape.hidden * FLOAT32 if trained else 0))
 
 
-def rollout_bytes(plan: Plan) -> int:
+def rollout_bytes(plan: MemoryInputs) -> int:
     """Count what sampling needs: the reference's prompts stay until the policy has written."""
     shape, rows = plan.policy, plan.rows
     written = 0 if plan.replays else plan.prompt_tokens + plan.new_tokens
@@ -179,7 +179,7 @@ def rollout_bytes(plan: Plan) -> int:
     return caches + (read if plan.replays else max(read, drawing_bytes(shape, rows)))
 
 
-def replayed_bytes(plan: Plan) -> int:
+def replayed_bytes(plan: MemoryInputs) -> int:
     """Count what replayed steps keep, with the rows and columns that they round up to."""
     rows, columns = rows_of_bucket(plan.rows), columns_of_bucket(plan.prompt_tokens + plan.new_tokens)
     return cache_bytes(plan.policy, rows * columns, plan.cache_bytes) + drawing_bytes(plan.policy, rows)
@@ -190,7 +190,7 @@ def drawing_bytes(shape: Shape, rows: int) -> int:
     return 3 * rows * shape.vocabulary * FLOAT32
 
 
-def scoring_bytes(plan: Plan) -> int:
+def scoring_bytes(plan: MemoryInputs) -> int:
     """Count what the reward model needs to read a few prompts with their completions."""
     if plan.reward is None:
         return 0
@@ -199,7 +199,7 @@ def scoring_bytes(plan: Plan) -> int:
     return cached + reading_bytes(plan.reward, tokens, plan.reward_bytes)
 
 
-def micro_batch_bytes(plan: Plan, *, trains_head: bool = True, cast_weights: int = 0) -> int:
+def micro_batch_bytes(plan: MemoryInputs, *, trains_head: bool = True, cast_weights: int = 0) -> int:
     """Count what a micro-batch of pairs needs in its backward pass; a prompt is computed once for both completions.
 
     Args:

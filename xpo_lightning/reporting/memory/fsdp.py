@@ -6,7 +6,7 @@ every model while completions are written and scored, a layer at a time in forwa
 
 from dataclasses import dataclass
 
-from xpo_lightning.reporting.memory.estimate import Footprint, Plan, estimate
+from xpo_lightning.reporting.memory.estimate import MemoryEstimate, MemoryInputs, estimate
 from xpo_lightning.reporting.memory.model_shape import Shape, weight_count
 
 IN_FLIGHT = 3
@@ -61,7 +61,7 @@ class ShardedFootprint:
         return max(self.rollout_peak, self.update_peak)
 
 
-def estimate_sharded(plan: Plan, processes: int, micro_batches: int = 2) -> ShardedFootprint:
+def estimate_sharded(plan: MemoryInputs, processes: int, micro_batches: int = 2) -> ShardedFootprint:
     """Work out what each process takes, from the second step on.
 
     Args:
@@ -99,7 +99,7 @@ def layer_weight_count(shape: Shape) -> int:
     return (weight_count(shape) - root_weight_count(shape)) // shape.layers
 
 
-def _root_and_layer(plan: Plan, alone: Footprint) -> tuple[int, int]:
+def _root_and_layer(plan: MemoryInputs, alone: MemoryEstimate) -> tuple[int, int]:
     """Return the bytes of the policy's root, and of a layer with its adapters."""
     root = int(root_weight_count(plan.policy) * plan.weight_bytes)
     return root, (alone.policy - root) // plan.policy.layers

@@ -11,7 +11,7 @@ from xpo_lightning.models.forward.causal_forward import base_of
 from xpo_lightning.models.forward.cpu_attention import cache_dtype
 from xpo_lightning.models.snapshot import Snapshot
 from xpo_lightning.module import XPOLightningModule
-from xpo_lightning.reporting.memory.estimate import Plan
+from xpo_lightning.reporting.memory.estimate import MemoryInputs
 from xpo_lightning.reporting.memory.model_shape import Shape
 from xpo_lightning.rewards import SequenceClassifierReward
 from xpo_lightning.rollout.kv_cache import most_rows
@@ -24,9 +24,9 @@ def count(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def plan_of(
+def memory_inputs(
     module: XPOLightningModule, optimizer: Optimizer, *, batch_size: int, longest: int, computes_in_bfloat16: bool
-) -> Plan | None:
+) -> MemoryInputs | None:
     """Describe a run to `estimate`.
 
     Args:
@@ -52,7 +52,7 @@ def plan_of(
     new = module.sampling.max_new_tokens
     rows = min(batch_size, most_rows(policy, longest + new)) if device == "cpu" else batch_size
     compute = 2 if computes_in_bfloat16 else round(weight_bytes)
-    plan = Plan(
+    plan = MemoryInputs(
         policy=shape,
         weight_bytes=weight_bytes,
         compute_bytes=compute,

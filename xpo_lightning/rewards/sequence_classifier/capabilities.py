@@ -7,13 +7,13 @@ from xpo_lightning.models.forward.lengths import context_length, first_reach, na
 from xpo_lightning.models.forward.probe import STEPS, draw_rows, prompt_lengths, vocabulary_size
 from xpo_lightning.models.forward.truth import Truth, name_of
 from xpo_lightning.models.forward.unshared import Rows
-from xpo_lightning.rewards.sequence_classifier.scoring import score_rows, score_twins
+from xpo_lightning.rewards.sequence_classifier.scoring import score_prefix_pairs, score_rows
 
 _WAYS = (Rows.PADDED_RIGHT, Rows.EVEN, Rows.ALONE)
 _SHARED, _SEPARATE = "from what they share", "each by itself"
 
 
-class ScoringWays:
+class ScoringCapabilities:
     """The ways that suit one reward model, tried when they are first needed for rows of a length.
 
     Args:
@@ -47,7 +47,7 @@ class ScoringWays:
 
     def _fault_of_sharing(self, way: str, reach: int) -> str | None:
         pairs = _Pairs(self.model, reach)
-        return pairs.truth.fault(lambda: score_twins(self.model, pairs.rows, pairs.twins, len(pairs.rows), [0]))
+        return pairs.truth.fault(lambda: score_prefix_pairs(self.model, pairs.rows, pairs.twins, len(pairs.rows), [0]))
 
 
 class _Pairs:

@@ -71,7 +71,7 @@ Truncation = Literal["left", "right", "error"]
 
 
 @dataclass(frozen=True)
-class RowEncoder:
+class InputTokenizer:
     """Tokenizes text for a reward model.
 
     A row that is too long loses tokens of its text. What the tokenizer puts around the text by itself ([CLS], BOS,

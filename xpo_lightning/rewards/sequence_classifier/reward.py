@@ -14,10 +14,10 @@ from xpo_lightning.core.fingerprint import fingerprint, recorded_path
 from xpo_lightning.models.forward.lengths import context_length
 from xpo_lightning.models.forward.probe import vocabulary_size
 from xpo_lightning.rewards.base import Reward
-from xpo_lightning.rewards.sequence_classifier.capabilities import ScoringWays
-from xpo_lightning.rewards.sequence_classifier.inputs import PromptFormat, RowEncoder, Truncation, render
+from xpo_lightning.rewards.sequence_classifier.capabilities import ScoringCapabilities
+from xpo_lightning.rewards.sequence_classifier.inputs import InputTokenizer, PromptFormat, Truncation, render
 from xpo_lightning.rewards.sequence_classifier.loading import ClassifierSource
-from xpo_lightning.rewards.sequence_classifier.scoring import find_twins, score_rows, score_twins
+from xpo_lightning.rewards.sequence_classifier.scoring import find_prefix_pairs, score_prefix_pairs, score_rows
 from xpo_lightning.rewards.validation import as_scores
 
 FEW_ROWS = 16
@@ -87,8 +87,8 @@ class SequenceClassifierReward(Reward):
         self.prompt_format: PromptFormat = prompt_format
         self.append_eos = append_eos
         self.model: PreTrainedModel | None = None
-        self.encoder: RowEncoder | None = None
-        self._ways: ScoringWays | None = None
+        self.encoder: InputTokenizer | None = None
+        self._ways: ScoringCapabilities | None = None
 
     def load(self) -> None:
         """Load the model and its tokenizer; a second call does nothing.
@@ -107,7 +107,7 @@ class SequenceClassifierReward(Reward):
             raise InputError(
                 f"{_OPTIONS}.max_tokens: {self.max_tokens} is more than the reward model's context of {context} tokens"
             )
-        self.encoder = RowEncoder(
+        self.encoder = InputTokenizer(
             tokenizer=tokenizer,
             max_tokens=self.max_tokens or context,
             truncate=self.truncate,
@@ -168,9 +168,9 @@ class SequenceClassifierReward(Reward):
         ]
         rows = [self.encoder(text, is_chat, row) for row, (text, is_chat) in enumerate(texts)]
         pad_ids = (getattr(self.model.config, "pad_token_id", None), tokenizer.pad_token_id)
-        ways = self._ways = self._ways or ScoringWays(self.model)  # Now the model is on its device.
+        ways = self._ways = self._ways or ScoringCapabilities(self.model)  # Now the model is on its device.
         longest = max(map(len, rows), default=0)
-        twins, single = find_twins(rows, prompts)
+        twins, single = find_prefix_pairs(rows, prompts)
         if twins and not ways.shares(longest):
             twins, single = [], list(range(len(rows)))
         scores = torch.empty(len(rows), device=self.model.device)
@@ -179,7 +179,7 @@ class SequenceClassifierReward(Reward):
             scores[single] = score_rows(self.model, some, self.rows_together(longest), pad_ids, how)
         if twins:
             places = [twin[side] for side in (0, 1) for twin in twins]
-            scores[places] = score_twins(self.model, rows, twins, self.rows_together(longest), pad_ids)
+            scores[places] = score_prefix_pairs(self.model, rows, twins, self.rows_together(longest), pad_ids)
         return as_scores(scores, len(rows), f"reward model '{self.source.path}'")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from xpo_lightning.core.batch import RawPrompt, cut
+from xpo_lightning.core.batch import RawPrompt, chunk
 from xpo_lightning.models.forward.cpu_attention import fast_attention
 from xpo_lightning.models.forward.norms import fast_norms
 from xpo_lightning.models.forward.prefix_sharing import PromptCache
@@ -51,7 +51,7 @@ def score_rows(
     groups = [by_length]
     if how is not Rows.PADDED_RIGHT:
         groups = group_by_length([len(row) for row in rows], together=how is Rows.EVEN)
-    for chosen in chain.from_iterable(cut(group, size) for group in groups):
+    for chosen in chain.from_iterable(chunk(group, size) for group in groups):
         ids, mask, pad_id = pad_right([rows[row] for row in chosen], pad_ids, vocabulary)
         scores[chosen] = forward_scores(model, ids, pad_id, attention_mask=mask.to(device))
     return scores
@@ -115,11 +115,11 @@ def padded_with(config: PreTrainedConfig, pad_id: int) -> Iterator[None]:
 WORTH_SHARING = 16
 """Fewest common tokens that two rows are scored together for."""
 Row = Sequence[int]
-Twins = tuple[int, int, int]
+PrefixPair = tuple[int, int, int]
 """Two rows, and how many tokens they share."""
 
 
-def find_twins(rows: Sequence[Row], prompts: Sequence[RawPrompt]) -> tuple[list[Twins], list[int]]:
+def find_prefix_pairs(rows: Sequence[Row], prompts: Sequence[RawPrompt]) -> tuple[list[PrefixPair], list[int]]:
     """Pair the rows of equal prompts that share their first tokens.
 
     Args:
@@ -132,10 +132,10 @@ def find_twins(rows: Sequence[Row], prompts: Sequence[RawPrompt]) -> tuple[list[
     of_prompt: dict[Any, list[int]] = defaultdict(list)
     for row, prompt in enumerate(prompts):
         of_prompt[prompt if isinstance(prompt, str) else id(prompt)].append(row)
-    twins: list[Twins] = []
+    twins: list[PrefixPair] = []
     single: list[int] = []
     for members in of_prompt.values():
-        for pair in cut(members, 2):
+        for pair in chunk(members, 2):
             shared = _common(rows[pair[0]], rows[pair[1]]) if len(pair) == 2 else 0
             if shared >= WORTH_SHARING:
                 twins.append((pair[0], pair[1], shared))
@@ -144,8 +144,12 @@ def find_twins(rows: Sequence[Row], prompts: Sequence[RawPrompt]) -> tuple[list[
     return sorted(twins, key=lambda twin: -twin[2]), single
 
 
-def score_twins(
-    model: PreTrainedModel, rows: Sequence[Row], twins: Sequence[Twins], micro_batch_size: int, pad_ids: Sequence[Any]
+def score_prefix_pairs(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    twins: Sequence[PrefixPair],
+    micro_batch_size: int,
+    pad_ids: Sequence[Any],
 ) -> Tensor:
     """Score pairs of rows, reading what each pair shares once.
 
@@ -160,14 +164,16 @@ def score_twins(
         The scores, float32: those of all first rows, then those of all second ones. (2N,)
     """
     firsts, seconds = [], []
-    for some in cut(twins, max(1, micro_batch_size // 2)):
+    for some in chunk(twins, max(1, micro_batch_size // 2)):
         both = _score_some(model, rows, some, pad_ids)
         firsts.append(both[: len(some)])
         seconds.append(both[len(some) :])
     return torch.cat(firsts + seconds)
 
 
-def _score_some(model: PreTrainedModel, rows: Sequence[Row], twins: Sequence[Twins], pad_ids: Sequence[Any]) -> Tensor:
+def _score_some(
+    model: PreTrainedModel, rows: Sequence[Row], twins: Sequence[PrefixPair], pad_ids: Sequence[Any]
+) -> Tensor:
     """Score pairs in two forwards; the first rows come first. (2N,)."""
     device, vocabulary = next(model.parameters()).device, vocabulary_size(model)
     begins = [rows[first][:shared] for first, _, shared in twins]

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.http.client import HTTPClient, RequestError
-from xpo_lightning.core.http.connection import Reply
+from xpo_lightning.core.http.connection import Response
 from xpo_lightning.rollout.vllm.protocol import OPTIONS
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class VLLMServer:
 class _Endpoint(HTTPClient):
     """One address. What it answers need not be JSON."""
 
-    def _result(self, reply: Reply, read: Callable[[Any], T]) -> T:
+    def _result(self, reply: Response, read: Callable[[Any], T]) -> T:
         """Read an answer; where adapters are loaded a sentence is one."""
         if 200 <= reply.status < 300 and reply.body.startswith(b"Success"):
             return read(reply.body.decode(errors="replace"))

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from xpo_lightning.core.batch import Completions, Prompts
-from xpo_lightning.core.distributed import gathered_midway
+from xpo_lightning.core.distributed import all_gather_guarded
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.http.client import RequestError
-from xpo_lightning.rollout.engine import Asked, RolloutEngine, Writer
+from xpo_lightning.rollout.engine import GenerationRequest, RolloutEngine, Writer
 from xpo_lightning.rollout.local import LocalRollout
 from xpo_lightning.rollout.vllm.client import VLLMServer
 from xpo_lightning.rollout.vllm.lora_sync import AdapterFolder, ServedAdapter, mark_of
@@ -110,9 +110,9 @@ class VLLMRollout(RolloutEngine):
             if self.together and not self._tried:
                 self._served.try_beside(policy, self._base_model(), self._posted, self.check)
             name, self._tried = self._served.replace(policy, self._adapter, self.check), True
-        self._adapter, self._mark = gathered_midway(name)[0], mark
+        self._adapter, self._mark = all_gather_guarded(name)[0], mark
 
-    def write(self, prompts: Prompts, asked: Sequence[Asked]) -> list[list[Completions]]:
+    def write(self, prompts: Prompts, asked: Sequence[GenerationRequest]) -> list[list[Completions]]:
         """See `RolloutEngine.write`; each completion is a request of its own, because a seed is a request's."""
         ids, mask = prompts.ids.cpu(), prompts.mask.cpu()
         self.measured = {}

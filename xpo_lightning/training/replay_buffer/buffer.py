@@ -46,7 +46,7 @@ class BufferOptions:
 
 
 @dataclass(frozen=True)
-class Kept:
+class BufferView:
     """Pairs that are kept, for an update: as much of an `Experience` as it takes.
 
     Args:
@@ -89,14 +89,14 @@ class Buffer:
         self.starts: list[int] = []  # where the pairs of each kept batch begin
         self.settled = 0  # number after the last pair of the batches that are finished
 
-    def add(self, experience: Experience) -> Kept:
+    def add(self, experience: Experience) -> BufferView:
         """Keep the pairs of a batch, and return all that are kept; the batch is not finished before `settle`."""
         self.store.keep(self.store.begin, self.settled)
         self.starts = [*(start for start in self.starts if start < self.settled), self.settled]
         if len(self.store.sizes) + len(experience) > self.options.memory_pairs and isinstance(self.store, MemoryStore):
             self.store = self._on_disk(self.store)
         self.store.append(encoded(experience), experience.sizes)
-        return Kept(self.store, self.starts[-self._batches :][0], experience.labels.device)
+        return BufferView(self.store, self.starts[-self._batches :][0], experience.labels.device)
 
     def settle(self) -> None:
         """Note that the batch is finished, and forget what the next one will not need."""
