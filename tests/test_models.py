@@ -30,8 +30,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from xpo_lightning import InputError, LoadedModel, LoRASpec, ModelSpec, Pair, Sampling, XPOLightningModule
 from xpo_lightning.core.paths import is_local, resolve
 from xpo_lightning.data.prompts import as_prompts
+from xpo_lightning.models.forward.lengths import context_length_in
 from xpo_lightning.models.logprobs import token_logps
-from xpo_lightning.models.policy import context_length, end_token_ids
+from xpo_lightning.models.policy import end_token_ids
 from xpo_lightning.models.reference import Reference
 from xpo_lightning.models.saving import check_exportable
 from xpo_lightning.rollout.local import LocalRollout
@@ -500,9 +501,9 @@ def test_sampling_eos_token_ids_replace_those_of_the_model(make_module: MakeModu
 
 
 def test_context_length_is_that_of_the_config():
-    assert context_length(CONFIGS["llama"]()) == 64
-    assert context_length(CONFIGS["gpt2"]()) == 64
-    assert context_length(transformers.BloomConfig()) is None
+    assert context_length_in(CONFIGS["llama"]()) == 64
+    assert context_length_in(CONFIGS["gpt2"]()) == 64
+    assert context_length_in(transformers.BloomConfig()) is None
 
 
 def test_loaded_model_keeps_its_name_for_checkpoints(tokenizer: Any):

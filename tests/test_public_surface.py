@@ -97,3 +97,9 @@ def every_subclass(kind: type) -> Iterator[type]:
     for one in kind.__subclasses__():
         yield one
         yield from every_subclass(one)
+
+
+@pytest.mark.parametrize(("old", "new"), [("Desk", "RolloutContext"), ("Asked", "GenerationRequest")])
+def test_names_of_earlier_versions_work_and_say_what_they_are_called_now(old: str, new: str):
+    with pytest.warns(DeprecationWarning, match=f"{old} is {new} now"):
+        assert getattr(xpo_lightning, old) is getattr(xpo_lightning, new)

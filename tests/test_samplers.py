@@ -291,3 +291,14 @@ def test_a_snapshot_leaves_the_policy_as_it_was(make_module: MakeModule):
 def test_values_out_of_range_are_refused(make: Callable[[], Any], key: str):
     with pytest.raises(InputError, match=key):
         make()
+
+
+def test_a_sampler_of_an_earlier_version_still_writes(make_module: MakeModule):
+    class Old(Sampler):
+        def write(self, desk: Any, uniforms: Any) -> Any:
+            return desk.by_policy(uniforms)
+
+    module = make_module(sampler=Old())
+    with pytest.warns(DeprecationWarning, match="by_policy is generate_with_policy now"):
+        fit_quietly(module, PROMPTS, max_steps=1)
+    assert module.trainer.global_step == 1

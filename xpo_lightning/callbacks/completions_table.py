@@ -15,7 +15,9 @@ from xpo_lightning.callbacks.base import FileWriter, counts_as_validation, folde
 from xpo_lightning.callbacks.pair_rows import Row, append_rows, pair_rows, prompt_text
 from xpo_lightning.core.atomic_files import appending, explaining_write_errors
 from xpo_lightning.core.batch import Experience
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.printable import printable
 from xpo_lightning.reporting.run_files import COMPLETIONS
 
 TABLE_NAME = "eval/completions"
@@ -42,8 +44,7 @@ class CompletionsTable(FileWriter):
     ) -> None:
         super().__init__()
         for name, value in {"every_n_validations": every_n_validations, "rows": rows}.items():
-            if value < 1:
-                raise InputError(f"trainer.callbacks: CompletionsTable.{name} must be at least 1, but is {value}")
+            check_range(f"trainer.callbacks: CompletionsTable.{name}", value, least=1)
         if not (terminal or file or logger):
             raise InputError(
                 "trainer.callbacks: CompletionsTable has terminal, file and logger all off; switch one on, or remove it"
@@ -154,7 +155,7 @@ def _completion(text: str, ended: bool) -> Text:
 
 def _one_line(text: str) -> str:
     """Show line breaks as ⏎, and control characters, which could drive the terminal, as �."""
-    return "".join(c if c.isprintable() else "�" for c in text.replace("\n", "⏎").replace("\t", " "))
+    return printable(text.replace("\n", "⏎"), keep="")
 
 
 def _winner(label: float) -> Text:

@@ -27,10 +27,15 @@ class Origin:
     is_here: bool
 
 
+def world_size() -> int:
+    """Return how many processes the run has."""
+    is_initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if is_initialized else 1
+
+
 def is_distributed() -> bool:
     """Tell whether the run has more than one process."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return distributed and torch.distributed.get_world_size() > 1
+    return world_size() > 1
 
 
 def own_rank() -> int:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.fault_tolerance.watch import watch
 from xpo_lightning.core.fingerprint import differences
@@ -26,8 +27,7 @@ DEFAULT_BUFFER = 1000
 def check_at_least(least: int, **options: float | None) -> None:
     """Refuse numbers below `least`, or beyond what counts and seeds can be; None is an option that is not given."""
     for option, value in options.items():
-        if value is not None and not value >= least:
-            raise InputError(f"data.{option}: must be at least {least}, but is {value}")
+        check_range(f"data.{option}:", value, least=least)
         if value is not None and value > sys.maxsize:
             raise InputError(f"data.{option}: must be at most {sys.maxsize}, but is {value}")
 

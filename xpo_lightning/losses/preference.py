@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from xpo_lightning.core.batch import Pair
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 
 
@@ -21,7 +22,7 @@ class PreferenceLoss(ABC):
     """
 
     def __init__(self, label_smoothing: float = 0.0, length_normalized: bool = False) -> None:
-        _check_share("label_smoothing", label_smoothing)
+        check_range("model.preference_loss.init_args.label_smoothing", label_smoothing, least=0, below=0.5)
         self.label_smoothing = label_smoothing
         self.length_normalized = length_normalized
 
@@ -116,7 +117,7 @@ class RobustLoss(PreferenceLoss):
 
     def __init__(self, flip_rate: float, label_smoothing: float = 0.0, length_normalized: bool = False) -> None:
         super().__init__(label_smoothing, length_normalized)
-        _check_share("flip_rate", flip_rate)
+        check_range("model.preference_loss.init_args.flip_rate", flip_rate, least=0, below=0.5)
         if label_smoothing:
             raise InputError(
                 f"model.preference_loss.init_args.label_smoothing={label_smoothing} does not go with RobustLoss, whose "
@@ -146,15 +147,9 @@ class DPOPositiveLoss(PreferenceLoss):
 
     def __init__(self, penalty: float = 50.0, label_smoothing: float = 0.0, length_normalized: bool = False) -> None:
         super().__init__(label_smoothing, length_normalized)
-        if not 0 <= penalty < float("inf"):
-            raise InputError(f"model.preference_loss.init_args.penalty must be at least 0 and finite, but is {penalty}")
+        check_range("model.preference_loss.init_args.penalty", penalty, least=0, is_finite=True)
         self.penalty = penalty
 
     def of_preferred(self, chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
         """See `PreferenceLoss.of_preferred`."""
         return -logsigmoid(beta * (chosen - rejected - self.penalty * relu(-chosen)))
-
-
-def _check_share(name: str, share: float) -> None:
-    if not 0.0 <= share < 0.5:
-        raise InputError(f"model.preference_loss.init_args.{name} must be at least 0 and below 0.5, but is {share}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 
 
@@ -92,8 +93,7 @@ class PerIteration(Schedule):
             raise InputError("the values of a PerIteration schedule (model.alpha, model.beta) must not be empty")
         for value in values:
             _check_finite(values=value)
-        if batches < 1:
-            raise InputError(f"batches of a schedule (model.alpha, model.beta) must be at least 1, but is {batches}")
+        check_range("batches of a schedule (model.alpha, model.beta)", batches, least=1)
         self.values, self.batches = [float(value) for value in values], batches
 
     def __call__(self, progress: Progress) -> float:
@@ -111,8 +111,7 @@ class Linear(Schedule):
     """
 
     def __init__(self, start: float, end: float, steps: int | None = None) -> None:
-        if steps is not None and steps < 1:
-            raise InputError(f"steps of a schedule (model.alpha, model.beta) must be at least 1, but is {steps}")
+        check_range("steps of a schedule (model.alpha, model.beta)", steps, least=1)
         _check_finite(start=start, end=end)
         self.start, self.end, self.steps = start, end, steps
 

@@ -1,7 +1,6 @@
 """The policy: which causal language model it is, with which adapters, and what its tokenizer and config say."""
 
 import importlib.util
-import math
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
@@ -12,8 +11,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.models.causal_lm import CausalLMSource, Dtype
+from xpo_lightning.models.forward.lengths import context_length_in
 from xpo_lightning.models.forward.randomness import keep_all_layers, set_dropout
 from xpo_lightning.models.lora import find_unsuitable_linears
 
@@ -57,8 +58,7 @@ class ModelSpec(CausalLMSource):
             )
         if self.quantize is not None and (self.gguf_file or self.path.endswith(".gguf")):
             raise InputError("model.policy.quantize is for weights that are not quantized yet, not for GGUF files")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise InputError(f"model.policy.dropout must be at least 0 and below 1, or null, but is {self.dropout}")
+        check_range("model.policy.dropout", self.dropout, least=0, below=1, or_null=True)
 
     def load_model(self) -> nn.Module:
         """Load the weights, in train mode, with dropout and checkpointing as specified."""
@@ -129,12 +129,9 @@ class LoRASpec:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        if self.r < 1:
-            raise InputError(f"model.lora.r must be at least 1, but is {self.r}")
-        if not 0 < self.alpha < math.inf:
-            raise InputError(f"model.lora.alpha must be above 0 and finite, but is {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"model.lora.dropout must be at least 0 and below 1, but is {self.dropout}")
+        check_range("model.lora.r", self.r, least=1)
+        check_range("model.lora.alpha", self.alpha, above=0, is_finite=True)
+        check_range("model.lora.dropout", self.dropout, least=0, below=1)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Freeze a model and add trainable adapters to it.
@@ -258,16 +255,10 @@ def prompt_limit(config: Any, max_new_tokens: int) -> int | None:
     Raises:
         InputError: There is no room for a prompt.
     """
-    context = context_length(config)
+    context = context_length_in(config)
     if context is not None and context <= max_new_tokens:
         raise InputError(
             f"model.sampling.max_new_tokens={max_new_tokens} leaves no room for a prompt in the model's context of "
             f"{context} tokens; lower it"
         )
     return None if context is None else context - max_new_tokens
-
-
-def context_length(config: Any) -> int | None:
-    """Return the most tokens that a model takes, or None where its configuration names no limit."""
-    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return int(length) if length and length > 0 else None

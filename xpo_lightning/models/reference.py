@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.fingerprint import fingerprint
 from xpo_lightning.models.forward.causal_forward import base_of, eval_mode
 from xpo_lightning.models.snapshot import Snapshot
@@ -35,10 +35,8 @@ class ReferenceRefresh:
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if self.every < 1:
-            raise InputError(f"model.reference_refresh.every must be at least 1, but is {self.every}")
-        if not 0 < self.mix <= 1:
-            raise InputError(f"model.reference_refresh.mix must be above 0 and at most 1, but is {self.mix}")
+        check_range("model.reference_refresh.every", self.every, least=1)
+        check_range("model.reference_refresh.mix", self.mix, above=0, most=1)
 
 
 class Reference(nn.Module):

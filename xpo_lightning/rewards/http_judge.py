@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.http.client import HTTPClient, RequestError, UnusableError, checked_url
 from xpo_lightning.rewards.base import OnInvalid
@@ -94,8 +95,7 @@ class HTTPJudge(PromptedJudge):
         self.min_probability = _MIN_PROBABILITY if min_probability is None else min_probability
         if self.top_logprobs < 2:
             raise InputError(f"{_OPTIONS}.top_logprobs must be at least 2, for A and for B, but is {top_logprobs}")
-        if not 0 <= self.min_probability < 1:
-            raise InputError(f"{_OPTIONS}.min_probability must be at least 0 and below 1, but is {min_probability}")
+        check_range(f"{_OPTIONS}.min_probability", self.min_probability, least=0, below=1)
         self.extra_body = _checked_extra(extra_body or {})
         self._client = HTTPClient(
             _endpoint(url), api_key_env, timeout, retries, backoff, concurrency=concurrency, max_bytes=max_bytes

@@ -14,8 +14,10 @@ from rich.text import Text
 from torch import Tensor
 
 from xpo_lightning.core.batch import RawPrompt
+from xpo_lightning.core.distributed import world_size
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.fault_tolerance.guard import StopAsked
+from xpo_lightning.core.printable import with_escapes
 from xpo_lightning.rewards.base import Judge
 from xpo_lightning.rewards.llm_judge import format_prompt, is_exchanged
 
@@ -51,11 +53,10 @@ class HumanJudge(Judge):
                 "model.reward: HumanJudge asks at a terminal, but standard input is none; start the run in a POSIX "
                 "terminal, in the foreground and without redirecting its input, or choose another judge"
             )
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and torch.distributed.get_world_size() > 1:
+        if world_size() > 1:
             raise InputError(
-                f"model.reward: HumanJudge asks one human, but the run has {torch.distributed.get_world_size()} "
-                f"processes; set trainer.devices and trainer.num_nodes to 1"
+                f"model.reward: HumanJudge asks one human, but the run has {world_size()} processes; set "
+                f"trainer.devices and trainer.num_nodes to 1"
             )
 
     def compare(
@@ -88,7 +89,7 @@ class HumanJudge(Judge):
             console.rule(f"Pair {number} of {len(prompts)} in this batch, {len(prompts) - number} left after it")
             shown = (second, first) if exchanged else (first, second)
             for title, text in zip(("Prompt", "1", "2"), (format_prompt(prompt), *shown), strict=True):
-                console.print(Panel(Text(_visible(text)), title=title, title_align="left"))
+                console.print(Panel(Text(with_escapes(text)), title=title, title_align="left"))
             answer = self._answer(console)
             answers.append(1 - answer if exchanged else answer)
         return torch.tensor(answers)
@@ -127,8 +128,3 @@ def _discard_typed() -> None:
     import termios  # noqa: PLC0415  (POSIX systems alone have it)
 
     termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
-
-
-def _visible(text: str) -> str:
-    """Write control characters as escapes: a completion must not be able to steer the terminal."""
-    return "".join(sign if sign.isprintable() or sign in "\n\t" else ascii(sign)[1:-1] for sign in text)

@@ -1,12 +1,12 @@
 """From scores or a judge's answers to labels: who wrote the better completion."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 
 Rule = Literal["argmax", "bradley_terry", "soft"]
@@ -73,12 +73,9 @@ class LabelRule:
         for name, value, choices in (("rule", self.rule, get_args(Rule)), ("ties", self.ties, get_args(Ties))):
             if value not in choices:
                 raise InputError(f"model.labels.{name} must be one of {', '.join(choices)}, but is {value}")
-        if not 0 < self.temperature < math.inf:
-            raise InputError(f"model.labels.temperature must be above 0 and finite, but is {self.temperature}")
-        if not 0 <= self.flip < 0.5:
-            raise InputError(f"model.labels.flip must be at least 0 and below 0.5, but is {self.flip}")
-        if not 0 <= self.min_margin < math.inf:
-            raise InputError(f"model.labels.min_margin must be at least 0 and finite, but is {self.min_margin}")
+        check_range("model.labels.temperature", self.temperature, above=0, is_finite=True)
+        check_range("model.labels.flip", self.flip, least=0, below=0.5)
+        check_range("model.labels.min_margin", self.min_margin, least=0, is_finite=True)
         if self.rule == "argmax" and self.temperature != 1:
             raise InputError(
                 f"model.labels.temperature={self.temperature} changes nothing with model.labels.rule=argmax; leave it "
@@ -155,8 +152,7 @@ def tempered(probabilities: Tensor, temperature: float) -> Tensor:
 
 def check_penalty(penalty: float | None) -> float | None:
     """Refuse a penalty that would reward completions for being cut; give back any other."""
-    if penalty is not None and not penalty >= 0:
-        raise InputError(f"model.missing_eos_penalty must be at least 0 or null, but is {penalty}")
+    check_range("model.missing_eos_penalty", penalty, least=0, or_null=True)
     return penalty
 
 

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from xpo_lightning.core.batch import Prompts, RawPrompt, left_pad
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.fingerprint import fingerprint, recorded_path
 from xpo_lightning.data.prompts import PromptTokenizer
 from xpo_lightning.models.causal_lm import CausalLMSource, Dtype
+from xpo_lightning.models.forward.lengths import context_length
 from xpo_lightning.models.logprobs import next_logits
 from xpo_lightning.rewards.base import OnInvalid
 from xpo_lightning.rewards.llm_judge import TEMPLATE, VERDICTS, PromptedJudge, format_prompt
@@ -147,12 +149,10 @@ class LocalJudge(PromptedJudge):
     ) -> None:
         super().__init__(template, both_orders, invalid)
         for option, value in (("micro_batch_size", micro_batch_size), ("max_tokens", max_tokens)):
-            if value is not None and value < 1:
-                raise InputError(f"{_OPTIONS}.{option} must be at least 1, but is {value}")
+            check_range(f"{_OPTIONS}.{option}", value, least=1)
         if truncate not in get_args(Truncation):
             raise InputError(f"{_OPTIONS}.truncate must be left or error, but is {truncate!r}")
-        if not 0 <= min_probability < 1:
-            raise InputError(f"{_OPTIONS}.min_probability must be at least 0 and below 1, but is {min_probability}")
+        check_range(f"{_OPTIONS}.min_probability", min_probability, least=0, below=1)
         self.source = JudgeSource(
             path, revision, gguf_file, dtype, attn_implementation, trust_remote_code, tokenizer, chat_template
         )
@@ -173,8 +173,7 @@ class LocalJudge(PromptedJudge):
         if self.model is not None:
             return
         tokenizer, model = self.source.load_tokenizer(), self.source.load_model()
-        config: Any = model.config
-        context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        context = context_length(model)
         if self.max_tokens is not None and context is not None and self.max_tokens > context:
             raise InputError(
                 f"{_OPTIONS}.max_tokens: {self.max_tokens} is more than the judge's context of {context} tokens"

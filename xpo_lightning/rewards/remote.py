@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from xpo_lightning.core.batch import RawPrompt
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.http.client import HTTPClient, UnusableError
 from xpo_lightning.rewards.base import Reward
@@ -67,8 +68,7 @@ class RemoteReward(Reward):
         max_bytes: int = 2**24,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise InputError(f"{_OPTIONS}.batch_size must be at least 1, but is {batch_size}")
+        check_range(f"{_OPTIONS}.batch_size", batch_size, least=1)
         self._client = HTTPClient(
             url, api_key_env, timeout, retries, backoff, concurrency=concurrency, max_bytes=max_bytes
         )

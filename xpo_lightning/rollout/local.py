@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from xpo_lightning.core.batch import Completions, Prompts, chunk, concat_completions
-from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.rng import RolloutRNG
 from xpo_lightning.models.forward.capabilities import capabilities_of
 from xpo_lightning.models.forward.causal_forward import eval_mode
@@ -54,8 +54,7 @@ class LocalRollout:
         *,
         replays: bool = True,
     ) -> None:
-        if rows_at_once is not None and rows_at_once < 1:
-            raise InputError(f"model.rollout_batch_size must be at least 1 or null, but is {rows_at_once}")
+        check_range("model.rollout_batch_size", rows_at_once, least=1, or_null=True)
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.eos_token_ids = eos_token_ids

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from xpo_lightning.core.batch import Completions, Pair, concat_completions
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 
 Choice = Literal["first", "best_of_each", "largest_margin", "best_and_worst"]
@@ -35,8 +36,7 @@ class Candidates:
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if self.count < 1:
-            raise InputError(f"model.candidates.count must be at least 1, but is {self.count}")
+        check_range("model.candidates.count", self.count, least=1)
         if (self.count > 1) == (self.choose == "first"):
             raise InputError(
                 f"model.candidates.choose={self.choose} does not suit model.candidates.count={self.count}: of one "

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from xpo_lightning.core.batch import Completions
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.timed_call import TimedFunction
 from xpo_lightning.models.snapshot import Snapshot
@@ -98,8 +99,7 @@ class PreviousPolicySampler(Sampler):
     """
 
     def __init__(self, every: int = 1) -> None:
-        if every < 1:
-            raise InputError(f"model.sampler.init_args.every must be at least 1, but is {every}")
+        check_range("model.sampler.init_args.every", every, least=1)
         self.every = every
 
     def begin(self, policy: nn.Module) -> None:

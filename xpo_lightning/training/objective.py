@@ -1,11 +1,11 @@
 """The XPO objective of labelled pairs under a policy, with weights that may change as a run goes on."""
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from xpo_lightning.core.batch import Experience
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.losses.preference import PreferenceLoss
 from xpo_lightning.losses.schedules import Progress, Schedule, as_positive_schedule, as_schedule
@@ -30,10 +30,8 @@ class ObjectiveTerms:
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if self.bonus_clip is not None and not self.bonus_clip > 0:
-            raise InputError(f"model.bonus_clip must be above 0 or null, but is {self.bonus_clip}")
-        if not 0 <= self.entropy_bonus < math.inf:
-            raise InputError(f"model.entropy_bonus must be at least 0 and finite, but is {self.entropy_bonus}")
+        check_range("model.bonus_clip", self.bonus_clip, above=0, or_null=True)
+        check_range("model.entropy_bonus", self.entropy_bonus, least=0, is_finite=True)
 
 
 class Objective:

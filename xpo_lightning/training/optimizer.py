@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.fingerprint import as_json, recorded_path
 from xpo_lightning.losses.schedules import LearningRateShape, learning_rate_factor
@@ -41,14 +42,10 @@ class Optimization:
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if not 0 <= self.warmup_ratio < 1:
-            raise InputError(f"model.warmup_ratio must be at least 0 and below 1, but is {self.warmup_ratio}")
-        if self.warmup_steps is not None and self.warmup_steps < 0:
-            raise InputError(f"model.warmup_steps must be at least 0, but is {self.warmup_steps}")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise InputError(f"model.max_grad_norm must be above 0 or null, but is {self.max_grad_norm}")
-        if self.learning_rate is not None and self.learning_rate < 0:
-            raise InputError(f"model.learning_rate must be at least 0, but is {self.learning_rate}")
+        check_range("model.warmup_ratio", self.warmup_ratio, least=0, below=1)
+        check_range("model.warmup_steps", self.warmup_steps, least=0)
+        check_range("model.max_grad_norm", self.max_grad_norm, above=0, or_null=True)
+        check_range("model.learning_rate", self.learning_rate, least=0)
         if self.warmup_steps is not None and self.warmup_ratio:
             raise InputError("model.warmup_steps and model.warmup_ratio exclude each other; set one")
         if self.optimizer is not None and self.learning_rate is not None:

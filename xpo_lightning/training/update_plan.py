@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from xpo_lightning.core.batch import Experience
-from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.rng import RolloutRNG
 
 
@@ -44,8 +44,7 @@ class UpdatePlan:
     def __post_init__(self) -> None:
         """Refuse numbers below 1."""
         for name, value in vars(self).items():
-            if value is not None and value < 1:
-                raise InputError(f"model.{name} must be at least 1, but is {value}")
+            check_range(f"model.{name}", value, least=1)
 
     @property
     def steps(self) -> int:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from xpo_lightning.core.batch import Prompts, RawPrompt, left_pad
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.printable import printable
 from xpo_lightning.core.rng import RolloutRNG, Stream
 from xpo_lightning.data.prompts import PromptTokenizer
 from xpo_lightning.evaluation.policies import REFERENCE, LoadedPolicy, NamedPolicy, device_named, find_policy
@@ -126,18 +127,13 @@ def _exchange(speakers: list[Speaker], line: str) -> None:
     console = rich.get_console()
     width = max(20, (console.width - len(speakers)) // len(speakers))
     shown = zip(speakers, answers, strict=True)
-    panels = [Panel(Text(_printable(text)), title=_title(speaker.name, width), width=width) for speaker, text in shown]
+    panels = [Panel(Text(printable(text)), title=_title(speaker.name, width), width=width) for speaker, text in shown]
     console.print(Columns(panels))
 
 
 def _title(name: str, width: int) -> Text:
     most = width - 6
     return Text(name if len(name) <= most else "…" + name[1 - most :])
-
-
-def _printable(text: str) -> str:
-    """Show control characters, which could drive the terminal, as �."""
-    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text.replace("\t", " "))
 
 
 def _lines() -> Iterator[str]:

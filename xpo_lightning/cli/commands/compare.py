@@ -9,6 +9,7 @@ from typing import Any
 from xpo_lightning.callbacks.base import print_line
 from xpo_lightning.core.atomic_files import replacing_file
 from xpo_lightning.core.batch import Pair
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.data.preprocessing import PromptPreprocessor
 from xpo_lightning.data.readers import LocatedRow
@@ -99,8 +100,7 @@ def compare(
 
 def _check(**counts: int | None) -> None:
     for name, count in counts.items():
-        if count is not None and count < 1:
-            raise InputError(f"--{name} must be at least 1, but is {count}")
+        check_range(f"--{name}", count, least=1)
 
 
 def _feedback(reward: Feedback | None, penalty: float | None, run: RunConfig | None) -> tuple[Feedback, float | None]:
@@ -111,8 +111,7 @@ def _feedback(reward: Feedback | None, penalty: float | None, run: RunConfig | N
         reward, penalty = run.module.reward, run.module.missing_eos_penalty if penalty is None else penalty
     if penalty is not None and isinstance(reward, Judge):
         raise InputError("--missing_eos_penalty is taken from scores, and a judge gives none; leave it out")
-    if penalty is not None and not penalty >= 0:
-        raise InputError(f"--missing_eos_penalty must be at least 0, but is {penalty}")
+    check_range("--missing_eos_penalty", penalty, least=0)
     return reward, penalty
 
 

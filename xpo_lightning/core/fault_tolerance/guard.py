@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from xpo_lightning.core.batch import RawPrompt
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.distributed import Midway, Origin, all_gather, host, own_rank, set_origin
 from xpo_lightning.core.errors import ConsequentError, InputError, NonFiniteError
 from xpo_lightning.core.explanations import explanation
@@ -66,8 +67,7 @@ class Guard:
     """
 
     def __init__(self, max_skipped: int = 0) -> None:
-        if max_skipped < 0:
-            raise InputError(f"model.max_skipped_steps must be at least 0, but is {max_skipped}")
+        check_range("model.max_skipped_steps", max_skipped, least=0)
         self.max_skipped = max_skipped
         self.stop = Stop()
         self.in_a_row = self.skipped = 0

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import requests
 
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.http.batch import RequestBatch, RequestError, RetryPolicy
 from xpo_lightning.core.http.connection import Response, TryError
@@ -90,8 +91,7 @@ class HTTPClient:
             ("concurrency", concurrency, 1),
             ("max_bytes", max_bytes, 1),
         ):
-            if number < least:
-                raise InputError(f"{_OPTIONS}.{name} must be at least {least}, but is {number}")
+            check_range(f"{_OPTIONS}.{name}", number, least=least)
         self.terms = RetryPolicy(checked_url(url), timeout, retries, backoff, concurrency, max_bytes)
         self.api_key_env = api_key_env
 

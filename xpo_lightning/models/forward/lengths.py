@@ -53,7 +53,12 @@ def context_length(model: nn.Module) -> int | None:
         if name.endswith("position_embeddings") and padding is not None:
             return len(module.get_parameter("weight")) - int(padding) - 1
     config: Any = getattr(base_of(model), "config", None)
-    length = None if config is None else getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return None if config is None else context_length_in(config)
+
+
+def context_length_in(config: Any) -> int | None:
+    """Return the most tokens that a model takes by its config, or None where that names no limit."""
+    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return int(length) if length and length > 0 else None
 
 

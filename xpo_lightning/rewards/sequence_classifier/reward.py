@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xpo_lightning.core.batch import RawPrompt
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.fingerprint import fingerprint, recorded_path
 from xpo_lightning.models.forward.lengths import context_length
@@ -74,8 +75,8 @@ class SequenceClassifierReward(Reward):
         allow_untrained_head: bool = False,
     ) -> None:
         super().__init__()
-        _check_at_least_one("micro_batch_size", micro_batch_size)
-        _check_at_least_one("max_tokens", max_tokens)
+        check_range(f"{_OPTIONS}.micro_batch_size:", micro_batch_size, least=1)
+        check_range(f"{_OPTIONS}.max_tokens:", max_tokens, least=1)
         _check_choice("truncate", truncate, get_args(Truncation))
         _check_choice("prompt_format", prompt_format, get_args(PromptFormat))
         self.source = ClassifierSource(
@@ -181,11 +182,6 @@ class SequenceClassifierReward(Reward):
             places = [twin[side] for side in (0, 1) for twin in twins]
             scores[places] = score_prefix_pairs(self.model, rows, twins, self.rows_together(longest), pad_ids)
         return as_scores(scores, len(rows), f"reward model '{self.source.path}'")
-
-
-def _check_at_least_one(option: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise InputError(f"{_OPTIONS}.{option}: must be at least 1, but is {value}")
 
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from xpo_lightning.core.batch import Completions, Prompts
-from xpo_lightning.core.distributed import all_gather_guarded
+from xpo_lightning.core.distributed import all_gather_guarded, own_rank, world_size
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.http.client import RequestError
 from xpo_lightning.rollout.engine import GenerationRequest, RolloutEngine, Writer
@@ -98,7 +97,7 @@ class VLLMRollout(RolloutEngine):
         mark = mark_of(policy)
         if mark == self._mark:
             return
-        processes = _world_size()
+        processes = world_size()
         if not self.together and processes > 1:
             raise InputError(
                 f"{OPTIONS}.together=false has one model write at a time, and the {processes} processes of this run "
@@ -106,7 +105,7 @@ class VLLMRollout(RolloutEngine):
             )
         self._vocabulary = policy.get_input_embeddings().num_embeddings  # type: ignore[operator]
         name = None
-        if _is_first():
+        if own_rank() == 0:
             if self.together and not self._tried:
                 self._served.try_beside(policy, self._base_model(), self._posted, self.check)
             name, self._tried = self._served.replace(policy, self._adapter, self.check), True
@@ -130,7 +129,7 @@ class VLLMRollout(RolloutEngine):
 
     def close(self) -> None:
         """See `RolloutEngine.close`."""
-        if self._adapter is not None and _is_first():
+        if self._adapter is not None and own_rank() == 0:
             self._served.forget(self._adapter)
         self._adapter, self._mark = None, ""
 
@@ -208,12 +207,3 @@ class VLLMRollout(RolloutEngine):
     def _completions(self, answers: Sequence[Answer], prompts: Prompts) -> Completions:
         ids, logps = ([getattr(answer, name) for answer in answers] for name in ("ids", "logps"))
         return self.completions(ids, logps, prompts, [answer.stopped_by is not None for answer in answers])
-
-
-def _is_first() -> bool:
-    return _world_size() == 1 or torch.distributed.get_rank() == 0
-
-
-def _world_size() -> int:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if distributed else 1

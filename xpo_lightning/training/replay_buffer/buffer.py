@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from xpo_lightning.core.batch import Experience
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.training.replay_buffer.serialization import decoded, encoded
 from xpo_lightning.training.replay_buffer.store import FileStore, MemoryStore, PairStore, Sizes
@@ -41,8 +42,7 @@ class BufferOptions:
         """Check the options."""
         if self.keep != "all" and self.keep < 1:
             raise InputError(f"model.buffer.keep must be 'all' or at least 1, but is {self.keep}")
-        if self.memory_pairs < 1:
-            raise InputError(f"model.buffer.memory_pairs must be at least 1, but is {self.memory_pairs}")
+        check_range("model.buffer.memory_pairs", self.memory_pairs, least=1)
 
 
 @dataclass(frozen=True)
