@@ -1,4 +1,4 @@
-"""The memory of optimizer steps on a CUDA device, beside what `footprint.py` works out."""
+"""The memory of optimizer steps on a CUDA device, beside what `estimate.py` works out."""
 
 import gc
 import tempfile

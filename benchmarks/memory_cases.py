@@ -1,4 +1,4 @@
-"""Runs whose memory is measured, and what the arithmetic of `footprint.py` says of each."""
+"""Runs whose memory is measured, and what the arithmetic of `estimate.py` says of each."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,6 +1,6 @@
 """How much memory each process of a run under `FSDP2Strategy` takes, worked out from the shapes of its models.
 
-`footprint.py` counts what a run holds; here is which of it each of N processes holds a part of, and when it holds all:
+`estimate.py` counts what a run holds; here is which of it each of N processes holds a part of, and when it holds all:
 every model while completions are written and scored, a layer at a time in forward and backward passes.
 """
 
