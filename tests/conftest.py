@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,6 +33,10 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 VOCABULARY = 304  # more rows than the tokenizer has tokens, as in most published models
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
 CORPUS = ["the cat sat on the mat and the dog ran away from the red hat today"] * 4
+TESTS = Path(__file__).parent
+TEST_PATHS = os.pathsep.join(map(str, [TESTS, *sorted(path for path in TESTS.iterdir() if path.is_dir())]))
+"""For the PYTHONPATH of processes that import test modules."""
+
 PROMPTS = ["the cat", "a dog ran away from the hat and", "red", "on the mat today", "sat"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -21,7 +21,7 @@ part() { # name, seconds, command
   grep -vE "Writing model|Loading weights|Warning|warn" "$results/$name.txt" | tail -n 20 | cut -c 1-300
 }
 
-part tests 90 python3 -m pytest -q -m gpu -n 8 -p no:cacheprovider tests/test_gpu.py
+part tests 90 python3 -m pytest -q -m gpu -n 8 -p no:cacheprovider tests/end_to_end/test_gpu.py
 part time 180 python3 benchmarks/gpu.py --only time --trl-batches 64 --json "$results/time.json"
 part decode 60 python3 benchmarks/gpu.py --only decode --json "$results/decode.json"
 part trace 60 python3 benchmarks/gpu.py --only trace --models smollm2 --json "$results/trace.json"

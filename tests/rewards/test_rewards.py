@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import TEST_PATHS
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
@@ -1032,7 +1033,7 @@ def test_a_run_with_a_broken_reward_function_ends_with_one_line(
 def test_a_process_ends_although_its_reward_function_hangs(model_folder: Callable[..., str], tmp_path: Path) -> None:
     args = run_with(tmp_path, model_folder(), "hangs", timeout=0.2)
     code = f"import sys; from xpo_lightning.cli.lightning_cli import main; main({args!r})"
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([TEST_PATHS, os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=environment)

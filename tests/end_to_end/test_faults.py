@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-SCRIPT = Path(__file__).with_name("faults.py")
+SCRIPT = Path(__file__).parents[1].joinpath("faults.py")
 SAMPLE = [
     "fsdp, full, nan in process 1, step: loss",
     "fsdp, full, memory in process 0, step: in the backward",

@@ -1,6 +1,7 @@
 """The same pairs through TRL 1.13.0's XPOTrainer and through `XPOLightningModule`.
 
-What TRL makes of them was recorded by `python benchmarks/parity.py --record tests/data/parity_trl_1.13.0.safetensors`.
+What TRL makes of them was recorded by
+`python benchmarks/parity.py --record tests/assets/parity_trl_1.13.0.safetensors`.
 The test that runs TRL itself is marked `trl` and runs only if asked for (`-m trl`); XPO_TRL_PYTHON names the
 interpreter of an environment with TRL 1.13.0, peft and requests.
 """
@@ -15,8 +16,8 @@ import pytest
 from safetensors import safe_open
 from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
-RECORDED = ROOT / "tests" / "data" / "parity_trl_1.13.0.safetensors"
+ROOT = Path(__file__).parents[2]
+RECORDED = ROOT / "tests" / "assets" / "parity_trl_1.13.0.safetensors"
 TOLERANCE = 5e-5  # of the largest number in a tensor; both sides compute in float32
 
 

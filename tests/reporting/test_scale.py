@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from xpo_lightning.reporting.memory.model_shape import Shape, weight_count
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 SCALE = RUNS / "scale"
 GIB = 2**30

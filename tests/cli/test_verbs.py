@@ -31,7 +31,7 @@ from xpo_lightning.core.recipes import recipes
 from xpo_lightning.evaluation.compare import TokenizedPrompts, compare_completions
 from xpo_lightning.evaluation.policies import LoadedPolicy, NamedPolicy, find_policy
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LORA = {"r": 2, "target_modules": "all-linear"}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import test_cli
 import torch
+from conftest import TEST_PATHS
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from test_cli import Write, refused, rows_of
@@ -238,7 +239,7 @@ def test_disk_that_is_full_ends_the_run_with_one_line_and_the_last_checkpoint_st
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": TEST_PATHS},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2),
     )
     assert done.returncode == 2, done.stderr

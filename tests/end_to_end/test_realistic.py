@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from test_configs import parse
 
-HERE = Path(__file__).parent.parent / "experiments" / "realistic"
+HERE = Path(__file__).parents[2] / "experiments" / "realistic"
 
 
 @pytest.fixture

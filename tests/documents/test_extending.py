@@ -26,7 +26,7 @@ from xpo_lightning import (
 from xpo_lightning.cli.lightning_cli import XPOCLI
 from xpo_lightning.rollout.local import LocalRollout
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLES, QUICKSTART = ROOT / "examples", ROOT / "configs" / "quickstart.yaml"
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 SMALL = ["--trainer.max_steps=2", "--trainer.callbacks=[]", "--trainer.num_sanity_val_steps=0", "--data.batch_size=4"]

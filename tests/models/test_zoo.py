@@ -17,7 +17,7 @@ from zoo.rewards import UNBUILDABLE as UNUSABLE
 from zoo.rewards import compare_reward
 from zoo.step import MODES
 
-TABLE = Path(__file__).parents[1] / "docs" / "models.md"
+TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 REFUSED = {"bert (reading both ways)", "bidirectional", "cpmant", "prophetnet", "xlnet"}  # rows see what they predict
 FAMILIES = [
     *("llama", "llama (dynamic NTK)", "llama (eager)", "llama (tied)", "llama (yarn)", "mistral", "qwen2 (sliding)"),

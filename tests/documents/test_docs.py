@@ -12,7 +12,7 @@ from test_configs import parse
 import xpo_lightning
 from xpo_lightning import callbacks
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 

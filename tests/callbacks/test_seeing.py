@@ -15,7 +15,7 @@ from xpo_lightning.callbacks import progress_bar as progress
 from xpo_lightning.cli.lightning_cli import main
 from xpo_lightning.reporting.metrics_file import read_metrics
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "seeing.md").read_text()
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 BLOCKS = {part.split("\n")[0]: re.search(r"```yaml\n(.*?)```", part, re.DOTALL)[1] for part in PAGE.split("\n### ")[1:]}

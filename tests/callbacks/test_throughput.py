@@ -70,7 +70,7 @@ def test_throughput_names_are_logged_and_documented(make_module: MakeModule, tmp
     ours = {name for name in metrics if name.startswith(("time/", "throughput/"))}
     assert ours == TIMES | RATES
     assert all(metrics[name].steps == metrics["win_rate"].steps == [1, 2] for name in ours)
-    page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     assert ours == set(re.findall(r"`((?:time|throughput)/\w+)`", page))
 
 

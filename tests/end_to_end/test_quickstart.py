@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xpo_lightning.cli.lightning_cli import main
 
-CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
 @pytest.fixture(scope="module")

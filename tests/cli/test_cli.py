@@ -22,7 +22,7 @@ from xpo_lightning import ModelSpec
 from xpo_lightning.cli.lightning_cli import main
 from xpo_lightning.core import paths as sources
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 DECISION_8 = [
     *("loss/dpo", "loss/xpo", "objective/kl", "objective/entropy", "objective/model_scores", "objective/ref_scores"),
     *("objective/scores_margin", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),

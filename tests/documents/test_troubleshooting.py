@@ -8,7 +8,7 @@ import pytest
 
 from xpo_lightning.cli.lightning_cli import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
 QUOTED = re.findall(r"^```text\n(xpo .*)\n(xpo: error: .*)\n```$", PAGE, re.MULTILINE)
 SMALL = ["--trainer.max_steps=3", "--trainer.num_sanity_val_steps=0", "--data.batch_size=2"]

@@ -15,7 +15,7 @@ from test_configs import parse
 
 from xpo_lightning.cli.dispatch import VERBS, parser_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 PAGES = [
     *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", BENCHMARKS / "README.md"),
@@ -89,7 +89,7 @@ def test_command_is_one_that_works(command, monkeypatch, capsys, tmp_path):
         done = subprocess.run([sys.executable, "-m", words[2], "--help"], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     elif words[0] == "python" and words[1].startswith("examples/"):
-        assert Path(words[1]).is_file()  # tests/test_extending.py runs it
+        assert Path(words[1]).is_file()  # tests/documents/test_extending.py runs it
     elif words[0] == "python" and words[1].startswith(("benchmarks/", "experiments/", "tests/", "docs/tools/")):
         monkeypatch.syspath_prepend(ROOT / Path(words[1]).parent)
         monkeypatch.setattr(sys, "argv", words[1:])

@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 from xpo_lightning.cli.lightning_cli import XPOCLI
 from xpo_lightning.core.paths import resolve
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 OVERLAYS = {
     "tldr_lora.yaml": "tldr.yaml",
     "iterated.yaml": "quickstart.yaml",

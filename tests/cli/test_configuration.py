@@ -47,7 +47,7 @@ from xpo_lightning.callbacks import PolicyExport, RunCheckpoint
 from xpo_lightning.cli.lightning_cli import main
 from xpo_lightning.rewards.llm_judge import is_exchanged
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "configuration.md").read_text()
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 BETA, PENALTY = 0.3, 1.0  # the quickstart's

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 from xpo_lightning.cli.check.survey import Prompts, pick_evenly
 from xpo_lightning.cli.lightning_cli import main
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 PACKAGE = CONFIGS.parent / "xpo_lightning"
 LONGEST = 30.0  # seconds that a check may take
 CHAT = [{"role": "user", "content": "hi"}]

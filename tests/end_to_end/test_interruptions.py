@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).with_name("interruptions.py")
+SCRIPT = Path(__file__).parents[1].joinpath("interruptions.py")
 
 
 def output_of(*arguments: str) -> list[str]:

@@ -19,7 +19,7 @@ from test_configs import parse
 from xpo_lightning.core.rng import RolloutRNG
 from xpo_lightning.module import XPOLightningModule
 
-HERE = Path(__file__).parent.parent / "experiments" / "exploration"
+HERE = Path(__file__).parents[2] / "experiments" / "exploration"
 ARMS = sorted(file.stem for file in (HERE / "arms").glob("*.yaml"))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import TEST_PATHS
 
 pytestmark = pytest.mark.slow
 Begin = Callable[..., subprocess.Popen[str]]
@@ -98,7 +99,7 @@ def begin(model_folder: Callable[..., str]) -> Begin:
         }
         (folder / "run.yaml").write_text(yaml.safe_dump(config))
         words = [sys.executable, "-m", "xpo_lightning", command, "--config", str(folder / "run.yaml")]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": TEST_PATHS, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             [*words, *(["--ckpt_path", "last"] if resume else [])],
             env=environment,

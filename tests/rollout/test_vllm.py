@@ -21,6 +21,7 @@ from conftest import (
     CONFIGS,
     GROUPED,
     PROMPTS,
+    TEST_PATHS,
     Recorder,
     fit_quietly,
     longer_is_better,
@@ -746,7 +747,7 @@ def test_two_processes_ask_one_server(
     if refusing:
         server.misbehave = broken("/v1/load_lora_adapter", lambda request: request.answer(400, "no"), after=2)
     config = write_config(server, together=True, devices=2, strategy="ddp", max_steps=2)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": TEST_PATHS, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "xpo_lightning", "fit", "--config", config]
     run = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
     if refusing:
@@ -763,7 +764,7 @@ def test_two_processes_ask_one_server(
 @pytest.mark.slow
 def test_two_processes_cannot_take_turns(serve: Serve, write_config: Callable[..., str]) -> None:
     config = write_config(serve(), devices=2, strategy="ddp")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": TEST_PATHS, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "xpo_lightning", "fit", "--config", config]
     run = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode != 0
