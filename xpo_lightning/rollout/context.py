@@ -94,17 +94,30 @@ class RolloutContext:
 
     @deprecated("by_reference is generate_with_reference now")
     def by_reference(self, uniforms: Sequence[Tensor]) -> list[Completions]:
-        """Write with the reference, under the name of earlier versions."""
+        """Generate with the reference, under the name of earlier versions.
+
+        Args:
+            uniforms: The randomness of each completion of a prompt. (B, max_new_tokens) each
+        """
         return self.generate_with_reference(uniforms)
 
     @deprecated("by_policy is generate_with_policy now")
     def by_policy(self, uniforms: Sequence[Tensor]) -> list[Completions]:
-        """Write with the policy, under the name of earlier versions."""
+        """Generate with the policy, under the name of earlier versions.
+
+        Args:
+            uniforms: The randomness of each completion of a prompt. (B, max_new_tokens) each
+        """
         return self.generate_with_policy(uniforms)
 
     @deprecated("by is generate_with now")
     def by(self, lent: AbstractContextManager[nn.Module], uniforms: Sequence[Tensor]) -> list[Completions]:
-        """Write with another model, under the name of earlier versions."""
+        """Generate with another model, under the name of earlier versions.
+
+        Args:
+            lent: Gives the model, in eval mode, and takes it back.
+            uniforms: The randomness of each completion of a prompt. (B, max_new_tokens) each
+        """
         return self.generate_with(lent, uniforms)
 
     def policy_logps(self, completions: Sequence[Completions]) -> list[Tensor]:
