@@ -20,7 +20,7 @@ from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.owner import Owner, is_old, this_process
 
 TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
-"""How text is written: a lone surrogate, which UTF-8 cannot encode, becomes `\\udc80`, as JSON escapes it."""
+"""How text files are opened: a lone surrogate, which UTF-8 cannot encode, becomes `\\udc80`, as JSON escapes it."""
 _LEFTOVER = re.compile(r"\.(?P<name>.+?)(?:\.(?P<owner>[\w-]+-\d+-\d+))?\.(?P<state>part|old)", re.DOTALL)
 
 
@@ -34,7 +34,7 @@ def replacing_file(target: Path, mode: str = "w", newline: str | None = None) ->
         newline: As in `open`.
 
     Raises:
-        InputError: It cannot be written; what was there before is intact.
+        InputError: Writing failed; the former contents are intact.
     """
     part = part_of(target)
     with explaining_write_errors(target):
@@ -57,7 +57,7 @@ def appending(target: Path, newline: str | None = None) -> Iterator[IO[str]]:
     """Yield a text file to append to; it is cut back to its former length when the block fails.
 
     Raises:
-        InputError: It cannot be written; what was there before is intact.
+        InputError: Writing failed; the former contents are intact.
     """
     with explaining_write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder; it replaces `target` when the block succeeds, and is removed when the block fails.
 
     Raises:
-        InputError: It cannot be written; what was there before is intact.
+        InputError: Writing failed; the former contents are intact.
     """
     with explaining_write_errors(target):
         clear_leftovers(target.parent, glob.escape(target.name))

@@ -29,7 +29,7 @@ RawPrompt = str | Messages
 
 @dataclass(frozen=True)
 class Pair(Generic[T]):
-    """One value for the policy's completions and one for the sampler's, which they are compared with.
+    """The two sides of a comparison: one value for the policy's completions, one for the sampler's.
 
     Args:
         by_policy: Value for the completions that the policy wrote.

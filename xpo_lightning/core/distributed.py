@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an error was raised that all processes know of.
+    """Where an error that all processes know of was raised.
 
     Args:
         rank: The process that raised it.

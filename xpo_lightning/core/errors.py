@@ -17,7 +17,7 @@ class InputError(ValueError):
 
 
 class NonFiniteError(InputError):
-    """Numbers that must be finite are not.
+    """A number that must be finite is not.
 
     Args:
         message: Names the source, the number and the row.

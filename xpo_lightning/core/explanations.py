@@ -19,7 +19,7 @@ REFUSALS = {
     *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EIO),
 }
 """Error numbers of a file system that is full, forbids access, or has no such path."""
-# An error raised by these packages themselves, not by code that they call, is about the option that they were given.
+# Errors raised in these packages' own code (the innermost frame) are blamed on the options given to them.
 OPTIONS_OF = {"lightning": "trainer", "torch.optim": "model.optimizer or model.lr_scheduler"}
 
 

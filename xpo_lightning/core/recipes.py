@@ -52,7 +52,7 @@ def with_config_files(words: list[str]) -> tuple[list[str], list[str]]:
         The changed command line, and the config files that it names.
 
     Raises:
-        InputError: No file and no recipe has a name.
+        InputError: A name belongs to no file and no recipe.
     """
     changed, files = list(words), []
     for place, before, name in _named(words):

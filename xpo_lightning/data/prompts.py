@@ -69,7 +69,7 @@ class PromptTokenizer:
 
     Args:
         tokenizer: The policy's tokenizer.
-        limit: Most tokens that a prompt may have: the model's context less the new tokens. None where it has no limit.
+        limit: Most tokens that a prompt may have: the model's context less the new tokens. None if it has no limit.
     """
 
     tokenizer: PreTrainedTokenizerBase

@@ -29,7 +29,7 @@ class PromptOrder(DistributedSampler[int]):
 
     Processes take turns, so that their batches together equal those of one process with a larger batch. Lightning calls
     `set_epoch` before each epoch. It keeps a `DistributedSampler`, but would replace any other sampler by one that
-    shuffles with its own seed, asked or not.
+    always shuffles, with its own seed.
 
     Attributes:
         skipped: How many of this process's prompts the next pass skips, because a resumed run has used them already.

@@ -18,7 +18,7 @@ SHOWN = 3
 
 
 class StopAsked(SystemExit):
-    """The run was asked to stop; nothing has changed since the last step. `code` is the exit status."""
+    """Raised to stop the run on request; nothing has changed since the last step. `code` is the exit status."""
 
 
 Problem = Exception | StopAsked
@@ -37,10 +37,10 @@ class Stop:
         self.status: int | None = None
 
     def check(self) -> None:
-        """Interrupt repeatable work if the run is asked to stop.
+        """Raise an error if a stop is requested; call it in work that can be repeated.
 
         Raises:
-            StopAsked: The run is asked to stop.
+            StopAsked: A stop is requested.
         """
         if self.status is not None:
             raise StopAsked(self.status)
@@ -106,7 +106,7 @@ class Guard:
         return {"skipped_steps": float(self.skipped)} if self.max_skipped else {}
 
     def skips(self, worst: int) -> bool:
-        """Tell whether the worst outcome of a step allows to skip it, and if so count it as skipped."""
+        """Tell whether a step may be skipped after its worst outcome, and if so count it as skipped."""
         if not 0 < worst <= NOT_FINITE or self.in_a_row >= self.max_skipped:
             return False
         self.in_a_row += 1
@@ -148,7 +148,7 @@ class _Work:
 
 
 class Together(_Work):
-    """A block that succeeds on all processes, or whose error all of them raise."""
+    """A block that succeeds on all processes, or raises the worst error of any on all of them."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         """Raise the worst error of any process."""
@@ -156,7 +156,7 @@ class Together(_Work):
 
 
 class StepWork(_Work):
-    """A block that succeeds on all processes, or whose step all of them skip.
+    """A block that succeeds, skips its step, or raises the worst error of any, on all processes alike.
 
     Attributes:
         is_skipped: Whether the step is skipped.

@@ -13,7 +13,7 @@ from xpo_lightning.core.fault_tolerance.lifeline import GRACE, Lifeline
 
 
 def watch(trainer: Trainer) -> None:
-    """Connect the processes of a run by a `Lifeline` until the run ends (collective); repeated calls do nothing."""
+    """Connect a run's processes by a `Lifeline` until the run ends (collective); does nothing if already connected."""
     if not is_distributed():
         return
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

@@ -149,7 +149,7 @@ def without_fast_paths(model: nn.Module) -> Iterator[None]:
 
 
 def refuse_untrainable(model: nn.Module) -> None:
-    """Refuse a model in train mode that cannot compute rows of any length; checks an unsharded model once.
+    """Refuse a model in train mode that cannot compute rows of any length; checked once, and only if unsharded.
 
     Raises:
         InputError: It cannot compute a row of 11 tokens.

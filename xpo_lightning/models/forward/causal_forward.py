@@ -40,7 +40,7 @@ def last_features(
         keep: How many of the last positions to return, at least 1.
         cache: Keys and values of C earlier positions, or the model's own state after them, extended in place; None
             runs without a cache.
-        head: The model's vocabulary head, to skip it; the model must return the head's output unchanged.
+        head: The model's vocabulary head, if it is to be skipped; the model must return the head's output unchanged.
 
     Returns:
         The head's inputs (B, keep, D) or, without `head`, logits (B, keep, V).

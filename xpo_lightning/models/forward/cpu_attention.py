@@ -55,7 +55,7 @@ def for_any_shape(device: torch.device) -> Iterator[None]:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attend (Vaswani et al. 2017, Eq. 1), with several query heads to a key head where there are more of them.
+    """Attend (Vaswani et al. 2017, Eq. 1); several query heads may share a key head.
 
     Args:
         query: (B, H, N, D)
