@@ -1,1 +1,1 @@
-"""What every other part of the package may use: batch types, errors, randomness, fault tolerance, files."""
+"""Foundations for all other parts of the package: batch types, errors, randomness, fault tolerance, files."""

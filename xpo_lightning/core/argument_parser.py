@@ -1,4 +1,4 @@
-"""What every parser of the command line does with an error."""
+"""Error reporting that all command line parsers share."""
 
 import os
 import re
@@ -13,16 +13,16 @@ _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\w+)$")
 
 
 class OneLineErrors:
-    """Says what is wrong with arguments in one line, without a page of usage; goes before a parser among its bases.
+    """Reports wrong arguments in one line, without the usage text; a mixin, listed before the parser class.
 
     Attributes:
-        config_files: The files that the command line names, to say in which of them a mistyped key is.
+        config_files: The config files on the command line, to say which of them holds a mistyped key.
     """
 
     config_files: ClassVar[list[str]] = []
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End the program; of an error that began with bad input, only that is shown."""
+        """End the program with one line; if bad input caused the error, show only the bad input."""
         cause = input_error_in(ex)
         if cause is None and os.environ.get("JSONARGPARSE_DEBUG"):
             parser: Any = super()
@@ -31,7 +31,7 @@ class OneLineErrors:
 
 
 def _advice(parser: Any, message: str) -> str:
-    """Say where a mistyped key or class name is, and what was probably meant."""
+    """Say where a mistyped key is, and what was probably meant by a mistyped key or class name."""
     unknown_class = _UNKNOWN_CLASS.search(message)
     if unknown_class is not None:
         return did_you_mean(unknown_class[1], sys.modules["xpo_lightning"].__all__)
@@ -43,7 +43,7 @@ def _advice(parser: Any, message: str) -> str:
 
 
 def _file_with(key: str) -> str:
-    """Name the config file and the line that have a key; the last file wins, as its values do."""
+    """Return the config file and line that hold a key; of several files, the last, whose values count."""
     leaf = re.compile(rf"\s*(?:- )?{re.escape(key.rpartition('.')[2])}\s*:")
     for name in reversed(OneLineErrors.config_files):
         path = Path(name)

@@ -1,8 +1,8 @@
-"""Files and folders that appear under their names once they are complete, and that nobody else touches before.
+"""Writes files and folders atomically: they appear under their names only once they are complete.
 
-What is in progress is a hidden part beside its place, which has its owner in its name: `.last.ckpt.<owner>.part`. What
-was there before is put aside as `.last.ckpt.<owner>.old`, where a folder has to make room. Both are leftovers once
-their owner is gone, which `clear_leftovers` removes or takes up.
+Work in progress is a hidden file or folder next to the target, with its owner in its name: `.last.ckpt.<owner>.part`.
+A folder that is replaced is first renamed to `.last.ckpt.<owner>.old`. Once their owner is gone, both are leftovers,
+which `clear_leftovers` removes or restores.
 """
 
 import glob
@@ -20,21 +20,21 @@ from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.owner import Owner, is_old, this_process
 
 TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
-"""How text is written: half of a surrogate pair, which UTF-8 does not know, becomes `\\udc80`, as JSON escapes it."""
+"""How text files are opened: a lone surrogate, which UTF-8 cannot encode, becomes `\\udc80`, as JSON escapes it."""
 _LEFTOVER = re.compile(r"\.(?P<name>.+?)(?:\.(?P<owner>[\w-]+-\d+-\d+))?\.(?P<state>part|old)", re.DOTALL)
 
 
 @contextmanager
 def replacing_file(target: Path, mode: str = "w", newline: str | None = None) -> Iterator[IO[Any]]:
-    """Give a file to write, which takes the place of `target` when the block is done, and vanishes when it fails.
+    """Yield a file to write; it replaces `target` when the block succeeds, and is removed when the block fails.
 
     Args:
-        target: The file. Its folder is made if there is none.
+        target: The file. Its folder is made if it does not exist.
         mode: `w` for text, in UTF-8, or `wb` for bytes.
         newline: As in `open`.
 
     Raises:
-        InputError: It cannot be written; what was there before is intact.
+        InputError: Writing failed; the former contents are intact.
     """
     part = part_of(target)
     with explaining_write_errors(target):
@@ -54,10 +54,10 @@ def replacing_file(target: Path, mode: str = "w", newline: str | None = None) ->
 
 @contextmanager
 def appending(target: Path, newline: str | None = None) -> Iterator[IO[str]]:
-    """Give a text file to write on at its end, which is as long as before when the block fails.
+    """Yield a text file to append to; it is cut back to its former length when the block fails.
 
     Raises:
-        InputError: It cannot be written; what was there before is intact.
+        InputError: Writing failed; the former contents are intact.
     """
     with explaining_write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -75,10 +75,10 @@ def appending(target: Path, newline: str | None = None) -> Iterator[IO[str]]:
 
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """Give an empty folder, which takes the place of `target` when the block is done, and vanishes when it fails.
+    """Yield an empty folder; it replaces `target` when the block succeeds, and is removed when the block fails.
 
     Raises:
-        InputError: It cannot be written; what was there before is intact.
+        InputError: Writing failed; the former contents are intact.
     """
     with explaining_write_errors(target):
         clear_leftovers(target.parent, glob.escape(target.name))
@@ -93,12 +93,12 @@ def replacing_folder(target: Path) -> Iterator[Path]:
 
 
 def part_of(target: Path) -> Path:
-    """Name the hidden part of a file or folder that this process has in progress."""
+    """Return the hidden path under which this process writes a file or folder until it is complete."""
     return target.with_name(f".{target.name}.{this_process()}.part")
 
 
 def put_in_place(part: Path, target: Path) -> None:
-    """Let a folder that is complete take the place of another, which is back if that fails."""
+    """Replace a folder by a complete one; restore the old one if that fails."""
     old = part.with_suffix(".old")
     if target.exists():
         target.rename(old)
@@ -113,11 +113,11 @@ def put_in_place(part: Path, target: Path) -> None:
 
 
 def clear_leftovers(folder: Path, names: str) -> None:
-    """Remove what processes that are gone have left half-written, and put back what they had put aside.
+    """Remove incomplete files and folders of processes that are gone, and restore folders that they were replacing.
 
     Args:
-        folder: Where; there need not be such a folder.
-        names: Which files and folders it was to become, as a pattern.
+        folder: The folder to search; it need not exist.
+        names: Glob pattern of the targets' names.
     """
     for path in sorted(folder.glob(f".{names}.*")):
         found = _LEFTOVER.fullmatch(path.name)
@@ -133,10 +133,10 @@ def clear_leftovers(folder: Path, names: str) -> None:
 
 @contextmanager
 def explaining_write_errors(path: Path) -> Iterator[None]:
-    """Say in one line which file could not be written, and why.
+    """Turn a write error into one line that names the file and the reason.
 
     Raises:
-        InputError: The file system refuses.
+        InputError: The file could not be written.
     """
     try:
         yield
@@ -149,7 +149,7 @@ def explaining_write_errors(path: Path) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, as far as that can be done: a leftover does no harm."""
+    """Remove a file or a folder, and ignore errors: a leftover does no harm."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -158,7 +158,7 @@ def remove(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder written to the disk; some file systems cannot."""
+    """Sync a folder's entries to the disk, if the file system can."""
     with suppress(OSError):
         opened = os.open(folder, os.O_RDONLY)
         try:
@@ -168,6 +168,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def _is_abandoned(path: Path, owner: str | None) -> bool:
-    """Tell whether nobody is at a part any more; earlier versions gave none an owner."""
+    """Tell whether the owner of a leftover is gone; earlier versions wrote no owner, so then its age decides."""
     known = None if owner is None else Owner.read(owner)
     return is_old(path) if known is None else known.is_gone(path)

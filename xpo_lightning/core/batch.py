@@ -4,8 +4,8 @@ Shapes in capitals: B pairs, P prompt tokens, T completion tokens, V vocabulary,
 Masks are True on real tokens and are never inferred from token ids. Prompts are padded on the left, completions on the
 right, so that a prompt ends where its completion begins.
 Naming: the variable says who scores, the field says who wrote: `policy_logps.by_sampler` is the policy's
-log-probability of the sampler's completion. The sampler is whoever writes the second completion of a pair (pi_samp of
-arXiv 2405.21046): the frozen reference, unless `model.sampler` names another.
+log-probability of the sampler's completion. The sampler writes the second completion of a pair (pi_samp of
+arXiv 2405.21046): it is the frozen reference, unless `model.sampler` names another.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,11 +29,11 @@ RawPrompt = str | Messages
 
 @dataclass(frozen=True)
 class Pair(Generic[T]):
-    """One thing for the policy's completions and the same thing for the sampler's: those it is compared with.
+    """The two sides of a comparison: one value for the policy's completions, one for the sampler's.
 
     Args:
-        by_policy: Of the completions that the policy wrote.
-        by_sampler: Of those that the sampler wrote, by default the reference.
+        by_policy: Value for the completions that the policy wrote.
+        by_sampler: Value for those that the sampler (by default the reference) wrote.
     """
 
     by_policy: T
@@ -52,7 +52,7 @@ class Prompts:
         ids: Token ids, padded on the left. (B, P)
         mask: True on real tokens. (B, P)
         raw: Each prompt as the row gave it, text or chat messages. Length B.
-        columns: The rows' other columns, each of length B, handed on to reward functions.
+        columns: The rows' other columns, each of length B, passed to reward functions.
     """
 
     ids: Tensor
@@ -61,7 +61,7 @@ class Prompts:
     columns: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the shapes at the border."""
+        """Check the shapes."""
         _check_ids_and_mask("prompt", self.ids, self.mask)
         if len(self.raw) != len(self.ids):
             raise ValueError(
@@ -79,11 +79,11 @@ class Prompts:
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """The lengths as numbers; a GPU is asked for them once, and not again for rows that are selected."""
+        """The lengths as Python integers; they are read from the GPU once, and not again for selected rows."""
         return tuple(self.lengths.tolist())
 
     def select(self, rows: Sequence[int]) -> "Prompts":
-        """Return these rows, with no more padding than they need."""
+        """Return the given rows, with no more padding than they need."""
         index = torch.as_tensor(rows, device=self.ids.device)
         counts = tuple(self.counts[row] for row in rows)
         start = self.ids.shape[1] - max(counts)
@@ -105,10 +105,10 @@ class Completions:
     Args:
         ids: Token ids, padded on the right. The token that ended a completion (EOS) is part of it. (B, T)
         mask: True on real tokens. (B, T)
-        ended: True where the writer stopped by itself (EOS or a stop string), False where it was cut. (B,)
+        ended: True where the completion ended by itself (EOS or a stop string), False where it was cut off. (B,)
         texts: Decoded completions, without special tokens and without the stop string. Length B.
-        token_logps: Natural log-probability of each token under its writer, at temperature 1 and over the full
-            vocabulary whatever the sampling settings; 0 on padding; NaN where the writer has none to give. (B, T)
+        token_logps: Natural log-probability of each token under the model that wrote it, at temperature 1 and over the
+            full vocabulary whatever the sampling settings; 0 on padding; NaN if the writer gives none. (B, T)
     """
 
     ids: Tensor
@@ -118,7 +118,7 @@ class Completions:
     token_logps: Tensor
 
     def __post_init__(self) -> None:
-        """Check the shapes at the border."""
+        """Check the shapes."""
         _check_ids_and_mask("completion", self.ids, self.mask)
         if self.token_logps.shape != self.ids.shape:
             raise ValueError(
@@ -138,7 +138,7 @@ class Completions:
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """The lengths as numbers; a GPU is asked for them once, and not again for rows that are selected."""
+        """The lengths as Python integers; they are read from the GPU once, and not again for selected rows."""
         return tuple(self.lengths.tolist())
 
     @property
@@ -152,7 +152,7 @@ class Completions:
         return _counted(replace(self, **{name: getattr(self, name).to(device) for name in names}), self.counts)
 
     def select(self, rows: Sequence[int]) -> "Completions":
-        """Return these rows, with no more padding than they need."""
+        """Return the given rows, with no more padding than they need."""
         index = torch.as_tensor(rows, device=self.ids.device)
         counts = tuple(self.counts[row] for row in rows)
         end = max(counts)
@@ -172,14 +172,14 @@ class Experience:
 
     Args:
         prompts: The prompts. B rows.
-        completions: Who wrote what. B rows a side.
-        scores: The reward's scores, missing-EOS penalty included; a judge's probability that the completion beats the
-            other one. (B,) a side.
+        completions: The policy's and the sampler's completions. B rows a side.
+        scores: The reward's scores, missing-EOS penalty included; or a judge's probability that the completion beats
+            the other one. (B,) a side.
         labels: Probability that the policy's completion is the better one: 1, 0, or 0.5 for a tie. (B,)
         reference_logps: The reference's log-probability of each completion, summed over tokens. (B,) a side.
-        silent: True where the label says nothing: scores too close, or no usable answer of a judge; None is nowhere.
-            (B,)
-        answered: False where a judge gave no usable answer; None is nowhere. (B,)
+        silent: True where the label says nothing: scores too close, or no usable answer from a judge. None means
+            nowhere. (B,)
+        answered: False where a judge gave no usable answer. None means nowhere. (B,)
     """
 
     prompts: Prompts
@@ -217,7 +217,7 @@ class Experience:
         return self._mapped(_counted(prompts, self.prompts.counts), completions, lambda values: values.to(device))
 
     def select(self, rows: Sequence[int]) -> "Experience":
-        """Return these pairs."""
+        """Return the given pairs."""
         index = torch.as_tensor(rows, device=self.labels.device)
         completions = self.completions.map(lambda side: side.select(rows))
         return self._mapped(self.prompts.select(rows), completions, lambda values: values[index])
@@ -268,7 +268,7 @@ def same_tokens(completions: Pair[Completions]) -> Tensor:
 
 
 def concat_completions(parts: Sequence[Completions], width: int = 1) -> Completions:
-    """Put completions below each other, padded to the longest, or to `width` where that is more."""
+    """Concatenate completions along the batch dimension, padded to the longest or, if more, to `width` tokens."""
     width = max(width, *(part.ids.shape[1] for part in parts))
 
     def stacked(tensors: list[Tensor]) -> Tensor:
@@ -285,7 +285,7 @@ def concat_completions(parts: Sequence[Completions], width: int = 1) -> Completi
 
 
 def _counted(rows: S, counts: tuple[int, ...]) -> S:
-    """Spare rows that were put together from others the counting."""
+    """Attach known lengths, so that they are not read from the GPU again."""
     rows.__dict__["counts"] = counts
     return rows
 

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other."""
+"""Communication between the processes of a run."""
 
 import os
 import socket
@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an error came up that all processes know of.
+    """Where an error that all processes know of was raised.
 
     Args:
-        rank: The process.
-        host: Its machine.
-        is_here: Whether it is this process.
+        rank: The process that raised it.
+        host: The machine of that process.
+        is_here: Whether this process raised it.
     """
 
     rank: int
@@ -39,12 +39,12 @@ def is_distributed() -> bool:
 
 
 def own_rank() -> int:
-    """Return the number of this process."""
+    """Return the rank of this process; 0 if there is only one."""
     return torch.distributed.get_rank() if is_distributed() else 0
 
 
 def all_gather(value: T) -> list[T]:
-    """Collect a picklable value from every process, by rank; all processes must call it."""
+    """Gather a picklable value from every process, in order of rank (collective)."""
     if not is_distributed():
         return [value]
     values: list[T] = [value] * torch.distributed.get_world_size()
@@ -53,17 +53,17 @@ def all_gather(value: T) -> list[T]:
 
 
 def named(message: str) -> str:
-    """Say which process a message is from, where there are several."""
+    """Prefix a message with this process's rank, if there are several processes."""
     return f"process {own_rank()}: {message}" if is_distributed() else message
 
 
 def set_origin(error: BaseException, origin: Origin) -> None:
-    """Note where an error came up, which all processes know of."""
+    """Record on an error where it was raised; this marks it as known to all processes."""
     vars(error)["origin"] = origin
 
 
 def origin_of(error: BaseException) -> Origin | None:
-    """Return where an error came up, if all processes know of it."""
+    """Return where an error was raised, or None if not all processes know of it."""
     origin: Origin | None = getattr(error, "origin", None)
     return origin
 
@@ -74,23 +74,29 @@ def host() -> str:
 
 
 def speaks_for_host(other: str) -> bool:
-    """Tell whether this process has to repeat what a process of another machine said, whose output is elsewhere."""
+    """Tell whether this process must repeat a message from another machine, whose output appears elsewhere."""
     local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     return other != host() and local_rank == "0"
 
 
 @dataclass(frozen=True)
 class Midway:
-    """A value from the middle of the work; the guard, if it is told this in place of a report, asks again."""
+    """A value gathered in the middle of guarded work; a guard that receives one in place of a report gathers again."""
 
     value: Any
 
 
 def all_gather_guarded(value: T) -> list[T]:
-    """Collect a picklable value from every process, by rank; all must call it that do not fail before.
+    """Gather a value inside guarded work, safely even if a rank has failed there already (collective).
+
+    Args:
+        value: Any picklable value.
+
+    Returns:
+        The values of all processes, in order of rank.
 
     Raises:
-        ConsequentError: A process has left the work, and told what is wrong in place of its value.
+        ConsequentError: A process has left the guarded work, and sent its report in place of a value.
     """
     messages: list[Any] = all_gather(Midway(value))
     for rank, message in enumerate(messages):

@@ -1,4 +1,4 @@
-"""The one error that a user's own input can cause, and how a program ends with it."""
+"""The error for bad user input, and how a program ends with it."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -11,17 +11,17 @@ LONGEST = 1000  # characters of a line
 class InputError(ValueError):
     """Bad configuration, data, model or reward output.
 
-    The message is one line for the person who wrote the input: it names the configuration key, the file and the row
-    where they are known, and says what to do. The command line prints it without a traceback.
+    The message is one line for the user: it names the configuration key, the file and the row if they are known, and
+    says what to do. The command line prints it without a traceback.
     """
 
 
 class NonFiniteError(InputError):
-    """Numbers that must be finite, and are not.
+    """A number that must be finite is not.
 
     Args:
-        message: What gave which number, and for which row.
-        rows: Every row concerned, by its place in what was computed together.
+        message: Names the source, the number and the row.
+        rows: Index of every affected row in its batch.
 
     Attributes:
         rows: As given.
@@ -33,18 +33,18 @@ class NonFiniteError(InputError):
 
 
 class ConsequentError(NonFiniteError):
-    """Numbers that are not finite or not there, maybe because of another process, whose own error then comes first."""
+    """Numbers are missing or not finite, perhaps because another process failed; that one's error takes priority."""
 
 
 def input_error_in(error: BaseException | None) -> InputError | None:
-    """Find the bad input that an error began with."""
+    """Return the first `InputError` in an error's chain of causes, or None."""
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def describe_error(error: BaseException) -> str:
-    """Say what was raised, as `raised ValueError: no grader`; an error without a message is its name alone."""
+    """Describe an error, as in `raised ValueError: no grader`; without a message, by its class only."""
     message = str(error)
     return f"raised {type(error).__name__}" + (f": {message}" if message else "")
 
@@ -61,12 +61,12 @@ def write_line(message: str) -> None:
 
 
 def one_line(message: object) -> str:
-    """Show a message on one line, a long one without its middle."""
+    """Put a message on one line; cut the middle out of a long one."""
     line = " ".join(str(message).split())
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 300]} ... {line[-290:]}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Name the known word that is most like an unknown one, ready to follow a sentence; nothing where none is."""
+    """Suggest the known word closest to an unknown one, to be appended to a message; empty if none is close."""
     close = get_close_matches(word, list(known), 1)
     return f"; did you mean '{close[0]}'?" if close else ""

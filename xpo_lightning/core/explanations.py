@@ -1,4 +1,4 @@
-"""Explains errors that are not ours in one line, with the option that they are about."""
+"""Explains errors of other libraries in one line, with the option that caused them."""
 
 import errno
 from collections.abc import Iterator
@@ -6,25 +6,25 @@ from types import FrameType
 
 from xpo_lightning.core.errors import input_error_in
 
-# Errors that these raise themselves, and nothing that they call, are about the options that they were given.
 _CONNECTOR = "lightning.pytorch.trainer.connectors.checkpoint_connector"
 TAKING_UP = {
     *((_CONNECTOR, "_restore_modules_and_callbacks"), (_CONNECTOR, "restore_training_state")),
     ("xpo_lightning.checkpointing.run_state", "take_up"),
 }
-"""Where checkpoints are taken up."""
+"""Functions that load a checkpoint's state."""
 MISFITS = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, AssertionError, OverflowError)
-"""What that raises of a checkpoint that has other things in it."""
+"""Errors that they raise for a checkpoint with other contents."""
 REFUSALS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EIO),
 }
-"""What a file system says that is full, or closed to this user, or has no such place."""
+"""Error numbers of a file system that is full, forbids access, or has no such path."""
+# Errors raised in these packages' own code (the innermost frame) are blamed on the options given to them.
 OPTIONS_OF = {"lightning": "trainer", "torch.optim": "model.optimizer or model.lr_scheduler"}
 
 
 def explanation(error: BaseException) -> str | None:
-    """Say what a person can do about an error; None where it is none of their making."""
+    """Return what the user can do about an error, or None if the user did not cause it."""
     cause, key = input_error_in(error), _option_behind(error)
     if cause is not None:
         return str(cause)
@@ -42,13 +42,13 @@ def explanation(error: BaseException) -> str | None:
 
 
 def _is_of_a_checkpoint(error: BaseException) -> bool:
-    """Tell whether an error is from taking a checkpoint up, and not from a validation that is made up for then."""
+    """Tell whether an error comes from loading a checkpoint, and not from the overdue validation that then runs."""
     places = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame in _frames(error)]
     return any(place in TAKING_UP for place in places) and not any(name == "validate_now" for _, name in places)
 
 
 def _frames(error: BaseException) -> Iterator[FrameType]:
-    """Yield the frames that an error came through, the innermost last."""
+    """Yield the frames of an error's traceback, the innermost last."""
     link = error.__traceback__
     while link is not None:
         yield link.tb_frame

@@ -1,4 +1,4 @@
-"""What a result depends on, as plain values that can be written down and compared."""
+"""Describes what a result depends on as plain values, which can be saved and compared."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     """Hash the names, shapes and first values of weights.
 
-    Two models that differ by training have two fingerprints; it is no guard against forgery.
+    Training changes a model's fingerprint; it is no protection against forgery.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(weights, key=lambda named: named[0]):
@@ -23,7 +23,7 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def import_path(thing: Any) -> str:
-    """Name a function or a class, or the class of an object that is called like a function, by where it is defined."""
+    """Return the import path of a function or a class, or of the class of a callable object."""
     named = thing if hasattr(thing, "__qualname__") else type(thing)
     return f"{named.__module__}.{named.__qualname__}"
 
@@ -38,17 +38,17 @@ _RECORDED = {
     "xpo_lightning.rewards.weighted_sum.WeightedSum": "xpo_lightning.rewards.weighted.WeightedSum",
     "xpo_lightning.training.optimizer.WarmupThenDecay": "xpo_lightning.optimization.WarmupThenDecay",
 }
-"""Classes that have moved since reference caches and checkpoints were first written, and the names these know."""
+"""Classes that have moved, and their old import paths, which reference caches and checkpoints record."""
 
 
 def recorded_path(thing: Any) -> str:
-    """Name a class as `import_path` does, for files that must stay readable when our own classes move."""
+    """Return the import path of a class to record in files, which stays the same when our own classes move."""
     path = import_path(thing)
     return _RECORDED.get(path, path)
 
 
 def settings_of(module: nn.Module) -> dict[str, Any]:
-    """Collect the public attributes of a module that JSON can hold; paths count as text, dataclasses as mappings."""
+    """Return the public attributes of a module that JSON can hold; paths as text, dataclasses as mappings."""
     settings = {}
     for name, value in vars(module).items():
         if name.startswith("_") or name == "training":
@@ -61,17 +61,17 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> str:
-    """Write a value down, always the same way; what JSON cannot hold is written as Python shows it."""
+    """Serialise a value as JSON with sorted keys; tensors as lists, other unsupported values as their `repr`."""
     return json.dumps(value, default=_readable, sort_keys=True)
 
 
 def differences(saved: Any, current: Any, name: str = "") -> list[str]:
-    """Tell in which fields two values differ.
+    """Return the fields in which two values differ.
 
     Args:
-        saved: What was read back from JSON.
-        current: The same of now, also read back from JSON.
-        name: What both are called.
+        saved: The saved value, read back from JSON.
+        current: The current value, also read back from JSON.
+        name: Name of the value.
 
     Returns:
         A text for each field, such as `model.sampling.temperature (1.0 there, 0.5 now)`.
@@ -95,5 +95,5 @@ def _setting(value: Any) -> Any:
 
 
 def _readable(value: Any) -> Any:
-    # Long tensors are shown shortened, so two of them could look the same.
+    # The repr of a long tensor is shortened, so two of them could look the same.
     return value.tolist() if hasattr(value, "tolist") else repr(value)

@@ -1,4 +1,4 @@
-"""Which process a file in progress belongs to, and whether that process is still there."""
+"""Identifies the process that is writing a file, and tells whether that process still runs."""
 
 import os
 import re
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ABANDONED_AFTER = 3600.0
-"""Seconds without a change after which a file is taken for abandoned whose process nobody here can look for."""
+"""Seconds without a change after which a file counts as abandoned, if its process cannot be looked up here."""
 _TAG = re.compile(r"(?P<host>[\w-]+)-(?P<pid>\d+)-(?P<started>\d+)")
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process, told from all others that ever had its number.
+    """A process, distinguished from all others that ever had its process id.
 
     Args:
         host: Name of the machine; letters, digits, '_' and '-'.
-        pid: Number of the process.
-        started: When it started, in the kernel's ticks since the machine did; 0 where the system does not say.
+        pid: Process id.
+        started: When it started, in kernel ticks since boot; 0 if the system does not say.
     """
 
     host: str
@@ -28,12 +28,12 @@ class Owner:
     started: int
 
     def __str__(self) -> str:
-        """Return the owner as a part of a file's name."""
+        """Return the owner as part of a file name."""
         return f"{self.host}-{self.pid}-{self.started}"
 
     @staticmethod
     def read(text: str) -> "Owner | None":
-        """Read what `str` gives; None where a text is no owner."""
+        """Parse the output of `str`; return None if the text is no owner."""
         found = _TAG.fullmatch(text)
         return None if found is None else Owner(found["host"], int(found["pid"]), int(found["started"]))
 
@@ -41,7 +41,7 @@ class Owner:
         """Tell whether the process has ended.
 
         Args:
-            path: What it was writing; tells of processes on other machines, by when it was last changed.
+            path: The file or folder that it was writing; for a process on another machine, its age decides.
         """
         return not self.is_here() if self.host == _host() else is_old(path)
 
@@ -51,15 +51,15 @@ class Owner:
 
 
 def this_process() -> Owner:
-    """Return the present process."""
+    """Return the current process."""
     return Owner(_host(), os.getpid(), _started(os.getpid()))
 
 
 def is_old(path: Path) -> bool:
-    """Tell whether a file, or all that is in a folder, has not been changed for long."""
+    """Tell whether a file, or a folder and everything in it, has not changed for `ABANDONED_AFTER`."""
     changes = [0.0]
     for one in (path, *path.rglob("*")):
-        with suppress(OSError):  # Somebody may be removing it.
+        with suppress(OSError):  # Another process may be removing it.
             changes.append(one.stat().st_mtime)
     return time.time() - max(changes) > ABANDONED_AFTER
 
@@ -74,7 +74,7 @@ def _started(pid: int) -> int:
     except OSError:
         return 0
     state, *others = status.rpartition(")")[2].split()
-    return -1 if state in "ZX" else int(others[18])  # One that has ended stays listed until somebody asks how.
+    return -1 if state in "ZX" else int(others[18])  # An ended process stays listed until its parent waits for it.
 
 
 def _is_running(pid: int) -> bool:
@@ -82,6 +82,6 @@ def _is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # It is somebody else's.
+    except OSError:  # It belongs to another user.
         return True
     return True

@@ -1,7 +1,7 @@
-"""From a name in a config to something that can be loaded, and one clear error where it cannot.
+"""Resolves names in a config to things that can be loaded, or raises one clear error.
 
-A name is a local path, a hub id (`owner/name`), or `package:name/path`: a file inside an installed Python package,
-which is how the embedded models and models from PyPI are named.
+A name is a local path, a hub id (`owner/name`), or `package:name/path`: a file inside an installed Python package, such
+as the embedded models and models from PyPI.
 """
 
 import importlib.util
@@ -18,13 +18,13 @@ from xpo_lightning.core.errors import InputError
 
 _PACKAGE = Path(__file__).parent.parent
 SHIPPED_CONFIGS = (_PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent) / "configs"
-"""The configs that come with the package: inside it once it is installed, beside it in the repository."""
+"""The configs that come with the package: inside an installed package, next to it in the repository."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gguf", ".safetensors"}
 
 
 def resolve(name: str, key: str) -> str:
-    """Turn a name into a local path, or leave it as a hub id.
+    """Resolve a name to a local path, or leave it as a hub id.
 
     Args:
         name: Local path, hub id or `package:name/path`.
@@ -34,7 +34,8 @@ def resolve(name: str, key: str) -> str:
         An existing local path, or the hub id unchanged.
 
     Raises:
-        InputError: The name can only be a path, and nothing is there; or the package is not installed.
+        InputError: The name can only be a path, and that path does not exist; or the package, or the path in it, is
+            missing.
     """
     if not name.strip():
         raise InputError(f"{key} is empty; give a path or a hub id")
@@ -54,7 +55,7 @@ def is_local(resolved: str) -> bool:
 
 
 def existing_path(name: str) -> Path | None:
-    """Return the path of that name, `~` expanded; None where nothing is there, or no path can have that name."""
+    """Return the path of that name with `~` expanded, or None if nothing exists there."""
     try:
         path = Path(name).expanduser()
         return path if path.exists() else None
@@ -64,7 +65,7 @@ def existing_path(name: str) -> Path | None:
 
 @contextmanager
 def explaining_hub_errors(name: str, key: str) -> Iterator[None]:
-    """Turn the many errors of loading into one line, at once where the hub is out of reach.
+    """Turn the many errors of loading into one line; if the hub is out of reach, without waiting for retries.
 
     Args:
         name: The hub id or local path being loaded.
@@ -75,7 +76,7 @@ def explaining_hub_errors(name: str, key: str) -> Iterator[None]:
     """
     was_offline = constants.HF_HUB_OFFLINE
     if not is_local(name) and not _hub_answers():
-        constants.HF_HUB_OFFLINE = True  # Else each file is asked for six times, with pauses; the cache is still read.
+        constants.HF_HUB_OFFLINE = True  # Else each file is requested six times, with pauses; the cache is still read.
     try:
         yield
     except Exception as error:
@@ -93,7 +94,7 @@ def explaining_hub_errors(name: str, key: str) -> Iterator[None]:
 
 @cache
 def _hub_answers() -> bool:
-    """Ask the hub once whether it is there."""
+    """Tell whether the hub can be reached; it is asked once."""
     if constants.HF_HUB_OFFLINE:
         return False
     try:
@@ -105,7 +106,7 @@ def _hub_answers() -> bool:
 
 def _inside_package(name: str, key: str) -> str:
     package, _, inner = name.removeprefix("package:").partition("/")
-    # The package is found, not imported: files are all that is wanted of it.
+    # The package is located, not imported: only its files are needed.
     try:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
     except ValueError:  # `__main__` has none

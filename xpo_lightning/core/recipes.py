@@ -13,23 +13,23 @@ def recipes() -> dict[str, Path]:
 
 
 def purpose_of(file: Path) -> str:
-    """Return the first sentence of a recipe, which its first line holds."""
+    """Return the first line of a recipe, which holds its first sentence."""
     with file.open(encoding="utf-8") as lines:
         return lines.readline().lstrip("# ").strip()
 
 
 def config_file(name: str, key: str = "--config") -> str:
-    """Find the file that a name means.
+    """Resolve a name to a config file.
 
     Args:
-        name: A file, or the name of a recipe, which a file of that name hides.
+        name: A file or the name of a recipe; an existing file of that name comes first.
         key: The option that holds it, for the error.
 
     Returns:
         A path.
 
     Raises:
-        InputError: There is neither.
+        InputError: No file and no recipe has that name.
     """
     known = recipes()
     if existing_path(name) is not None:
@@ -43,16 +43,16 @@ def config_file(name: str, key: str = "--config") -> str:
 
 
 def with_config_files(words: list[str]) -> tuple[list[str], list[str]]:
-    """Put files in the place of recipes' names; texts that are configs themselves are left alone.
+    """Replace recipe names on a command line by their files; leave inline configs alone.
 
     Args:
         words: A command line.
 
     Returns:
-        The command line, and the files that it names.
+        The changed command line, and the config files that it names.
 
     Raises:
-        InputError: A name is no file and no recipe.
+        InputError: A name belongs to no file and no recipe.
     """
     changed, files = list(words), []
     for place, before, name in _named(words):
@@ -62,7 +62,7 @@ def with_config_files(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _named(words: list[str]) -> Iterator[tuple[int, str, str]]:
-    """Yield the place of each word that names a config, what stands before the name in it, and the name."""
+    """Yield, for each word that names a config, its index, the text before the name in that word, and the name."""
     for place, word in enumerate(words):
         option, equals, value = word.partition("=")
         follows = not equals and place + 1 < len(words)

@@ -1,4 +1,4 @@
-"""SQLite files that are opened for each use anew, so that nothing is left open anywhere."""
+"""Opens SQLite files anew for each use, so that none stays open."""
 
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -10,14 +10,14 @@ from xpo_lightning.core.errors import InputError
 
 @contextmanager
 def opened(path: Path, unusable: Callable[[Exception], InputError]) -> Iterator[sqlite3.Connection]:
-    """Lend a connection; what is written comes into the file as a whole, or not at all.
+    """Yield a connection whose writes are one transaction: the file gets all of them or none.
 
     Args:
-        path: The file; it is made where there is none.
-        unusable: Makes the error that is raised where SQLite cannot use it.
+        path: The file; it is created if it does not exist.
+        unusable: Makes the error to raise if SQLite cannot use the file.
 
     Raises:
-        InputError: That error.
+        InputError: SQLite cannot use the file.
     """
     try:
         with closing(sqlite3.connect(path, timeout=60)) as connection, connection:

@@ -1,4 +1,4 @@
-"""Calls that may take only so long: they run in a thread of their own, and are given up when they do not return."""
+"""Calls functions with a time limit: they run in their own thread, and are abandoned if they do not return in time."""
 
 import inspect
 import threading
@@ -15,16 +15,16 @@ import torch
 from xpo_lightning.core.errors import InputError, describe_error
 from xpo_lightning.core.fingerprint import import_path
 
-_LONGEST_WAIT = 1.0  # seconds; where a signal does not end a wait at once, it is seen after this
+_LONGEST_WAIT = 1.0  # seconds until a signal is noticed, if it does not end the wait at once
 
 
 @dataclass(eq=False)
 class Call:
-    """A call, and what came of it.
+    """A call and its outcome.
 
     Attributes:
-        value: What it returned.
-        error: What it raised: anything, `KeyboardInterrupt` and `SystemExit` included. None if it returned.
+        value: Its return value.
+        error: The exception that it raised, `KeyboardInterrupt` and `SystemExit` included. None if it returned.
     """
 
     function: Callable[[], Any]
@@ -35,11 +35,11 @@ class Call:
 
 
 class CallThread:
-    """Runs calls in a thread of its own, one after the other, without gradients.
+    """Runs calls in its own thread, one after the other, without gradients.
 
-    The thread starts with the first call and serves all later ones, so that what a function keeps by thread, such as a
-    database connection, lasts. It is a daemon: the process can exit although a call hangs. After a call was given up
-    the next one gets a new thread. A copy of this object, also in another process, has a thread of its own.
+    The thread starts with the first call and serves all later ones, so that thread-local state of a function, such as a
+    database connection, persists. It is a daemon: the process can exit although a call hangs. After an abandoned call,
+    the next one gets a new thread. A copy of this object, also in another process, has its own thread.
     """
 
     def __init__(self) -> None:
@@ -47,27 +47,27 @@ class CallThread:
         self._thread: threading.Thread | None = None
 
     def __reduce__(self) -> tuple[type["CallThread"], tuple[()]]:
-        """Let a copy begin anew; threads cannot be copied."""
+        """Copy as a new object; threads cannot be copied."""
         return CallThread, ()
 
     def run(self, function: Callable[[], Any], timeout: float | None, check: Callable[[], None] = lambda: None) -> Call:
         """Call a function, and wait for its end.
 
         Args:
-            function: What to call.
-            timeout: How many seconds to wait; None is for ever.
-            check: Called about once a second while waiting; may raise, to wait no longer.
+            function: The function, called without arguments.
+            timeout: How many seconds to wait; None waits for ever.
+            check: Called about once a second while waiting; may raise an error to end the wait.
 
         Returns:
-            The finished call. What the function raised is in it: what this method raises comes from elsewhere, such
-            as `KeyboardInterrupt` when the user presses Ctrl-C.
+            The finished call, which holds any error of the function. Errors that this method itself raises come from
+            elsewhere, such as `KeyboardInterrupt` when the user presses Ctrl-C.
 
         Raises:
-            TimeoutError: The function has not returned in time. It is left alone, and what it returns is dropped.
+            TimeoutError: The function has not returned in time. It is abandoned, and its return value is dropped.
         """
-        # The device is one of the things that belong to a thread; a new thread would have that of number 0.
+        # The current device is thread-local; a new thread would start with device 0.
         call = Call(function, torch.cuda.current_device() if torch.cuda.is_initialized() else None)
-        if self._thread is None or not self._thread.is_alive():  # A forked process has none of its parent's threads.
+        if self._thread is None or not self._thread.is_alive():  # A forked process does not inherit threads.
             self._start()
         self._calls.put(call)
         try:
@@ -92,12 +92,12 @@ class CallThread:
 
 
 class TimedFunction:
-    """A function that the config names, called by keyword, always in the same thread of its own.
+    """A function from the config, called with keywords, always in the same thread of its own.
 
     Args:
-        kind: What it is, for errors, such as `reward function`.
+        kind: The kind of function, for errors, such as `reward function`.
         function: The function.
-        given: Names of the keywords that each call gives.
+        given: Names of the keywords that each call passes.
         arguments: Further keyword arguments, the same in each call.
         timeout: How many seconds a call may take; None waits for ever.
         key: The option that takes the function, for errors.
@@ -129,17 +129,17 @@ class TimedFunction:
         self._check_signature(given)
 
     def __call__(self, check: Callable[[], None], **keywords: Any) -> Any:
-        """Call the function in its thread; so Ctrl-C, which comes here, is not taken for something it raised.
+        """Call the function in its thread; so Ctrl-C, which is raised here, is not taken for an error of the function.
 
         Args:
-            check: Called about once a second meanwhile; may raise, to wait no longer.
+            check: Called about once a second meanwhile; may raise an error to end the wait.
             keywords: The keywords of this call.
 
         Returns:
-            What the function returned.
+            The function's return value.
 
         Raises:
-            InputError: It raised something, or did not return in time. The message names the function.
+            InputError: The function raised an error, or did not return in time. The message names the function.
         """
         try:
             call = self._thread.run(partial(self.function, **keywords, **self.arguments), self.timeout, check)
@@ -172,7 +172,7 @@ class TimedFunction:
 
 
 def _serve(calls: "SimpleQueue[Call | None]") -> None:
-    """Run calls until told to end. Gradients are off, because whether they are on belongs to a thread as well."""
+    """Run calls until the queue yields None, without gradients: a new thread would start with gradients enabled."""
     with torch.no_grad():
         while (call := calls.get()) is not None:
             try:
@@ -182,7 +182,7 @@ def _serve(calls: "SimpleQueue[Call | None]") -> None:
             except BaseException as error:
                 call.error = error
             call.done.set()
-            del call  # Its value may be large, and the next call may be long in coming.
+            del call  # Its value may be large, and the next call may come much later.
 
 
 def _wait(done: threading.Event, timeout: float | None, check: Callable[[], None]) -> bool:

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: seconds of each phase, and counts of what was done."""
+"""Measures where the time of a step goes: seconds per phase, and counts of events."""
 
 import time
 from collections import Counter, defaultdict
@@ -22,11 +22,11 @@ Phase = Literal[
 class PhaseTimer:
     """Adds up the seconds of each phase, and counts events.
 
-    On a GPU, phases are marked with events on its stream and read when the seconds are asked for, so that measuring
-    makes nobody wait.
+    On a GPU, CUDA events mark the phases on its stream and are read only when needed, so that measuring does not
+    synchronise.
 
     Attributes:
-        counts: How often what happened; phases are counted under their own names.
+        counts: Number of occurrences of each event; phases are counted under their own names.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: Phase | Literal["step"], device: torch.device | str = "cpu") -> Iterator[None]:
-        """Time what happens inside; phases do not nest, except in the step."""
+        """Time a block as a phase; phases do not nest, except in the step."""
         self.counts[phase] += 1
         if torch.device(device).type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -56,13 +56,13 @@ class PhaseTimer:
         return dict(self._seconds)
 
     def reset(self) -> None:
-        """Forget all seconds and counts."""
+        """Reset all seconds and counts."""
         self.counts.clear()
         self._seconds.clear()
         self._pending.clear()
 
     def _add_up(self, finished_only: bool) -> None:
-        """Add the phases that the device has gone through, so that they do not pile up where nobody asks."""
+        """Add up pending phases, or only finished ones, so that they do not pile up if `seconds` is never called."""
         while self._pending and (not finished_only or self._pending[0][2].query()):
             phase, start, end = self._pending.pop(0)
             end.synchronize()

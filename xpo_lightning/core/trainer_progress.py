@@ -1,7 +1,7 @@
-"""Where a run stands between two batches, and how a resumed one is put there.
+"""Reads and repairs Lightning's loop counters, so that a checkpoint always describes a finished batch.
 
-Lightning's own counters are the truth. A checkpoint may be written at any moment, in the middle of a step or of a
-validation as well; it is always one of the state after the last batch that was finished.
+Lightning's own counters are the truth. A checkpoint may be written at any moment, even in the middle of a step or a
+validation; it always describes the state after the last finished batch.
 """
 
 import math
@@ -15,20 +15,20 @@ Counters = dict[str, dict[str, int]]
 
 
 def has_begun(trainer: Trainer) -> bool:
-    """Tell whether training is under way, the sanity check before it done."""
+    """Tell whether training is under way, after the sanity check."""
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
 
 def batches_done(trainer: Trainer) -> int:
-    """Count the training batches that the run has finished, over all epochs."""
+    """Return the number of training batches that the run has finished, over all epochs."""
     return _processed(trainer.fit_loop.epoch_loop.batch_progress.total)
 
 
 def position(trainer: Any) -> tuple[int, int, int | None]:
-    """Tell where a training loader has to begin.
+    """Return where a training loader has to begin.
 
     Returns:
-        The epoch, the first of its batches, and the batch before which it ends, if it ends before the data does.
+        The epoch, its first batch to load, and the batch before which it ends, or None if that is not known.
     """
     if not getattr(trainer, "training", False):
         return getattr(trainer, "current_epoch", 0), 0, None
@@ -38,7 +38,7 @@ def position(trainer: Any) -> tuple[int, int, int | None]:
 
 
 def validation_is_due(trainer: Trainer) -> bool:
-    """Tell whether the last batch that was finished calls for a validation; it may be done already."""
+    """Tell whether a validation is due after the last finished batch; it may have run already."""
     epochs, epoch_loop = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop
     batches, fetcher = epoch_loop.batch_progress.current, trainer.fit_loop._data_fetcher
     in_epoch, between_batches = _processed(epochs) < epochs.ready, 0 < _processed(batches) == batches.ready
@@ -46,15 +46,15 @@ def validation_is_due(trainer: Trainer) -> bool:
 
 
 def normalize_loop_counters(fit_loop: dict[str, Any]) -> None:
-    """Set the counters that a checkpoint holds to those of the last batch that was finished.
+    """Set a checkpoint's loop counters to those of the last finished batch.
 
-    Lightning reads from small differences between counters in which hook a checkpoint was written, and goes on
-    accordingly; it mistakes the epoch where a checkpoint was written at the end of one with `max_steps` set, counts a
-    batch that broke off as one that was trained, and leaves out a validation that was due. With all counters equal it
-    goes on with the next batch.
+    Lightning infers from small differences between counters in which hook a checkpoint was written, and resumes
+    accordingly. It takes the wrong epoch if a checkpoint was written at the end of one with `max_steps` set, counts an
+    interrupted batch as trained, and skips a validation that was due. With all counters equal it resumes with the next
+    batch.
 
     Args:
-        fit_loop: State of Lightning's training loop, which is changed.
+        fit_loop: State of Lightning's training loop, changed in place.
     """
     epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
     epoch_is_over = epochs["current"]["processed"] == epochs["current"]["ready"]
@@ -72,21 +72,21 @@ def normalize_loop_counters(fit_loop: dict[str, Any]) -> None:
 
 
 def begin_batch(trainer: Trainer) -> None:
-    """Have loggers count the batches that were finished; in a resumed run they would be one ahead or behind."""
+    """Set the step that loggers see to the number of finished batches; after resuming it would be off by one."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = batches_done(trainer)
 
 
 def forget_logged(trainer: Trainer) -> dict[str, Any]:
-    """Have Lightning not log what was logged of an earlier batch once more; return nothing instead."""
+    """Keep Lightning from logging an earlier batch's values once more; return an empty dict in their place."""
     if trainer._results is not None:
         trainer._results.reset()
     return {}
 
 
 def before_training(trainer: Trainer, prepare: Callable[[], None]) -> None:
-    """Have a function called once all state is restored, and before the training loop looks what is left to do.
+    """Call a function once all state is restored, before the training loop checks whether any step is left.
 
-    No hook of Lightning's is there: `on_train_start` is not called where no step is left.
+    Lightning has no hook there: it does not call `on_train_start` if no step is left.
     """
     loop = trainer.fit_loop
     run = loop.run
@@ -100,14 +100,14 @@ def before_training(trainer: Trainer, prepare: Callable[[], None]) -> None:
 
 
 def validate_now(trainer: Trainer) -> None:
-    """Run the validation that was due when the run broke off."""
+    """Run the validation that was due when the run was interrupted."""
     trainer.fit_loop.setup_data()
     validation = trainer.fit_loop.epoch_loop.val_loop
     validation.restarting = False
     trainer.validating = True
     validation.run()
     trainer.training = True
-    # Or the epoch loop, resumed at the end of an epoch, would leave out its next epoch as well.
+    # Otherwise the epoch loop, resumed at the end of an epoch, would skip its next epoch as well.
     validation._has_run = False
 
 

@@ -1,4 +1,4 @@
-"""What a run or a report of a defect was made with: versions and hardware; nothing about a person or their files."""
+"""Versions and hardware for run records and bug reports; nothing about a person or their files."""
 
 import os
 import platform
@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def installed_version(package: str) -> str:
-    """Return the version of a package, or that it is not installed: code may also be run from where it lies."""
+    """Return the version of a package, or `not installed`, as for code that runs from its source folder."""
     try:
         return version(package)
     except PackageNotFoundError:

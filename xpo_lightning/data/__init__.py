@@ -1,4 +1,4 @@
-"""Prompts for training: from a hub id or a file to batches of text and token ids."""
+"""Loads prompts for training: from a hub id or a file to batches of text and token ids."""
 
 from xpo_lightning.data.datamodule import PromptDataModule
 

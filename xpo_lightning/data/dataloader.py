@@ -1,4 +1,4 @@
-"""Prompts as `torch.utils.data` serves them: indexed or streamed, in batches."""
+"""Datasets and data loaders of prompts, indexed or streamed."""
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,12 +18,12 @@ from xpo_lightning.data.sampler import ProcessShard, PromptOrder, epoch_generato
 
 
 class PromptDataset(Dataset[Sample]):
-    """Prompts that were all checked and tokenized beforehand.
+    """A map-style dataset of prompts, all checked and tokenized in advance.
 
     Args:
         rows: The rows.
-        encoding: How rows become prompts.
-        name: What to call the rows in messages.
+        encoding: Turns rows into prompts.
+        name: Name of the rows in messages.
 
     Raises:
         InputError: A row is malformed or too long, or no row is left.
@@ -45,7 +45,7 @@ class PromptDataset(Dataset[Sample]):
         return [len(ids) for _, ids in self._kept]
 
     def fingerprint(self) -> str:
-        """Hash the token ids of all prompts, in their order."""
+        """Hash the token ids of all prompts, in order."""
         digest = sha256()
         for _, ids in self._kept:
             digest.update(len(ids).to_bytes(4, "little"))
@@ -53,7 +53,7 @@ class PromptDataset(Dataset[Sample]):
         return digest.hexdigest()
 
     def __getitem__(self, index: int) -> Sample:
-        """Return one prompt; a copy, since a reward function may write to what it is given."""
+        """Return one prompt, copied because a reward function may modify it."""
         row_index, ids = self._kept[index]
         _, row = self._rows[row_index]
         return self._encoding.sample(deepcopy(row), ids)
@@ -61,18 +61,18 @@ class PromptDataset(Dataset[Sample]):
 
 @dataclass(eq=False)
 class PromptStream(IterableDataset[Sample]):
-    """Prompts that are read, checked and tokenized while they are used.
+    """An iterable dataset of prompts, read, checked and tokenized during training.
 
-    Every process reads all rows and keeps its share, so that each gets equally many; what is left over is not used.
+    Every process reads all rows and keeps its share, so that all get equally many; a remainder is not used.
 
     Args:
         rows: The rows, which can be read repeatedly.
-        encoding: How rows become prompts.
-        name: What to call the rows in messages.
+        encoding: Turns rows into prompts.
+        name: Name of the rows in messages.
         buffer: How many prompts to choose the next one from; 1 keeps the order.
         seed: Seed of the order.
-        share: Which part of the prompts this process takes.
-        epoch: Changes the order.
+        share: The share of this process.
+        epoch: Number of the epoch, which changes the order.
     """
 
     rows: Iterable[LocatedRow]
@@ -96,17 +96,17 @@ class PromptStream(IterableDataset[Sample]):
 
 
 class TrainingLoader(DataLoader[Sample]):
-    """Loads training prompts, each epoch in an order of its own, and goes on in the middle of an epoch when resumed.
+    """Loads training prompts in a new order each epoch; a resumed run continues in the middle of an epoch.
 
     Attributes:
-        position: Tells the epoch, the first of its batches to load, and the batch before which to stop, if any. It is
-            asked at the first batch of a pass, when a run that is resumed has its counters back.
+        position: Returns the epoch, its first batch to load, and the batch before which to stop, if any. It is called
+            at the first batch of a pass, when a resumed run has its counters back.
     """
 
     position: Callable[[], tuple[int, int, int | None]]
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Start a pass, or go on with one."""
+        """Start a pass, or continue one."""
         epoch, first, last = self.position()
         self._set_epoch(epoch, first)
         done = first
@@ -120,7 +120,7 @@ class TrainingLoader(DataLoader[Sample]):
             raise InputError(f"data.drop_last: no prompts make a whole batch of data.batch_size={self.batch_size}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the position is the trainer's. Lightning asks, to know that the loader can be resumed."""
+        """Return an empty state, since the trainer holds the position; tells Lightning that the loader can resume."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -134,14 +134,14 @@ class TrainingLoader(DataLoader[Sample]):
             self.sampler.skipped = first * (self.batch_size or 1)
 
     def _left(self, first: int, last: int | None) -> tuple[int, int | None]:
-        """Tell which batches to take: a stream begins at its beginning, an order where it goes on."""
+        """Return the range of batches to take; a stream starts at its beginning, `PromptOrder` where it resumes."""
         if isinstance(self.dataset, PromptStream):
             return first, last
         return 0, None if last is None else max(last - first, 0)
 
 
 def _without_traceback(message: str) -> str:
-    """Take the message itself from one that a worker process sent with its traceback."""
+    """Strip the traceback from a message that a worker process sent."""
     if "Original Traceback" not in message:
         return message
     return message.strip().partition(f"\n{InputError.__module__}.{InputError.__name__}: ")[2] or message
@@ -152,13 +152,13 @@ class Batching:
     """How prompts become batches.
 
     Args:
-        size: Prompts of a training batch.
-        eval_size: Prompts of a validation or prediction batch.
-        shuffle: Whether training prompts come in a new order each epoch.
+        size: Prompts per training batch.
+        eval_size: Prompts per validation or prediction batch.
+        shuffle: Whether to take training prompts in a new order each epoch.
         seed: Seed of the order.
         buffer: How many prompts of a stream to choose the next one from.
-        num_workers: Processes that load.
-        drop_last: Whether to leave out a smaller last training batch.
+        num_workers: Number of worker processes that load batches.
+        drop_last: Whether to drop a smaller last training batch.
     """
 
     size: int
@@ -175,7 +175,7 @@ class Batching:
         share: ProcessShard,
         position: Callable[[], tuple[int, int, int | None]],
     ) -> DataLoader[Sample]:
-        """Load training prompts; `position` is that of `TrainingLoader`."""
+        """Return a loader of training prompts; `position` is that of `TrainingLoader`."""
         if isinstance(prompts, PromptStream):
             stream = replace(prompts, seed=self.seed, buffer=self.buffer if self.shuffle else 1, share=share)
             loader = TrainingLoader(stream, batch_size=self.size, drop_last=self.drop_last, **self._common())
@@ -193,17 +193,17 @@ class Batching:
         return loader
 
     def in_order(self, prompts: PromptDataset | PromptStream, share: ProcessShard) -> DataLoader[Sample]:
-        """Load prompts in their own order; Lightning shares indexed ones out among processes."""
+        """Return a loader of prompts in their own order; Lightning distributes indexed ones over processes."""
         if isinstance(prompts, PromptStream):
             prompts = replace(prompts, share=share)
         return DataLoader(prompts, batch_size=self.eval_size, **self._common())
 
     def identity(self, prompts: PromptDataset | PromptStream, share: ProcessShard) -> dict[str, Any]:
-        """Tell what the order of the training prompts depends on, in plain values."""
+        """Return everything that the order of the training prompts depends on, as plain values."""
         settings = asdict(self)
         batch_size, _, num_workers = (settings.pop(name) for name in ("size", "eval_size", "num_workers"))
         named = {"batch_size": batch_size, **settings, "processes": share.num_replicas}
-        if isinstance(prompts, PromptStream):  # Each worker makes batches of its own share.
+        if isinstance(prompts, PromptStream):  # Each worker batches its own share, so their number matters.
             return {**named, "num_workers": num_workers}
         named.pop("buffer")
         return {**named, "prompts": len(prompts), "token_ids": prompts.fingerprint()}
@@ -215,5 +215,5 @@ class Batching:
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, list[Any]]:
-    """Turn samples into a batch: a list for each column, nothing made a tensor."""
+    """Turn samples into a batch: one list per column, without tensors."""
     return {column: [sample[column] for sample in samples] for column in samples[0]}

@@ -1,4 +1,4 @@
-"""The data module: which prompts, checked before the first step, and in which batches."""
+"""The data module: reads prompts, checks them before the first step, and serves them in batches."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ DEFAULT_BUFFER = 1000
 
 
 def check_at_least(least: int, **options: float | None) -> None:
-    """Refuse numbers below `least`, or beyond what counts and seeds can be; None is an option that is not given."""
+    """Refuse numbers below `least` or above `sys.maxsize`; None is an option that is not given."""
     for option, value in options.items():
         check_range(f"data.{option}:", value, least=least)
         if value is not None and value > sys.maxsize:
@@ -33,7 +33,7 @@ def check_at_least(least: int, **options: float | None) -> None:
 
 
 def check_streaming(streaming: bool, shuffle: bool, buffer: int, validation_size: float) -> None:
-    """Refuse what only streaming, or only reading everything beforehand, can do."""
+    """Refuse options that need streaming without it, and options that streaming does not support."""
     if streaming and validation_size:
         raise InputError(
             "data.validation_size: with data.streaming nobody knows how many rows there are to hold some out; "
@@ -46,17 +46,20 @@ def check_streaming(streaming: bool, shuffle: bool, buffer: int, validation_size
 def choose_validation_source(
     training: Source, name: str | None, split: str | None, size: int | float, limit: int | None
 ) -> Source | None:
-    """Tell where the validation prompts are to be read.
+    """Return the source of the validation prompts.
 
     Args:
-        training: Where the training prompts are.
+        training: The source of the training prompts.
         name: `data.validation_source`.
         split: `data.validation_split`.
         size: `data.validation_size`.
         limit: `data.max_validation_prompts`.
 
     Returns:
-        The source; None where rows are held out of the training prompts, or where there is no validation.
+        The source; None if rows are held out of the training prompts, or if there is no validation.
+
+    Raises:
+        InputError: The options contradict each other.
     """
     given = {"data.validation_source": name, "data.validation_split": split}
     for key, value in given.items():
@@ -167,7 +170,7 @@ class PromptDataModule(LightningDataModule):
 
     @property
     def prompts(self) -> Mapping[Role, PromptDataset | PromptStream]:
-        """The prompts that were read so far."""
+        """The prompts read so far."""
         return self._prompts
 
     def setup(self, stage: str | None = None) -> None:
@@ -177,7 +180,7 @@ class PromptDataModule(LightningDataModule):
             InputError: The data is missing or malformed, or the model has no tokenizer to count tokens with.
         """
         if self.trainer is not None:
-            watch(self.trainer)  # Before the module does: rows that only one process refuses end all.
+            watch(self.trainer)  # Earlier than the module does, so that a row that one process refuses ends all.
         self._take_encoder()
         needed: list[Role] = ["validation"] if self.has_validation else []
         if stage in ("fit", None) or (stage == "predict" and not self.has_validation):
@@ -190,7 +193,7 @@ class PromptDataModule(LightningDataModule):
                 self._prompts[role] = PromptDataset(rows, self.encoding, name)
 
     def require_validation(self) -> None:
-        """Refuse to go on without validation prompts.
+        """Raise an error if there are no validation prompts.
 
         Raises:
             InputError: There are none.
@@ -202,37 +205,37 @@ class PromptDataModule(LightningDataModule):
             )
 
     def held_out(self) -> list[LocatedRow]:
-        """Read the rows of the validation prompts as they are, neither checked nor tokenized.
+        """Return the raw rows of the validation prompts, neither checked nor tokenized.
 
         Raises:
-            InputError: There are none.
+            InputError: There are no validation prompts.
         """
         self.require_validation()
         return list(self._rows(["validation"])["validation"])
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Return the training prompts, in a new order each epoch if `shuffle`."""
+        """Return a loader of the training prompts, in a new order each epoch if `shuffle`."""
         return self.batching.for_training(self._prompts["training"], self._share(), lambda: position(self.trainer))
 
     def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
-        """Return the validation prompts in order; an empty list where there are none."""
+        """Return a loader of the validation prompts in order, or an empty list if there are none."""
         return self.batching.in_order(self._prompts["validation"], self._share()) if self.has_validation else []
 
     def predict_dataloader(self) -> DataLoader[Sample]:
-        """Return the validation prompts, or where there are none the training prompts, in order."""
+        """Return a loader of the validation prompts in order, or of the training prompts if there are none."""
         role: Role = "validation" if self.has_validation else "training"
         return self.batching.in_order(self._prompts[role], self._share())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the order of the training prompts depends on; the position in it is the trainer's."""
+        """Return everything that the order of the training prompts depends on; the trainer holds the position in it."""
         prompts = self._prompts.get("training")
         return {} if prompts is None else {"data": self.batching.identity(prompts, self._share())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on with other training prompts, or in another order, than the checkpoint's run.
+        """Refuse to resume with other training prompts, or in another order, than the checkpoint's run.
 
         Raises:
-            InputError: Some setting differs.
+            InputError: A setting or the prompts differ.
         """
         prompts = self._prompts.get("training")
         if prompts is None or self.trainer is None or self.trainer.state.fn != "fit":
@@ -256,10 +259,10 @@ class PromptDataModule(LightningDataModule):
         return ProcessShard(**(getattr(self.trainer, "distributed_sampler_kwargs", None) or {}))
 
     def source_of(self, role: Role) -> Source:
-        """Tell where prompts come from.
+        """Return the source of the prompts for a role.
 
         Args:
-            role: What they are for: `training`, or `validation`, which may be held out of the same source.
+            role: `training`, or `validation`, whose prompts may be held out of the same source.
         """
         return self.validation_source if role == "validation" and self.validation_source else self.source
 

@@ -1,4 +1,4 @@
-"""From rows as they were read to prompts as the policy takes them."""
+"""Turns rows as read into prompts for the policy."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from xpo_lightning.data.prompts import PromptTokenizer, Truncation, check_prompt
 from xpo_lightning.data.readers import LocatedRow, Row
 
 Sample = dict[str, Any]
-"""`prompt`, `prompt_ids` where there is an encoder, and the row's other columns."""
+"""`prompt`, `prompt_ids` if there is an encoder, and the row's other columns."""
 
 
 @dataclass(frozen=True)
 class PromptPreprocessor:
-    """How rows become prompts.
+    """Checks rows, and turns them into prompts with token ids.
 
     Args:
         prompt_column: The column that holds the prompt.
         encoder: Tokenizes prompts; None leaves them untokenized.
-        max_tokens: Most tokens of a prompt.
+        max_tokens: Most tokens of a prompt; None sets no limit.
         truncate: What to do with a longer prompt.
     """
 
@@ -32,7 +32,7 @@ class PromptPreprocessor:
     truncate: Truncation = "error"
 
     def __post_init__(self) -> None:
-        """Refuse a rule without the limit that it is for."""
+        """Refuse a truncation rule without a limit."""
         if self.max_tokens is None and self.truncate != "error":
             raise InputError(f"data.truncate: '{self.truncate}' needs data.max_prompt_tokens, which is not set")
 
@@ -43,8 +43,8 @@ class PromptPreprocessor:
 
         Args:
             rows: The rows.
-            name: What to call them in messages.
-            report: Say in the end how many prompts were dropped or truncated.
+            name: Name of the rows in messages.
+            report: Log at the end how many prompts were dropped or truncated.
 
         Yields:
             For each prompt that is kept: its index in `rows`, the row, and the token ids (empty without an encoder).
@@ -72,7 +72,7 @@ class PromptPreprocessor:
             )
 
     def sample(self, row: Row, ids: Sequence[int]) -> Sample:
-        """Compose what a row contributes to a batch."""
+        """Return a row's sample: the prompt, its token ids with an encoder, and the other columns."""
         others = {column: value for column, value in row.items() if column != self.prompt_column}
         encoded = {} if self.encoder is None else {"prompt_ids": list(ids)}
         return {"prompt": row[self.prompt_column], **encoded, **others}
@@ -122,6 +122,6 @@ def _other_columns(first: Row, row: Row, where: str) -> InputError:
 
 
 def _named(columns: list[str]) -> str:
-    """List columns, cut where the file is no table and its first line is taken for them."""
+    """List column names, cut short because a file that is no table may have a very long first line."""
     named = ", ".join(map(repr, columns))
     return named if len(named) <= 300 else f"{named[:300]}..."

@@ -1,4 +1,4 @@
-"""From a prompt as the row gives it to the token ids that the policy continues."""
+"""Checks and tokenizes prompts, from a row's text or messages to the token ids that the policy continues."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ Truncation = Literal["left", "drop", "error"]
 
 
 def check_prompt(prompt: Any, where: str) -> None:
-    """Refuse what is neither text nor a conversation.
+    """Refuse a prompt that is neither text nor a conversation.
 
     Args:
-        prompt: What the row holds.
+        prompt: The row's value.
         where: File and row, for the error.
 
     Raises:
@@ -49,7 +49,7 @@ def check_prompt(prompt: Any, where: str) -> None:
 
 
 def _check_characters(text: str, where: str) -> None:
-    """Refuse halves of characters, which JSON can hold as an escape and no tokenizer takes."""
+    """Refuse lone surrogates, which JSON can hold as an escape and no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -63,13 +63,13 @@ def _check_characters(text: str, where: str) -> None:
 class PromptTokenizer:
     """Tokenizes prompts for the policy.
 
-    Text is tokenized as the tokenizer does by default, without a trailing EOS where it would add one. Chat messages go
-    through the tokenizer's chat template with `add_generation_prompt`; a conversation that ends with an assistant's
+    Text is tokenized with the tokenizer's defaults, but without the trailing EOS that some of them add. Chat messages
+    go through the tokenizer's chat template with `add_generation_prompt`; a conversation that ends with an assistant's
     message is continued instead.
 
     Args:
         tokenizer: The policy's tokenizer.
-        limit: Most tokens that a prompt may have: the model's context less the new tokens. None where it has no limit.
+        limit: Most tokens that a prompt may have: the model's context less the new tokens. None if it has no limit.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -104,7 +104,7 @@ class PromptTokenizer:
         return [self.fitting(self(prompt, where), where) for prompt, where in named]
 
     def check_all(self, rows: Sequence[list[int]]) -> Sequence[list[int]]:
-        """Return token rows that were made elsewhere, if none is empty and the model's context holds each.
+        """Return rows that were tokenized elsewhere, if none is empty and the model's context holds each.
 
         Raises:
             InputError: A row is empty or too long.
@@ -123,16 +123,16 @@ class PromptTokenizer:
         Args:
             prompt: Text or chat messages.
             ids: Its token ids.
-            max_tokens: Most tokens to keep, `data.max_prompt_tokens`; None where only the context limits.
+            max_tokens: Most tokens to keep, `data.max_prompt_tokens`; None if only the context sets a limit.
             rule: What to do with a longer prompt.
             where: File and row, for errors.
 
         Returns:
-            The ids to use, or None where the prompt is dropped.
+            The ids to use, or None if the prompt is dropped.
 
         Raises:
-            InputError: The prompt is too long and the rule is "error", or no `max_tokens` is set; or nothing of the
-                text would be left.
+            InputError: The prompt is longer than `max_tokens` and the rule is "error", or longer than the context
+                allows; or nothing of the text would be left.
         """
         if max_tokens is not None and len(ids) > max_tokens:
             if rule == "drop":
@@ -146,10 +146,10 @@ class PromptTokenizer:
         return self.fitting(ids, where)
 
     def fitting(self, ids: list[int], where: str) -> list[int]:
-        """Return the ids if the model's context holds them and the new tokens.
+        """Return the ids if the model's context has room for them and the new tokens.
 
         Raises:
-            InputError: It does not.
+            InputError: It has not.
         """
         if self.limit is not None and len(ids) > self.limit:
             raise InputError(
@@ -160,9 +160,9 @@ class PromptTokenizer:
         return ids
 
     def _cut_left(self, prompt: RawPrompt, ids: list[int], max_tokens: int, where: str) -> list[int]:
-        """Keep the end of a prompt, and what the tokenizer puts in front of any text, such as BOS.
+        """Keep the end of a prompt, and special tokens that the tokenizer puts in front of any text, such as BOS.
 
-        The special tokens of a chat template are part of the text.
+        The special tokens of a chat template count as text.
         """
         head = self._count_added_in_front(prompt) if isinstance(prompt, str) else 0
         if head >= max_tokens:
@@ -195,21 +195,21 @@ class PromptTokenizer:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=not to_continue, continue_final_message=to_continue
             )
-        except Exception as error:  # A template is a program, and may fail as programs do.
+        except Exception as error:  # A template is a program, and may fail in any way.
             raise InputError(f"{where}: the policy's chat template refuses the conversation: {error}") from error
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def as_prompts(batch: Any, encoder: PromptTokenizer, device: torch.device) -> Prompts:
-    """Turn a batch as a data loader gives it into tokenized prompts.
+    """Turn a batch from a data loader into tokenized prompts.
 
     Args:
         batch: A mapping of columns, `prompt` among them and `prompt_ids` if they are tokenized, or a list of prompts.
-        encoder: Tokenizes prompts that are not.
-        device: Where the tokens go.
+        encoder: Tokenizes prompts that are not tokenized yet.
+        device: Device of the tokens.
 
     Raises:
-        InputError: The batch has no prompts, or one that is malformed or too long.
+        InputError: The batch has no prompts, or a prompt is malformed or too long.
     """
     columns = dict(batch) if isinstance(batch, Mapping) else {"prompt": batch}
     if "prompt" not in columns:

@@ -1,4 +1,4 @@
-"""Rows of local files, each with the place where it stands, so that an error can name file and row."""
+"""Reads rows of files, each with its location, so that an error can name file and row."""
 
 import csv
 import json
@@ -16,11 +16,11 @@ from xpo_lightning.core.errors import InputError
 
 Row = dict[str, Any]
 LocatedRow = tuple[str, Row]
-"""A row, preceded by its place: `("prompts.jsonl, line 3", {"prompt": "..."})`."""
+"""A row, preceded by its location: `("prompts.jsonl, line 3", {"prompt": "..."})`."""
 
 
 def read_jsonl(path: str) -> Iterator[LocatedRow]:
-    """Read one JSON object a line. Blank lines are skipped, but counted."""
+    """Read one JSON object per line. Blank lines are skipped, but counted."""
     for number, line in _lines(path):
         if line.strip():
             where = f"{path}, line {number}"
@@ -28,7 +28,7 @@ def read_jsonl(path: str) -> Iterator[LocatedRow]:
 
 
 def read_json(path: str) -> Iterator[LocatedRow]:
-    """Read a JSON array of objects, or one object a line."""
+    """Read a JSON array of objects, or one object per line."""
     first = next((line.lstrip() for _, line in _lines(path) if line.strip()), "")
     if not first.startswith("["):
         yield from read_jsonl(path)
@@ -40,7 +40,7 @@ def read_json(path: str) -> Iterator[LocatedRow]:
 
 
 def read_csv(path: str) -> Iterator[LocatedRow]:
-    """Read a comma-separated file whose first line names the columns. Every value is text, as the file has it."""
+    """Read a comma-separated file whose first line names the columns. Every value stays text."""
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     numbers = count(1)
     header: list[str] | None = None
@@ -62,7 +62,7 @@ def read_csv(path: str) -> Iterator[LocatedRow]:
 
 
 def stream_parquet(path: str) -> Iterator[LocatedRow]:
-    """Read a Parquet file a batch of rows at a time."""
+    """Read a Parquet file, one batch of rows at a time."""
     with explaining_parquet(path):
         file = pyarrow.parquet.ParquetFile(path)
     with file:
@@ -80,7 +80,7 @@ def load_parquet(path: str) -> Dataset:
 
 
 def numbered(name: str, rows: Iterable[Row]) -> Iterator[LocatedRow]:
-    """Take rows one after the other and tell where each stands.
+    """Yield rows one after the other, each with its location.
 
     Raises:
         InputError: A row cannot be read or decoded.
@@ -95,12 +95,12 @@ def numbered(name: str, rows: Iterable[Row]) -> Iterator[LocatedRow]:
         yield where, row
 
 
-# Damaged bytes and odd metadata make readers raise errors of every kind, so both of these catch all.
+# Damaged bytes and odd metadata make readers raise errors of every kind, so both of these catch them all.
 
 
 @contextmanager
 def explaining_row(where: str) -> Iterator[None]:
-    """Name the row that cannot be read, for example text that is not UTF-8 or a time that Python cannot hold."""
+    """Raise an `InputError` that names the row if it cannot be read; it may hold invalid UTF-8 or an odd time, say."""
     try:
         yield
     except Exception as error:
@@ -109,7 +109,7 @@ def explaining_row(where: str) -> Iterator[None]:
 
 @contextmanager
 def explaining_parquet(path: str) -> Iterator[None]:
-    """Name the file that cannot be read."""
+    """Raise an `InputError` that names the file if it cannot be read."""
     try:
         yield
     except Exception as error:

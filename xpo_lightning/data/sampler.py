@@ -1,4 +1,4 @@
-"""Orders that depend on a seed and the epoch's number only, not on global random state."""
+"""Orders of prompts that depend only on a seed and the number of the epoch, not on global random state."""
 
 import random
 from collections.abc import Iterable, Iterator, Sized
@@ -13,11 +13,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ProcessShard:
-    """Which part of the prompts one training process takes.
+    """The share of the prompts that one process takes.
 
     Args:
-        rank: Which process this is.
-        num_replicas: How many there are.
+        rank: Rank of the process.
+        num_replicas: Number of processes.
     """
 
     rank: int = 0
@@ -27,18 +27,18 @@ class ProcessShard:
 class PromptOrder(DistributedSampler[int]):
     """The order of the training prompts in one process.
 
-    Processes take turns, so that their batches together are those of one process with the larger batch. Lightning calls
-    `set_epoch` before each epoch. It leaves a `DistributedSampler` alone, where it would replace another sampler by one
-    that shuffles by a seed of its own, asked or not.
+    Processes take turns, so that their batches together equal those of one process with a larger batch. Lightning calls
+    `set_epoch` before each epoch. It keeps a `DistributedSampler`, but would replace any other sampler by one that
+    always shuffles, with its own seed.
 
     Attributes:
-        skipped: How many of this process's prompts the next pass leaves out; a resumed run has had them.
+        skipped: How many of this process's prompts the next pass skips, because a resumed run has used them already.
     """
 
     skipped: int = 0
 
     def __iter__(self) -> Iterator[int]:
-        """Start a pass over this process's share; the first prompts fill up what is missing to equal shares."""
+        """Start a pass over this process's share; the first prompts are repeated to make all shares equal."""
         order = list(range(len(cast(Sized, self.dataset))))
         if self.shuffle:
             epoch_generator(self.seed, self.epoch).shuffle(order)
@@ -47,12 +47,12 @@ class PromptOrder(DistributedSampler[int]):
 
 
 def epoch_generator(seed: int, epoch: int) -> random.Random:
-    """Return what decides the order of one epoch."""
+    """Return the random generator for the order of one epoch."""
     return random.Random(f"{seed} {epoch}")
 
 
 def shuffle_buffered(items: Iterable[T], size: int, generator: random.Random) -> Iterator[T]:
-    """Yield items in an order drawn from a buffer of `size` of them; with size 1, in their own order."""
+    """Yield items in random order, drawn from a buffer of `size` items; with size 1, in their own order."""
     buffer: list[T] = []
     for item in items:
         if len(buffer) < size:

@@ -1,4 +1,4 @@
-"""From the name of a data set to its rows."""
+"""Reads the rows of a data set, given its name."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,9 +38,9 @@ class Source:
 
     Args:
         name: Hub id, local path, or `package:name/path`.
-        split: Which split of it.
-        subset: Which configuration of a hub data set.
-        revision: Which version of a hub data set.
+        split: The split.
+        subset: Configuration of a hub data set.
+        revision: Version of a hub data set.
         key: The configuration key that holds the name, for errors.
         split_key: The configuration key that holds the split, for errors.
     """
@@ -55,7 +55,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Stream(Iterable[LocatedRow]):
-    """Rows that are read anew in each pass.
+    """Rows that are read again in each pass.
 
     Args:
         start: Starts a pass.
@@ -72,7 +72,7 @@ class Stream(Iterable[LocatedRow]):
 
 @dataclass(frozen=True)
 class _ArrowRows(Sequence[LocatedRow]):
-    """The rows of a `datasets.Dataset`, decoded only when asked for."""
+    """The rows of a `datasets.Dataset`, decoded on access."""
 
     name: str
     dataset: Dataset
@@ -114,7 +114,7 @@ def read(source: Source) -> Sequence[LocatedRow]:
 def stream(source: Source, limit: int | None = None) -> Stream:
     """Prepare to read the rows one after the other, without holding them all.
 
-    A `.json` file that is one array is read whole at the start of each pass: JSON has no other way.
+    A `.json` file that is one array is read completely at the start of each pass, as JSON cannot be read in parts.
 
     Raises:
         InputError: There is no such data set or split. Broken rows are found when they are read.

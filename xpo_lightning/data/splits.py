@@ -1,4 +1,4 @@
-"""Parts of a data set: its first rows, or some held out for validation."""
+"""Subsets of a data set: its first rows, or rows held out for validation."""
 
 import random
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from xpo_lightning.data.readers import LocatedRow
 
 @dataclass(frozen=True)
 class RowSubset(Sequence[LocatedRow]):
-    """Some rows of others.
+    """A subset of rows.
 
     Args:
-        rows: The others.
-        indices: Which of them, in order.
+        rows: All rows.
+        indices: Indices of the subset's rows, in order.
     """
 
     rows: Sequence[LocatedRow]
@@ -30,14 +30,14 @@ class RowSubset(Sequence[LocatedRow]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[LocatedRow]: ...
     def __getitem__(self, index: int | slice) -> LocatedRow | Sequence[LocatedRow]:
-        """Return one row, or choose among these."""
+        """Return one row, or a subset of these rows."""
         if isinstance(index, slice):
             return RowSubset(self.rows, self.indices[index])
         return self.rows[self.indices[index]]
 
 
 def first_rows(rows: Sequence[LocatedRow], limit: int | None) -> Sequence[LocatedRow]:
-    """Return the first `limit` rows; all where it is None."""
+    """Return the first `limit` rows, or all if it is None."""
     return RowSubset(rows, range(len(rows))[:limit])
 
 
@@ -46,7 +46,7 @@ def hold_out(rows: Sequence[LocatedRow], size: int | float, seed: int) -> tuple[
 
     Args:
         rows: The rows.
-        size: How many rows to hold out, or which share of them if it is a float.
+        size: How many rows to hold out or, if it is a float, their share.
         seed: Seed of the choice.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Losses of labelled pairs: pure functions of the log-ratios log pi(y)/ref(y) of two completions, per example."""
+"""Preference losses of labelled pairs: pure functions of two completions' log-ratios log pi(y)/ref(y), per pair."""
 
 from abc import ABC, abstractmethod
 
@@ -28,11 +28,11 @@ class PreferenceLoss(ABC):
 
     @abstractmethod
     def of_preferred(self, chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-        """Loss of a pair whose preferred completion is known for certain.
+        """Return the loss of pairs whose preferred completion is certain.
 
         Args:
             chosen: Log-ratio of the preferred completion, in nats (per token, if `length_normalized`). (B,)
-            rejected: Log-ratio of the other one. (B,)
+            rejected: Log-ratio of the other completion. (B,)
             beta: Strength of the KL constraint.
 
         Returns:
@@ -42,19 +42,19 @@ class PreferenceLoss(ABC):
     def __call__(
         self, log_ratios: Pair[Tensor], labels: Tensor, beta: float, lengths: Pair[Tensor] | None = None
     ) -> Tensor:
-        """Weigh both orders of each pair by its label.
+        """Return the losses of both orders of each pair, weighted by its label.
 
         Args:
             log_ratios: log pi(y)/ref(y), summed over tokens, in nats. (B,) a side
             labels: Probability that the policy's completion is preferred. (B,)
             beta: Strength of the KL constraint.
-            lengths: Number of tokens of each completion; only `length_normalized` needs it. (B,) a side
+            lengths: Number of tokens of each completion, for `length_normalized` only. (B,) a side
 
         Returns:
             Loss per pair. (B,)
 
         Raises:
-            ValueError: The lengths are needed and missing.
+            ValueError: `length_normalized` is set, and the lengths are missing.
         """
         if self.length_normalized:
             if lengths is None:

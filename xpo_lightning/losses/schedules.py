@@ -1,4 +1,4 @@
-"""Values that change over training: alpha and beta, and the learning rate's factor."""
+"""Values that change over training: schedules of alpha and beta, and the learning rate's factor."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,12 +12,12 @@ from xpo_lightning.core.errors import InputError
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands.
+    """A point of training.
 
     Args:
         step: Optimizer steps taken.
         epoch: Epochs finished.
-        total_steps: Optimizer steps of the whole run, None where the run has no known end.
+        total_steps: Optimizer steps of the run, None if the run has no known end.
         batches: Batches (rollouts with the updates on them) finished.
     """
 
@@ -32,14 +32,14 @@ FIRST_STEP = Progress(step=0, epoch=0, total_steps=1)
 
 
 class Schedule(ABC):
-    """A number that depends on where training stands."""
+    """A number that changes with the progress of training."""
 
     @abstractmethod
     def __call__(self, progress: Progress) -> float:
         """Return the value at a point of training.
 
         Args:
-            progress: The point.
+            progress: The point of training.
         """
 
 
@@ -120,7 +120,7 @@ class Linear(Schedule):
         return self.start + (self.end - self.start) * self.shape(_share_done(progress, self.steps))
 
     def shape(self, share: float) -> float:
-        """Map the share of the way done to the share of the change made.
+        """Map the share of the steps done to the share of the change made.
 
         Args:
             share: In [0, 1].
@@ -146,10 +146,10 @@ class Cosine(Linear):
 
 
 def as_schedule(value: float | list[float] | Schedule, key: str = "model.alpha") -> Schedule:
-    """Turn a number, or a list with one number an epoch, into a schedule.
+    """Turn a number, or a list with one number per epoch, into a schedule.
 
     Args:
-        value: A number, one number an epoch, or a schedule, which is not looked into.
+        value: A number, one number per epoch, or a schedule, which is returned unchecked.
         key: The configuration key that holds it, for the error.
 
     Raises:
@@ -165,10 +165,10 @@ def as_schedule(value: float | list[float] | Schedule, key: str = "model.alpha")
 
 
 def as_positive_schedule(value: float | list[float] | Schedule, key: str) -> Schedule:
-    """Turn numbers above 0 into a schedule.
+    """Turn a number above 0, or a list with one per epoch, into a schedule.
 
     Args:
-        value: A number, one number an epoch, or a schedule, which is not looked into.
+        value: A number, one number per epoch, or a schedule, which is returned unchecked.
         key: The configuration key that holds it, for the error.
 
     Raises:
@@ -195,17 +195,18 @@ LearningRateShape = Literal["linear", "cosine", "constant"]
 def learning_rate_factor(
     step: int, shape: LearningRateShape, warmup_ratio: float, warmup_steps: int | None, total_steps: int | None
 ) -> float:
-    """Return the share of the peak learning rate that optimizer step `step` (from 0) takes.
+    """Return the share of the peak learning rate for optimizer step `step` (from 0).
 
-    Warm-up rises in equal parts and reaches the peak at its last step; its first step is already above 0, where
-    transformers' schedules waste one step at 0. After it the rate falls to 0 at the end of the run.
+    The rate rises linearly during the warm-up and reaches the peak at its last step. Its first step is already above 0,
+    where transformers' schedules waste one step at 0. After the warm-up the rate falls to 0 at the end of the run,
+    unless the shape is constant.
 
     Args:
         step: Optimizer steps taken before this one.
         shape: How the rate falls after the warm-up.
-        warmup_ratio: Warm-up as a share of the run, rounded up to whole steps. Ignored where `warmup_steps` is given.
+        warmup_ratio: Warm-up as a share of the run, rounded up to full steps. Ignored if `warmup_steps` is given.
         warmup_steps: Warm-up in steps.
-        total_steps: Steps of the whole run. May be None for a constant shape whose warm-up is given in steps or absent.
+        total_steps: Steps of the run. May be None for a constant shape whose warm-up is given in steps or absent.
 
     Returns:
         A factor in (0, 1], or 0 past the end.
@@ -221,9 +222,9 @@ def learning_rate_factor(
 
 
 def count_warmup_steps(warmup_ratio: float, total_steps: int) -> int:
-    """Return a share of a run, rounded up to whole steps.
+    """Return a share of a run in steps, rounded up.
 
-    In floats 0.07 * 100 is above 7. So the ratio is taken for the fraction that it stands for: 7/100.
+    In floats 0.07 * 100 is above 7, so the ratio is first converted to the fraction that it stands for: 7/100.
     """
     return math.ceil(Fraction(warmup_ratio).limit_denominator(10**12) * total_steps)
 

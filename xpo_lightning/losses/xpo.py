@@ -1,4 +1,4 @@
-"""The XPO objective: a pure function of log-probabilities, per example.
+"""The XPO objective: a pure function of log-probabilities, per pair.
 
 The objective is Algorithm 1 of Exploratory Preference Optimization (Xie et al. 2024, arXiv 2405.21046), step 6:
 
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 BonusTarget = Literal["sampler", "both", "rejected"]
-"""Whose log pi the exploration term is on."""
+"""Which completion's log pi the exploration term contains."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class XPOLoss:
 
     Args:
         preference: Preference loss; 0 where the pair says nothing about preference. (B,)
-        bonus: The exploration term: alpha times the log-probability of what is explored away from. (B,)
-        entropy: Minus the entropy weight times the policy's entropy, in nats a token; 0 without. (B,)
+        bonus: The exploration term: alpha times the log-probability that it pushes down if alpha is positive. (B,)
+        entropy: Minus the entropy weight times the policy's entropy, in nats per token; 0 if the weight is 0. (B,)
         log_ratios: log pi(y)/ref(y), summed over tokens, in nats, with gradient. (B,) a side
     """
 
@@ -52,7 +52,7 @@ class XPOLoss:
 
     @property
     def total(self) -> Tensor:
-        """What is minimised, per pair, of shape (B,)."""
+        """The objective to minimise, per pair, of shape (B,)."""
         return self.preference + self.bonus + self.entropy
 
 
@@ -73,36 +73,36 @@ def xpo_loss(
 ) -> XPOLoss:
     """Evaluate the XPO objective of each pair (arXiv 2405.21046, Algorithm 1).
 
-    A silent pair says nothing about preference, so its preference term is 0; it keeps its exploration term, because
-    the algorithm's bonus is over every sample of the sampler.
+    A silent pair says nothing about preference, so its preference term is 0. It keeps its exploration term, because
+    the algorithm's bonus covers every sample of the sampler.
 
     Args:
         policy_logps: log pi(y), summed over tokens, with gradient. (B,) a side
         reference_logps: log ref(y), summed over tokens. (B,) a side
         labels: Probability that the policy's completion is preferred. (B,)
-        silent: True where the pair says nothing about preference: both completions are the same tokens, or nobody
-            knows which is better. (B,)
+        silent: True where the pair says nothing about preference: both completions are the same tokens, or it is
+            unknown which is better. (B,)
         alpha: Weight of the exploration term; 0 gives online DPO.
         beta: Strength of the KL constraint.
         preference_loss: The loss of a labelled pair.
         bonus_clip: Clips log pi(y)/ref(y) inside the exploration term to [-bonus_clip, bonus_clip], in nats, as the
-            paper's own experiments do at 500; beyond it the term has no gradient. None switches the clip off.
-        bonus_on: Whose log pi the exploration term is on. `sampler`: the sampler's completion's (Algorithm 1). `both`:
-            the sum over both completions, for pairs that one policy wrote, as in the paper's own experiments.
-            `rejected`: the completion's that is not preferred, each weighed by its probability to be that, in the
-            manner of GEB (arXiv 2510.03269).
+            paper's own experiments do at 500; beyond it the term has no gradient. None switches clipping off.
+        bonus_on: Which completion's log pi the exploration term contains. `sampler`: that of the sampler's completion
+            (Algorithm 1). `both`: the sum over both completions, for pairs that one policy wrote, as in the paper's own
+            experiments. `rejected`: that of the completion that is not preferred, as in GEB (arXiv 2510.03269); each
+            completion is weighted by its probability of not being preferred.
         lengths: Number of tokens of each completion, for a length-normalised preference loss. (B,) a side
-        entropies: Entropy of the policy's distribution of the next token, in nats, as a mean over the tokens of its
-            own completion, with gradient. (B,)
-        entropy_weight: Weight of the entropies, which are maximised if it is above 0. (Williams and Peng 1991; Mnih et
-            al. 2016, arXiv 1602.01783.)
+        entropies: Entropy of the policy's next-token distribution, in nats, averaged over the tokens of its own
+            completion, with gradient. (B,)
+        entropy_weight: Weight of the entropies; a positive weight maximises them. (Williams and Peng 1991; Mnih et al.
+            2016, arXiv 1602.01783.)
 
     Returns:
         The objective of each pair and its parts.
 
     Raises:
         InputError: `bonus_on` is none of the three.
-        ValueError: Lengths or entropies are needed and missing.
+        ValueError: The options need lengths or entropies, and these are missing.
     """
     log_ratios = Pair(
         policy_logps.by_policy - reference_logps.by_policy,
@@ -124,7 +124,7 @@ def xpo_loss(
 
 
 def _explored(logps: Pair[Tensor], labels: Tensor, bonus_on: BonusTarget) -> Tensor:
-    """Take the log-probability that is pushed down, of shape (B,)."""
+    """Return the log-probability inside the exploration term, of shape (B,)."""
     if bonus_on == "sampler":
         return logps.by_sampler
     if bonus_on == "both":

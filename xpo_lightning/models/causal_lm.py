@@ -44,10 +44,10 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass
 class CausalLMSource:
-    """Where a causal language model comes from; the fields are options, which whoever takes them explains.
+    """Location and load options of a causal language model; each subclass documents its options.
 
     Attributes:
-        key: The configuration group that holds the options, for errors; each kind of source names its own.
+        key: The configuration group that holds the options, for errors; each subclass sets its own.
     """
 
     key: ClassVar[str]
@@ -62,7 +62,7 @@ class CausalLMSource:
     chat_template: str | None = None
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer: the one set by its own option, or the one with the model.
+        """Load the tokenizer that `tokenizer` names or, without it, the model's own.
 
         Raises:
             InputError: It cannot be loaded.
@@ -138,7 +138,7 @@ class CausalLMSource:
 
     @contextmanager
     def _refusing_missing_adapters(self) -> Iterator[None]:
-        """Refuse an adapter that peft finds only in part, and would fill up with an untrained one."""
+        """Refuse an adapter with missing weights; peft would only warn and leave them untrained."""
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="(?s).*missing adapter keys", category=UserWarning)
             try:
@@ -150,7 +150,7 @@ class CausalLMSource:
                 ) from missing
 
     def _more_arguments(self) -> dict[str, Any]:
-        """Return what else transformers is told when it loads the weights."""
+        """Return further arguments for transformers' `from_pretrained`."""
         return {}
 
     def _location(self) -> tuple[str, dict[str, Any]]:
@@ -165,7 +165,7 @@ class CausalLMSource:
         return resolved, {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
     def _adapter_base(self, source: str) -> str | None:
-        """Name the base model of a folder that holds a LoRA adapter, or None where it holds none."""
+        """Return the base model of a LoRA adapter's folder, or None for any other folder."""
         if existing_path(f"{source}/adapter_config.json") is None:
             return None
         with explaining_hub_errors(source, f"{self.key}.path"):

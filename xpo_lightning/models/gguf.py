@@ -1,4 +1,4 @@
-"""What reading a model from a GGUF file needs beyond transformers' defaults."""
+"""Loads GGUF files as transformers' defaults do not: with the right pre-tokenizer, and with dense weights."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ _PRE_TOKENIZERS: dict[str, PreTokenizer] = {
 
 
 def gguf_pre_tokenizer(file: Path, key: str) -> PreTokenizer | None:
-    """Return the pre-tokenizer that a GGUF file names, where transformers would give it a wrong one.
+    """Return the pre-tokenizer that a GGUF file names, if transformers would choose a wrong one, else None.
 
     Args:
         file: The GGUF file.
@@ -32,7 +32,7 @@ def gguf_pre_tokenizer(file: Path, key: str) -> PreTokenizer | None:
 
 
 def unpacked(gguf_file: str) -> Any:
-    """Ask transformers for dense weights, which can be trained and saved, in place of packed blocks."""
+    """Return a config that makes transformers load dense weights, which can be trained and saved."""
     from transformers import GgufConfig  # noqa: PLC0415  (GGUF files alone need it)
 
     return GgufConfig(gguf_file=gguf_file, dequantize=True)

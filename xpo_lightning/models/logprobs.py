@@ -1,4 +1,4 @@
-"""Log-probabilities of completions under a causal language model, and the entropy of what it may write next."""
+"""Computes log-probabilities of completions under a causal language model, and next-token entropies."""
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,8 @@ def token_logps(model: nn.Module, prompts: Prompts, completions: Completions) ->
 
 @torch.no_grad()
 def next_logits(model: nn.Module, prompts: Prompts) -> Tensor:
-    """Return the logits of the token after each of B prompts, of shape (B, V), under a judge."""
-    found, one = capabilities_of(model), prompts.ids[:, -1:]  # any token will do: what predicts it is asked for
+    """Return a judge model's logits of the token after each of B prompts, of shape (B, V)."""
+    found, one = capabilities_of(model), prompts.ids[:, -1:]  # any token will do: only its prediction is used
     head, found.key = found.head, "model.reward"
     real = torch.ones_like(one, dtype=torch.bool)
     blank = Completions(one, real, real[:, 0], ("",) * len(one), torch.zeros(one.shape, device=one.device))
@@ -41,7 +41,7 @@ def next_logits(model: nn.Module, prompts: Prompts) -> Tensor:
 
 
 def pair_logps(model: nn.Module, prompts: Prompts, completions: Pair[Completions]) -> Pair[Tensor]:
-    """Score both completions of each prompt; the prompt is computed once for both where the model allows it.
+    """Score both completions of each prompt; encode the prompt once for both if the model supports it.
 
     Args:
         model: As in `token_logps`.
@@ -60,7 +60,7 @@ def pair_logps(model: nn.Module, prompts: Prompts, completions: Pair[Completions
 def pair_logps_and_entropies(
     model: nn.Module, prompts: Prompts, completions: Pair[Completions]
 ) -> tuple[Pair[Tensor], Tensor]:
-    """Score both completions of each prompt, and measure how open the policy's next token is along its own completion.
+    """Score both completions of each prompt, and measure the policy's entropy along its own completion.
 
     Args:
         model: As in `token_logps`.
@@ -68,8 +68,8 @@ def pair_logps_and_entropies(
         completions: B completions a side.
 
     Returns:
-        What `pair_logps` returns, and the entropy of the distribution of the next token, over the full vocabulary at
-        temperature 1, in nats, as a mean over the tokens of the policy's completion. (B,)
+        The log-probabilities of `pair_logps`, and the entropy of the next-token distribution (full vocabulary,
+        temperature 1, in nats), averaged over the tokens of the policy's completion. (B,)
     """
     both, head = _stacked(model, completions), capabilities_of(model).head
     features = _features_of_both(model, prompts, both)
@@ -83,7 +83,9 @@ def pair_logps_and_entropies(
 
 
 def shares_prompt(model: nn.Module, length: int) -> Sharing:
-    """Tell how `pair_logps` computes each prompt once; gradient checkpointing switches caches off.
+    """Return how `pair_logps` shares a prompt between its completions.
+
+    Gradient checkpointing switches caches off, so it rules sharing out.
 
     Args:
         model: As in `token_logps`.
@@ -94,12 +96,12 @@ def shares_prompt(model: nn.Module, length: int) -> Sharing:
 
 
 def logps_of(features: Tensor, completions: Completions, head: nn.Linear | None) -> Tensor:
-    """Turn features into the log-probabilities of completion tokens; padding costs nothing.
+    """Turn features into the log-probabilities of completion tokens; computes nothing for padding.
 
     Args:
-        features: What predicts each token: hidden states (B, T, D) with `head`, or logits (B, T, V).
+        features: Features that predict each token: hidden states (B, T, D) with `head`, or logits (B, T, V).
         completions: B completions.
-        head: The vocabulary head that the features lack.
+        head: The vocabulary head to apply to hidden states; None if the features are logits.
 
     Returns:
         Natural log-probability of each token, in float32; 0 on padding. (B, T)
@@ -113,16 +115,16 @@ def logps_of(features: Tensor, completions: Completions, head: nn.Linear | None)
 
 
 def _stacked(model: nn.Module, completions: Pair[Completions]) -> Completions:
-    """Put both completions of each prompt below each other, those by the policy first.
+    """Stack both completions of each prompt, the policy's first.
 
-    Each pass over layers that are spread over processes gathers their weights, so all processes must take as many:
-    completions of one token each, which one pass over the prompt predicts, are padded to need the second one too.
+    Each pass over sharded layers gathers their weights, so all ranks must run equally many passes. The pass over the
+    prompt alone predicts completions of one token, so these are padded to need the second pass too.
     """
     return concat_completions([completions.by_policy, completions.by_sampler], width=2 if is_sharded(model) else 1)
 
 
 def _features_of_both(model: nn.Module, prompts: Prompts, both: Completions) -> Tensor:
-    """Return what predicts each token of two completions a prompt, stacked: (2B, T, D), or logits (2B, T, V)."""
+    """Return features that predict each token of two stacked completions a prompt: (2B, T, D) or logits (2B, T, V)."""
     head, length = capabilities_of(model).head, _width(prompts, both)
     with cast_lora_weights(model):
         if model.training:
@@ -139,13 +141,13 @@ def _width(prompts: Prompts, completions: Completions) -> int:
 
 
 def _real(features: Tensor, completions: Completions) -> tuple[Tensor, Tensor, Tensor]:
-    """Select the N real tokens of (B, T): their places (N,), their features (N, F) and their ids (N,)."""
+    """Select the N real tokens of (B, T): their flat indices (N,), features (N, F) and ids (N,)."""
     real = torch.arange(completions.ids.shape[1]) < torch.tensor(completions.counts)[:, None]
     index = real.flatten().nonzero()[:, 0].to(features.device, non_blocking=True)
     return index, features.flatten(0, 1)[index], completions.ids.flatten()[index]
 
 
 def _padded(values: Tensor, index: Tensor, completions: Completions) -> Tensor:
-    """Put one number for each real token back in its place, of shape (B, T); 0 on padding."""
+    """Scatter one number per real token back to shape (B, T); 0 on padding."""
     rows, width = completions.ids.shape
     return values.new_zeros(rows * width).index_put((index,), values).view(rows, width)

@@ -1,4 +1,4 @@
-"""LoRA adapters: which layers can have them, and their type for the time of a computation."""
+"""LoRA adapters: finds the layers that can have them, and casts their weights during a computation."""
 
 import inspect
 import re
@@ -19,18 +19,17 @@ from xpo_lightning.models.forward.causal_forward import is_checkpointing
 
 @contextmanager
 def cast_lora_weights(model: nn.Module) -> Iterator[None]:
-    """Convert adapters once, in place of the activations at every layer.
+    """Cast adapter weights to the model's dtype once, instead of the activations at every layer.
 
-    peft keeps the adapters of a bfloat16 model in float32, to be trained, and converts what goes in and out of each of
-    them, which costs more than the adapters. Gradients flow to the float32 weights.
+    peft keeps the adapters of a bfloat16 model in float32 for training, and casts the input and the output of each,
+    which costs more than the adapters themselves. Gradients flow to the float32 weights.
 
     Args:
-        model: Any model; without adapters, with ones of its own type, or with ones that are spread over processes,
-            nothing is done. Nor is it where one parameter holds many experts: peft adds adapters to that parameter
-            itself, and converts no activations.
+        model: Any model. Adapters that are sharded or have the model's dtype are left alone. So are those of a
+            parameter that holds many experts: peft adds them to the parameter itself, and casts no activations.
     """
     swapped: list[tuple[nn.Module, nn.Parameter]] = []
-    # What is computed again in the backward pass must find the same adapters there.
+    # Layers recomputed in the backward pass must find the same adapter weights there.
     again = torch.is_grad_enabled() and is_checkpointing(model)
     for layer in [] if again else model.modules():
         if not isinstance(layer, ParamWrapper) and isinstance(layer, LoraLayer):
@@ -50,20 +49,20 @@ def cast_lora_weights(model: nn.Module) -> Iterator[None]:
 
 
 def shares_adapted_weights(model: nn.Module) -> bool:
-    """Tell whether a weight that has adapters is a weight of another layer too, so that merging would change both."""
+    """Tell whether a weight with adapters is tied to another layer, so that merging would change both."""
     owners = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     layers = [layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     return any(owners[id(weight)] > 1 for layer in layers for weight in layer.parameters(recurse=False))
 
 
 def find_unsuitable_linears(model: nn.Module) -> dict[str, str]:
-    """Find linear layers whose adapters would fail or be passed by.
+    """Find linear layers whose adapters would fail or have no effect.
 
     Args:
         model: A model without adapters.
 
     Returns:
-        The full name of each, and why.
+        The reason for each layer, by its full name.
     """
     reasons = {}
     fits: dict[type[nn.Module], bool] = {}
@@ -83,20 +82,20 @@ def find_unsuitable_linears(model: nn.Module) -> dict[str, str]:
 
 @torch.no_grad()
 def _maps_rows(layer: nn.Linear) -> bool:
-    """Try whether a class that is built on a linear layer maps rows as one does; a router returns several things."""
+    """Test whether a subclass of `nn.Linear` maps rows as `nn.Linear` does; a router returns several tensors."""
     if type(layer).forward is nn.Linear.forward or not layer.weight.is_floating_point():
         return True  # Weights that are no floats are quantized, by a library that peft knows.
     rows = torch.zeros(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
     try:
         with torch.random.fork_rng([rows.device] if rows.device.type == "cuda" else []):
             mapped = layer(rows)
-    except Exception:  # Whatever it is that it cannot do with rows, it is no linear layer.
+    except Exception:  # A layer that fails on rows, in whatever way, is no plain linear layer.
         return False
     return isinstance(mapped, torch.Tensor) and mapped.shape == (1, layer.out_features)
 
 
 def _is_passed_by(parent: nn.Module, name: str) -> bool:
-    """Tell whether the code of a module uses a layer's weight itself, as the fused kernels of Mamba do."""
+    """Tell whether a module's code reads a layer's weight without calling the layer, as Mamba's fused kernels do."""
     try:
         code = inspect.getsource(type(parent))
     except (OSError, TypeError):
@@ -108,7 +107,7 @@ _copies: "weakref.WeakKeyDictionary[nn.Module, Tensor]" = weakref.WeakKeyDiction
 
 
 def _converted(matrix: nn.Module, weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
-    """Convert a weight; where no gradient flows, into a place of its own, which captured steps may read."""
+    """Cast a weight; without gradients, into a buffer that is kept, so that captured steps can read it again."""
     if torch.is_grad_enabled():
         return weight.to(dtype)  # type: ignore[return-value]  # a tensor with a history, where a leaf is expected
     copy = _copies.get(matrix)

@@ -1,4 +1,4 @@
-"""The policy: which causal language model it is, with which adapters, and what its tokenizer and config say."""
+"""The policy: its model and adapters, its EOS tokens and its context length."""
 
 import importlib.util
 import re
@@ -50,7 +50,7 @@ class ModelSpec(CausalLMSource):
     quantize: Literal["4bit"] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values out of range, and what is not installed."""
+        """Refuse values out of range, and quantization that cannot be done."""
         if self.quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
             raise InputError(
                 f"model.policy.quantize={self.quantize} needs the package bitsandbytes; install it (pip install "
@@ -183,7 +183,7 @@ def _is_lora(layer: nn.Module) -> bool:
 
 
 def _named_projections(model: nn.Module) -> str:
-    """Name the linear layers of a model's attention, which all can have adapters, as the end of an advice."""
+    """Name the linear layers of a model's attention, all of which can have adapters, to end an error message."""
     names = {
         name
         for parent in model.modules()
@@ -229,12 +229,12 @@ def end_token_ids(
     """Return every token id that ends a completion.
 
     Args:
-        model: Its generation config may name some.
-        tokenizer: It may name one.
-        configured: `model.sampling.eos_token_ids`, which wins where it is given.
+        model: The model, whose generation config may name some.
+        tokenizer: The tokenizer, which may name one.
+        configured: `model.sampling.eos_token_ids`, which replaces both if given.
 
     Raises:
-        InputError: Nobody names one.
+        InputError: None of the three names one.
     """
     if configured is not None:
         return configured

@@ -44,7 +44,7 @@ class Reference(nn.Module):
 
     Args:
         policy: The policy before training, with adapters if it has them.
-        refresh: When training's reference takes over from the policy; None is never.
+        refresh: How training's reference follows the policy; None keeps it frozen.
     """
 
     def __init__(self, policy: nn.Module, refresh: ReferenceRefresh | None = None) -> None:
@@ -56,7 +56,7 @@ class Reference(nn.Module):
         self._policy = (policy,)  # In a tuple, or it would be registered a second time.
 
     def begin(self) -> None:
-        """Take the untrained policy for the reference, where it is to be refreshed; training is about to begin."""
+        """Snapshot the untrained policy, if the reference is to be refreshed; call it before training."""
         if self.refresh is not None:
             self.refreshed = Snapshot(self._policy[0], torch.float32 if self.refresh.mix < 1 else None)
 
@@ -64,13 +64,13 @@ class Reference(nn.Module):
         """Lend the reference model in eval mode. While it is lent, the policy must not be used.
 
         Args:
-            first: Whether to lend the reference that the run began with, whatever was refreshed since.
+            first: Whether to lend the reference that the run began with, without later refreshes.
         """
         refreshed = None if first else self.refreshed
         return self._first() if refreshed is None else refreshed.lent(self._policy[0])
 
     def after_batch(self, batches: int) -> None:
-        """Refresh, if it is time.
+        """Refresh the reference if the number of finished batches is a multiple of `refresh.every`.
 
         Args:
             batches: Batches that the run has finished.
@@ -79,11 +79,11 @@ class Reference(nn.Module):
             self.refreshed.take(self._policy[0], self.refresh.mix)
 
     def identity(self, spec: Any) -> dict[str, Any]:
-        """Say which reference this is: the path and revision of a `ModelSpec` or `LoadedModel`, and the weights."""
+        """Return the path and revision of a `ModelSpec` or `LoadedModel`, and the fingerprint of the weights."""
         return {"path": spec.path, "revision": spec.revision, "fingerprint": self.fingerprint()}
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of the first reference's weights: the same however the policy is trained."""
+        """Return the fingerprint of the first reference's weights, which training does not change."""
         return base_fingerprint(self._policy[0] if self.frozen is None else self.frozen)
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""A policy as a folder that transformers loads: whole or not at all."""
+"""Saves a policy as a folder that transformers loads, atomically."""
 
 import copy
 import tempfile
@@ -32,7 +32,7 @@ def save_policy(policy: nn.Module, tokenizer: Any, target: Path, merge_adapters:
     model: Any = merged_copy(policy) if merge_adapters and isinstance(policy, PeftModel) else policy
     with replacing_folder(target) as folder, _cached_generation(model):
         if isinstance(model, PeftModel):
-            # The embeddings are the base model's own; left to itself, peft asks the hub whether they are.
+            # The embeddings are the base model's own; by default peft would ask the hub to find that out.
             model.save_pretrained(str(folder), save_embedding_layers=False)
             model.generation_config.save_pretrained(folder)
         else:
@@ -60,8 +60,8 @@ def check_exportable(policy: Any, merge_adapters: bool, who: str = CALLBACK, apa
         apart: How to have the adapters alone saved, for the errors.
 
     Raises:
-        InputError: It is no transformers model, adapters on tied weights would have to be merged, or transformers
-            refuses the generation config.
+        InputError: It is no transformers model, adapters on tied or quantized weights would have to be merged, or
+            transformers refuses the generation config.
     """
     if not hasattr(policy, "save_pretrained"):
         raise InputError(f"{who} saves transformers models, and {type(policy).__name__} is none")
@@ -86,7 +86,7 @@ def check_exportable(policy: Any, merge_adapters: bool, who: str = CALLBACK, apa
 
 @contextmanager
 def _cached_generation(model: Any) -> Iterator[None]:
-    """Let the saved config allow the key-value cache, which some training setups switch off, and sampling needs."""
+    """Switch the KV cache on in the configs while they are saved; sampling needs it, and training may disable it."""
     configs = (model.config, model.generation_config)
     switched_off = [config for config in configs if getattr(config, "use_cache", None) is False]
     for config in switched_off:
@@ -99,7 +99,7 @@ def _cached_generation(model: Any) -> Iterator[None]:
 
 
 def check_replaceable(target: Path, key: str = f"{CALLBACK}.folder") -> None:
-    """Refuse to replace what is no exported policy.
+    """Refuse to replace anything but an exported policy.
 
     Args:
         target: The folder.

@@ -1,7 +1,7 @@
-"""Weights that are spread over the processes of a run (FSDP2), and put together while models write and score.
+"""Shards weights over the ranks of a run (FSDP2), and gathers them while models generate and score.
 
-Each process samples completions of its own length, so a rollout that gathered weights layer by layer would wait for
-others that have ended. All weights are gathered once before it, and given back after it.
+Each rank samples completions of its own length, so a rollout that gathered weights layer by layer would wait for ranks
+that have finished. All weights are gathered once before the rollout, and resharded after it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from xpo_lightning.core.errors import InputError
 
 
 def shard_all(modules: Sequence[nn.Module], mesh: Any) -> None:
-    """Spread the weights of all transformers models in some modules over processes.
+    """Shard all transformers models in some modules over ranks.
 
     Args:
         modules: Modules that hold models, or are one.
@@ -32,14 +32,14 @@ def shard_all(modules: Sequence[nn.Module], mesh: Any) -> None:
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
-    """Spread a model's weights over processes: each of its layers by itself, then the rest.
+    """Shard a model over ranks: each of its layers by itself, then the rest.
 
     Args:
         model: A transformers model, with or without adapters.
         mesh: The device mesh of `ModelParallelStrategy`.
 
     Raises:
-        InputError: The mesh splits tensors too.
+        InputError: The mesh has tensor parallelism.
     """
     if mesh["tensor_parallel"].size() > 1:
         raise InputError(
@@ -58,16 +58,16 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Tell whether a model's weights are spread over processes."""
+    """Tell whether a model is sharded over ranks."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 @contextmanager
 def unsharded(*models: nn.Module) -> Iterator[None]:
-    """Put the weights of models together for a while; all processes must enter it, and may do there what they like.
+    """Gather the weights of models for a block (collective); inside it, ranks need not stay in step.
 
     Args:
-        models: Any models; those that are not spread stay as they are.
+        models: Any models; unsharded ones stay as they are.
     """
     with ExitStack() as stack:
         for model in models:
@@ -87,17 +87,17 @@ def _whole(root: FSDPModule) -> Iterator[None]:
     finally:
         for module in modules:
             module.reshard()
-            # The rest of a model, vocabulary head included, stays together from its forward pass to the backward one.
+            # The root's own weights, vocabulary head included, stay gathered from forward to backward pass.
             module.set_reshard_after_forward(module is not root, recurse=False)
 
 
 def gather_full_model(model: nn.Module, build: Callable[[], nn.Module], *, here: bool) -> nn.Module | None:
-    """Put a model together for good, as a copy in main memory; all processes must call it.
+    """Gather a sharded model into an unsharded copy in main memory (collective).
 
     Args:
-        model: Any model; one that is not spread is returned as it is.
-        build: Builds another of its kind, whose weights do not matter.
-        here: Whether this process wants it.
+        model: Any model; an unsharded one is returned as it is.
+        build: Builds a model of the same architecture; its weights are overwritten.
+        here: Whether this rank wants the copy; the others get None.
     """
     if not is_sharded(model):
         return model
@@ -116,7 +116,7 @@ def gather_full_model(model: nn.Module, build: Callable[[], nn.Module], *, here:
 
 @contextmanager
 def gradients_together(model: nn.Module, *, is_last: bool) -> Iterator[None]:
-    """Let processes add up the gradients of a sharded model with the last micro-batch only."""
+    """Synchronise the gradients of a sharded model on the last micro-batch only."""
     for root in _roots(model):
         root.set_requires_gradient_sync(is_last, recurse=True)
     yield
@@ -130,6 +130,6 @@ def _roots(model: nn.Module) -> list[FSDPModule]:
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor whole that may be spread; all processes must call it."""
+    """Gather a possibly sharded tensor (collective)."""
     whole_tensor: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole_tensor

@@ -1,4 +1,4 @@
-"""The policy as it was at other times, for the price of its trained weights."""
+"""Earlier versions of the policy, stored as copies of its trainable weights only."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +13,10 @@ from xpo_lightning.models.lora import cast_lora_weights
 
 
 class Snapshot:
-    """Copies of a policy's trained weights.
+    """Copies of a policy's trainable weights.
 
     Args:
-        policy: The policy, its weights as they are to be kept; with adapters, they alone are copied.
+        policy: The policy to copy; with adapters, only their weights are copied.
         dtype: Type of the copies; None is that of the weights. An average needs float32: in bfloat16 small changes
             would be rounded away.
     """
@@ -26,14 +26,14 @@ class Snapshot:
         self.weights = {name: weight.detach().to(dtype or weight.dtype, copy=True) for name, weight in trained}
 
     def take(self, policy: nn.Module, mix: float = 1.0) -> None:
-        """Move the copies to (1 - mix) times themselves plus mix times the weights of the policy now."""
+        """Set the copies to (1 - mix) times themselves plus mix times the policy's current weights."""
         for name, weight in _trained(policy).items():
             kept = self.weights[name].to(weight.device)
             self.weights[name] = kept.lerp_(weight.detach().to(kept.dtype), mix)
 
     @contextmanager
     def lent(self, policy: nn.Module) -> Iterator[nn.Module]:
-        """Lend the policy with these weights, in eval mode, without gradients; afterwards it has its own again."""
+        """Lend the policy with the copied weights, in eval mode, without gradients; then restore its own weights."""
         trained = _trained(policy)
         own = {name: weight.data for name, weight in trained.items()}
         for name, weight in trained.items():
@@ -50,14 +50,14 @@ class Snapshot:
         return {name: weight.cpu() for name, weight in self.weights.items()}
 
     def load_state(self, state: dict[str, Any], key: str) -> None:
-        """Take the copies from a checkpoint.
+        """Load the copies from a checkpoint.
 
         Args:
-            state: What `state` returned.
-            key: The option that they belong to.
+            state: The return value of `state`.
+            key: The option that the copies belong to, for the error.
 
         Raises:
-            InputError: They are of another model.
+            InputError: Their names or shapes differ from the policy's.
         """
         shapes = {name: weight.shape for name, weight in self.weights.items()}
         if {name: weight.shape for name, weight in state.items()} != shapes:

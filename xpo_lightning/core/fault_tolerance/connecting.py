@@ -1,4 +1,4 @@
-"""How the processes of a run come by their lifeline."""
+"""Connects the processes of a run by a lifeline."""
 
 import hmac
 import os
@@ -11,20 +11,20 @@ from xpo_lightning.core.distributed import all_gather, own_rank
 from xpo_lightning.core.fault_tolerance.lifeline import Lifeline
 
 PATIENCE = 30.0
-"""Seconds for all processes to connect."""
+"""Seconds that all processes have to connect."""
 LOOPBACK = "127.0.0.1"
 Address = tuple[str, int, str]
-"""A host, a port, and the word that lets in."""
+"""A host, a port, and the shared secret."""
 
 
 def connect(*, is_one_machine: bool) -> Lifeline | None:
-    """Connect all processes; all must call it.
+    """Connect all processes (collective).
 
     Args:
-        is_one_machine: Whether all are on the same machine; then no other can connect.
+        is_one_machine: Whether all are on the same machine; then no other machine can connect.
 
     Returns:
-        This process's end, or None on all where one of them could not connect.
+        This process's end, or None on all processes if one of them could not connect.
     """
     rank, others = own_rank(), len(all_gather(None)) - 1
     server, address = _listen(is_one_machine) if rank == 0 else (None, None)
@@ -53,7 +53,7 @@ def _listen(is_one_machine: bool) -> tuple[socket.socket | None, Address | None]
 
 
 def _accept(server: socket.socket, others: int, word: str) -> dict[int, socket.socket]:
-    """Take the connections of all other processes; whoever does not know the word is turned away."""
+    """Accept the connections of all other processes; refuse any connection without the shared secret."""
     end_of_patience, ends = time.monotonic() + PATIENCE, dict[int, socket.socket]()
     while len(ends) < others:
         server.settimeout(max(0.01, end_of_patience - time.monotonic()))
@@ -76,7 +76,7 @@ def _dial(address: Address, rank: int) -> socket.socket:
 
 
 def _read_line(end: socket.socket) -> str:
-    """Read a line, and nothing after it."""
+    """Read one line, and no byte after it."""
     line = b""
     while not line.endswith(b"\n") and len(line) < 200:
         byte = end.recv(1)
@@ -87,7 +87,7 @@ def _read_line(end: socket.socket) -> str:
 
 
 def _kept_alive(end: socket.socket) -> socket.socket:
-    """Have the system notice within half a minute that the other machine is down."""
+    """Set TCP keep-alive, so that the system notices within half a minute that the other machine is down."""
     end.settimeout(None)
     end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}.items():

@@ -13,35 +13,35 @@ from xpo_lightning.core.errors import ConsequentError, InputError, NonFiniteErro
 from xpo_lightning.core.explanations import explanation
 
 CONSEQUENT, NOT_FINITE, STOP, BAD_INPUT, BROKEN = 1, 2, 3, 4, 5
-"""What can come of a piece of work, the worst last."""
+"""Outcomes of guarded work other than success, the worst last."""
 SHOWN = 3
-"""Prompts that a message shows."""
+"""Most prompts that a message shows."""
 
 
 class StopAsked(SystemExit):
-    """Somebody asked for the run to stop; nothing has been changed since the last step. `code` is the exit status."""
+    """Raised to stop the run on request; nothing has changed since the last step. `code` is the exit status."""
 
 
 Problem = Exception | StopAsked
 Report = tuple[int, str, str]
-"""How bad it is, the message, and the machine of the process."""
+"""The severity, the message, and the machine of the process."""
 
 
 class Stop:
-    """Whether somebody has asked for the run to stop; looked at wherever it can stop cleanly.
+    """A request to stop the run; checked wherever the run can stop cleanly.
 
     Attributes:
-        status: Exit status of the run then; None while nobody has asked. A signal handler sets it, at any moment.
+        status: Exit status of the stopped run; None without a request. A signal handler may set it at any moment.
     """
 
     def __init__(self) -> None:
         self.status: int | None = None
 
     def check(self) -> None:
-        """Break off what can be done again.
+        """Raise an error if a stop is requested; call it in work that can be repeated.
 
         Raises:
-            StopAsked: The run is asked to stop.
+            StopAsked: A stop is requested.
         """
         if self.status is not None:
             raise StopAsked(self.status)
@@ -58,12 +58,12 @@ class Guard:
             losses = evaluate(batch)
 
     Args:
-        max_skipped: Steps in a row that may be left out because of numbers that are not finite.
+        max_skipped: Steps in a row that may be skipped because of numbers that are not finite.
 
     Attributes:
-        stop: Whether somebody has asked for the run to stop.
-        in_a_row: Steps left out since the last one that was taken.
-        skipped: Steps left out in all.
+        stop: The request to stop the run, if any.
+        in_a_row: Steps skipped since the last one that was taken.
+        skipped: Steps skipped in total.
     """
 
     def __init__(self, max_skipped: int = 0) -> None:
@@ -73,7 +73,7 @@ class Guard:
         self.in_a_row = self.skipped = 0
 
     def together(self) -> "Together":
-        """Guard a block: it is done on all processes, or what one of them raised is raised on all.
+        """Guard a block: it succeeds on all processes, or the error of one is raised on all (collective).
 
         Raises:
             StopAsked: A process is asked to stop.
@@ -82,30 +82,31 @@ class Guard:
         return Together(self)
 
     def step(self, *, may_stop: bool = True) -> "StepWork":
-        """Guard a block that is part of a step: it may also be left out, where its numbers are not finite.
+        """Guard a block that is part of a step, which may be skipped if its numbers are not finite (collective).
 
-        Whether it was, is `is_skipped` of what this returns; the block was then broken off on some process.
+        Afterwards `is_skipped` of the returned object tells whether the step is skipped; the block was then interrupted
+        on some process.
 
         Args:
             may_stop: Whether the run can stop cleanly before and after the block.
 
         Raises:
             StopAsked: A process is asked to stop.
-            InputError: The block raised it, in this process or in another; not finite numbers too, unless they may
-                still be left out.
+            InputError: The block raised it, in this process or in another. This includes numbers that are not finite,
+                unless the step may be skipped.
         """
         return StepWork(self, may_stop=may_stop)
 
     def record_step(self) -> None:
-        """Note that a step was taken."""
+        """Record that a step was taken."""
         self.in_a_row = 0
 
     def counts(self) -> dict[str, float]:
-        """Return what to log: the steps left out so far, where any may be."""
+        """Return what to log: the steps skipped so far, if any may be skipped."""
         return {"skipped_steps": float(self.skipped)} if self.max_skipped else {}
 
     def skips(self, worst: int) -> bool:
-        """Count a step that is left out, if the worst that came of it allows that."""
+        """Tell whether a step may be skipped after its worst outcome, and if so count it as skipped."""
         if not 0 < worst <= NOT_FINITE or self.in_a_row >= self.max_skipped:
             return False
         self.in_a_row += 1
@@ -114,25 +115,25 @@ class Guard:
 
 
 class _Work:
-    """A block that all processes do, or none."""
+    """A block that succeeds on all processes, or on none."""
 
     def __init__(self, guard: Guard, *, may_stop: bool = True) -> None:
         self.guard, self.may_stop = guard, may_stop
 
     def __enter__(self) -> Self:
-        """Begin, unless the run is asked to stop."""
+        """Start the block, unless the run is asked to stop."""
         if self.may_stop and self.guard.stop.status is not None:
             self._raise_worst(*self._gather(StopAsked(self.guard.stop.status)))
         return self
 
     def _gather(self, error: BaseException | None) -> tuple[Problem | None, list[Report | None]]:
-        """Tell the other processes how this one fared, and hear how they did."""
+        """Exchange reports of success or failure with the other processes (collective)."""
         if isinstance(error, StopIteration):  # It would end Lightning's training loop without a word.
             error = RuntimeError(f"StopIteration was raised: {error}")
         elif error is None and self.may_stop and self.guard.stop.status is not None:
             error = StopAsked(self.guard.stop.status)
         elif error is not None and not isinstance(error, Exception | StopAsked):
-            raise error  # An interrupt, say: whoever sends it ends all processes.
+            raise error  # An interrupt, say, which its sender sends to all processes.
         return error, _reports(None if error is None else _report(error))
 
     def _raise_worst(self, problem: Problem | None, reports: list[Report | None]) -> None:
@@ -147,24 +148,24 @@ class _Work:
 
 
 class Together(_Work):
-    """A block that all processes do, or whose error all raise."""
+    """A block that succeeds on all processes, or raises the worst error of any on all of them."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        """Raise the worst that came of it on any process."""
+        """Raise the worst error of any process."""
         self._raise_worst(*self._gather(error))
 
 
 class StepWork(_Work):
-    """A block that all processes do, or leave out together with the step that it belongs to.
+    """A block that succeeds, skips its step, or raises the worst error of any, on all processes alike.
 
     Attributes:
-        is_skipped: Whether the step is left out.
+        is_skipped: Whether the step is skipped.
     """
 
     is_skipped = False
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
-        """Leave the step out, if that may be, or raise the worst that came of it on any process."""
+        """Skip the step if the worst outcome allows that; otherwise raise the worst error of any process."""
         problem, reports = self._gather(error)
         self.is_skipped = self.guard.skips(_worst(reports))
         if not self.is_skipped:
@@ -176,12 +177,12 @@ def check_finite(values: Sequence[tuple[str, Tensor]], prompts: Sequence[RawProm
     """Refuse numbers that are not finite.
 
     Args:
-        values: What each number is, and one a prompt. (B,) each
+        values: The name of each number, and its value for each prompt. (B,) each
         prompts: B prompts.
-        consequence: What becomes of it, for the message.
+        consequence: What happens then, for the message.
 
     Raises:
-        NonFiniteError: Some are not; the message shows their prompts.
+        NonFiniteError: Some are not finite; the message shows their prompts.
     """
     finite = torch.stack([value.isfinite() for _, value in values])  # (numbers, B)
     if bool(finite.all()):
@@ -197,16 +198,16 @@ def check_finite(values: Sequence[tuple[str, Tensor]], prompts: Sequence[RawProm
 
 
 def format_prompts(prompts: Sequence[RawPrompt]) -> str:
-    """Show some prompts in a message, each by its end, where prompts differ."""
+    """Format some prompts for a message, long ones by their end, where prompts differ."""
     texts = [prompt if isinstance(prompt, str) else f"{prompt[-1]['content']}" for prompt in prompts[:SHOWN]]
     ends = [text if len(text) <= 80 else "..." + text[-77:] for text in texts]
     return ", ".join(map(repr, ends)) + ", ..." * (len(prompts) > SHOWN)
 
 
 def _reports(own: Report | None) -> list[Report | None]:
-    """Collect the report of every process, by rank."""
+    """Gather the report of every process, in order of rank (collective)."""
     reports = all_gather(own)
-    while any(isinstance(report, Midway) for report in reports):  # Others are still in the work that this one left.
+    while any(isinstance(report, Midway) for report in reports):  # Others are still in the guarded work.
         reports = all_gather(own)
     return reports
 

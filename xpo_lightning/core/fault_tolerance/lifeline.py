@@ -1,4 +1,4 @@
-"""A connection between the processes of a run, on which they hear of one that fails or is gone."""
+"""A connection between the processes of a run, on which they learn that one has failed or is gone."""
 
 import atexit
 import json
@@ -15,24 +15,24 @@ from xpo_lightning.core.distributed import host, speaks_for_host
 from xpo_lightning.core.errors import write_line
 
 GRACE = 5.0
-"""Seconds that a process has to end by itself, once another has failed."""
+"""Seconds that a process has to exit by itself, once another has failed."""
 SETTLE = 1.0
-"""Seconds that a process which fails waits for news that another failed before, and took it along."""
+"""Seconds that a failing process waits to learn whether another failed first and caused its failure."""
 CLEANUP = 20.0
-"""Seconds that a process which failed has for what it does then, and again for its end."""
+"""Seconds that a failed process has for its cleanup, and again for its exit."""
 GOODBYE = b"goodbye\n"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What ends a run.
+    """The failure that ends a run.
 
     Args:
         rank: The process that failed.
         status: Exit status of all others.
         message: What went wrong.
-        host: The machine of the process that tells of it.
-        is_gone: Whether the process cannot tell itself.
+        host: The machine of the process that reports it.
+        is_gone: Whether the process is gone, so that another one reports its failure.
     """
 
     rank: int
@@ -43,19 +43,19 @@ class Failure:
 
     @property
     def line(self) -> str:
-        """What to show."""
+        """The line to show."""
         return f"process {self.rank} {self.message}" if self.is_gone else f"process {self.rank}: {self.message}"
 
 
 class Lifeline:
-    """One process's end of the connections: those of the first process lead to all others, the others' lead to it.
+    """One process's end of the lifeline: rank 0 is connected to all others, each of which is connected to rank 0 only.
 
-    The first process decides which failure was first, and tells all. A process that hears of another's failure, and
-    does not leave within `GRACE`, is ended by a thread, whatever it is blocked in.
+    Rank 0 decides which failure was first, and tells all. If a process learns that another failed, and does not leave
+    within `GRACE`, a thread ends it, whatever it is blocked in.
 
     Args:
-        rank: Which process this is.
-        ends: A connected socket for each process that this one is connected to, by rank.
+        rank: The rank of this process.
+        ends: A socket for each process that this one is connected to, by rank.
     """
 
     def __init__(self, rank: int, ends: Mapping[int, socket]) -> None:
@@ -74,12 +74,12 @@ class Lifeline:
         return self._left.is_set()
 
     def fail(self, status: int, message: str, *, at_once: bool = False) -> None:
-        """Tell the others that this process has failed alone; does not return, if another failed before.
+        """Tell the others that this process has failed; does not return if another failed first.
 
         Args:
             status: Exit status of all others.
             message: What went wrong.
-            at_once: Do not wait for news of another's failure.
+            at_once: Do not wait to learn whether another failed first.
         """
         own = Failure(self.rank, status, message, host())
         if self._left.is_set():
@@ -94,10 +94,10 @@ class Lifeline:
         atexit.register(self._exits.set)
 
     def leave(self, patience: float | None = None) -> None:
-        """Say goodbye, and wait for that of the first process, which says it when all others have, or are gone.
+        """Say goodbye, and wait for rank 0's goodbye, which follows once all others have said theirs or are gone.
 
         Args:
-            patience: For how many seconds to wait; None is without end.
+            patience: How many seconds to wait; None waits for ever.
         """
         if self._left.is_set():
             return
@@ -143,7 +143,7 @@ class Lifeline:
                 end.sendall(message)
 
     def _wait_if_another_failed(self) -> None:
-        """Keep the main thread from going on, until this process is ended."""
+        """Block the main thread for ever if another process failed; `_end_in_time` then ends this process."""
         if self._failure is not None and self._failure.rank != self.rank:
             threading.Event().wait()
 
@@ -155,13 +155,13 @@ class Lifeline:
         is_own = failure.rank == self.rank
         if not self._left.wait(CLEANUP if is_own else 0 if failure.is_gone or failure.status == 130 else GRACE):
             self._end(failure)
-        elif is_own:  # What ends connections at the end of a process may wait for the others too.
+        elif is_own:  # Code that closes connections at exit may wait for the others too.
             self._exits.wait()
             time.sleep(CLEANUP)
             os._exit(failure.status)
 
     def _end(self, failure: Failure) -> None:
-        """End the process as it is; the main thread may be blocked in what cannot be broken off."""
+        """End the process at once; the main thread may be blocked in a call that cannot be interrupted."""
         first_left = failure.is_gone and self.rank == (1 if failure.rank == 0 else 0)
         if failure.rank == self.rank or first_left or speaks_for_host(failure.host):
             write_line(failure.line)

@@ -1,4 +1,4 @@
-"""Has the processes of a Lightning run hear of one that fails or is gone."""
+"""Lets the processes of a Lightning run learn that one of them has failed or is gone."""
 
 import threading
 from typing import Any
@@ -13,7 +13,7 @@ from xpo_lightning.core.fault_tolerance.lifeline import GRACE, Lifeline
 
 
 def watch(trainer: Trainer) -> None:
-    """Connect the processes of a run by a `Lifeline` until it ends; all must call it. It may be called again."""
+    """Connect a run's processes by a `Lifeline` until the run ends (collective); does nothing if already connected."""
     if not is_distributed():
         return
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -28,12 +28,12 @@ def watch(trainer: Trainer) -> None:
         )
         return
     _stand_down_observer()
-    callbacks.insert(0, _Raising(line))  # It comes first: what callbacks do at an error may wait for other processes.
+    callbacks.insert(0, _Raising(line))  # First, because other callbacks may wait for other processes at an error.
     callbacks.append(_Leaving(line))
 
 
 class _Raising(Callback):
-    """Tells the others of an error that they do not know of."""
+    """Tells the other processes of an error that they do not know of yet."""
 
     def __init__(self, line: Lifeline) -> None:
         self.line = line
@@ -50,7 +50,7 @@ class _Raising(Callback):
 
 
 class _Leaving(Callback):
-    """Leaves the line when nothing more is done together."""
+    """Leaves the lifeline when the processes do nothing more together."""
 
     def __init__(self, line: Lifeline) -> None:
         self.line = line
@@ -63,7 +63,7 @@ class _Leaving(Callback):
 
 
 def _exit_status(error: BaseException) -> int:
-    """Return the status that the command line ends with after an error."""
+    """Return the exit status of the command line after an error."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) and error.code else 1
     if isinstance(error, KeyboardInterrupt):
@@ -72,7 +72,7 @@ def _exit_status(error: BaseException) -> int:
 
 
 def _stand_down_observer() -> None:
-    """Keep Lightning's observer from killing the first process, its exit status with it, when another has ended."""
+    """Keep Lightning's observer from killing rank 0, and losing its exit status, when another process has ended."""
     for thread in threading.enumerate():
         if thread.name == "child-process-observer":
             thread._run = lambda: True  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Many HTTP requests, some at once and some again, while one thread waits and looks up now and then."""
+"""Sends many HTTP requests concurrently, with retries, while the calling thread waits and checks for a stop."""
 
 import heapq
 import threading
@@ -12,7 +12,7 @@ from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.http.connection import Connection, Response, TryError, timeout_error
 
 T = TypeVar("T")
-_LONGEST_WAIT = 1.0  # seconds between two looks at whether the run is to stop
+_LONGEST_WAIT = 1.0  # seconds between two checks whether the run is to stop
 _LONGEST_BACKOFF = 30.0  # seconds
 _LONGEST_RETRY_AFTER = 60.0  # seconds
 
@@ -31,7 +31,7 @@ class RequestError(InputError):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How requests are made; see `HTTPClient`."""
+    """Where and how to send requests; the fields are options of `HTTPClient`."""
 
     url: str
     timeout: float
@@ -43,13 +43,13 @@ class RetryPolicy:
 
 @dataclass(eq=False)
 class _Try:
-    """A request on its way.
+    """One try of a request.
 
     Attributes:
-        row: Which of the requests it is.
-        number: Which of its tries, from 1.
-        deadline: When it is given up.
-        outcome: What came of it, once something has.
+        row: Index of the request.
+        number: Number of the try, from 1.
+        deadline: When the try is given up.
+        outcome: The response or failure, once there is one.
     """
 
     row: int
@@ -62,16 +62,16 @@ class _Try:
 class RequestBatch(Generic[T]):
     """Requests that are sent together.
 
-    Each try runs in a daemon thread of its own, which nobody waits for: one that hangs is cut off at its deadline, and
-    could not keep the process alive either. Connections are kept between the tries of a batch, not longer: they are
-    never found closed by the server during the step in between, and never shared with a forked process.
+    Each try runs in its own daemon thread, which is never joined: a try that hangs is cut off at its deadline, and
+    cannot keep the process alive. Connections are reused between the tries of a batch, but not longer: so the server
+    cannot have closed them during the step in between, and no forked process shares them.
 
     Args:
-        terms: How they are made.
+        terms: Where and how to send the requests.
         key: The API key.
-        bodies: N bodies, JSON; None for a request that has none.
-        accept: Turns an answer into a result; raises `TryError` where it is of no use.
-        check: Called at least about once a second; may raise, to wait no longer.
+        bodies: N bodies, JSON; None for a request without a body.
+        accept: Turns an answer into a result; raises `TryError` if the answer is unusable.
+        check: Called at least about once a second; may raise an error to end the wait.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class RequestBatch(Generic[T]):
     ) -> None:
         self._terms, self._key, self._bodies, self._accept, self._check = terms, key, bodies, accept, check
         self._results: dict[int, T] = {}
-        self._waiting = [(0.0, row, 1) for row in range(len(bodies))]  # a heap: when, which request, which try
+        self._waiting = [(0.0, row, 1) for row in range(len(bodies))]  # a heap: time, request, try
         self._under_way: set[_Try] = set()
         self._idle: list[Connection] = []
         self._ended: SimpleQueue[_Try] = SimpleQueue()
@@ -96,7 +96,7 @@ class RequestBatch(Generic[T]):
             The results in the order of the bodies. Length N.
 
         Raises:
-            RequestError: One of them failed for good; the others are broken off.
+            RequestError: One of them failed for good; the others are cut off.
         """
         try:
             while len(self._results) < len(self._bodies):
@@ -113,7 +113,7 @@ class RequestBatch(Generic[T]):
                 line.close()
 
     def _start(self) -> None:
-        """Send what is due, as far as the limit on concurrency allows."""
+        """Start the tries that are due, as far as the limit on concurrency allows."""
         now = time.monotonic()
         while self._waiting and self._waiting[0][0] <= now and len(self._under_way) < self._terms.concurrency:
             _, row, number = heapq.heappop(self._waiting)
@@ -123,7 +123,7 @@ class RequestBatch(Generic[T]):
             threading.Thread(target=self._send, args=(one,), name="reward request", daemon=True).start()
 
     def _send(self, one: _Try) -> None:
-        """Make one try, in its thread."""
+        """Run one try, in its thread."""
         try:
             one.outcome = one.line.ask(
                 self._terms.url, self._bodies[one.row], self._terms.timeout, self._terms.max_bytes
@@ -133,7 +133,7 @@ class RequestBatch(Generic[T]):
         self._ended.put(one)
 
     def _next(self) -> list[_Try]:
-        """Wait until a try has ended or is late, or another one is due; return those that have ended or are late."""
+        """Wait until a try ends or is late, or another is due; return the tries that have ended or are late."""
         moments = [one.deadline for one in self._under_way]
         if self._waiting and len(self._under_way) < self._terms.concurrency:
             moments.append(self._waiting[0][0])
@@ -144,10 +144,10 @@ class RequestBatch(Generic[T]):
             return [one for one in self._under_way if one.deadline <= time.monotonic()]
 
     def _settle(self, one: _Try) -> None:
-        """Keep the result of a try, or have another one made.
+        """Keep the result of a try, or schedule the next one.
 
         Raises:
-            RequestError: There is no result, and there are no more tries.
+            RequestError: There is no result, and no further try is allowed.
         """
         outcome = one.outcome
         if outcome is None:
@@ -161,7 +161,7 @@ class RequestBatch(Generic[T]):
             return
         except TryError as error:
             failure = error
-        # Raised out here, with nothing behind it: what is behind the failure has the key in its attributes.
+        # Raised outside the handler, without a context: the errors behind the failure hold the key in attributes.
         if not failure.again or one.number > self._terms.retries:
             raise self._error(failure, one.number)
         backoff = min(self._terms.backoff * 2 ** min(one.number - 1, 30), _LONGEST_BACKOFF)

@@ -1,4 +1,4 @@
-"""JSON over HTTP: many requests to one URL, which may be slow, busy or broken, but never hang."""
+"""JSON over HTTP: sends many requests to one URL, which may be slow, busy or broken, and never hangs."""
 
 import json
 import os
@@ -29,10 +29,10 @@ _ADVICE = {
 
 
 class UnusableError(TryError):
-    """A body that is not what was asked for; another try may bring a better one.
+    """A response body that does not hold what was asked for; another try may succeed.
 
     Args:
-        why: What is wrong with it, to follow "a body that".
+        why: What is wrong with the body, to follow "a body that".
     """
 
     def __init__(self, why: str) -> None:
@@ -41,16 +41,17 @@ class UnusableError(TryError):
 
 
 class HTTPClient:
-    """Posts JSON to one URL, or looks at what is there, and takes JSON for an answer.
+    """Sends POST or GET requests to one URL and reads JSON answers.
 
-    A request is tried again if it could not connect, was broken off, took too long, was answered with status 408, 429
-    or 5xx, or with a body of no use. It waits for `backoff` seconds first, then for twice as long each time up to 30
-    seconds, and for what the server asks for by `Retry-After` if that is longer, up to 60 seconds.
+    A request is tried again if it could not connect, was cut off, took too long, or was answered with status 408, 429
+    or 5xx, or with an unusable body. It waits `backoff` seconds before the second try and twice as long before each
+    later one, up to 30 seconds; if the server's `Retry-After` is longer, it waits for that, up to 60 seconds.
 
-    The key is read from the environment for each call of `post`. No attribute, message or copy of the client holds it.
+    Each call of `post` or `get` reads the key from the environment. No attribute, message or copy of the client holds
+    it.
 
     Args:
-        url: Where to, http or https. It is shown in messages, so it must hold no secret.
+        url: The URL, http or https. It is shown in messages, so it must hold no secret.
         api_key_env: Name of the environment variable that holds the API key.
         timeout: How many seconds one try may take, from connecting to the last byte of the answer.
         retries: How often a request is tried again.
@@ -59,7 +60,7 @@ class HTTPClient:
         max_bytes: Largest answer, in bytes.
 
     Raises:
-        InputError: An option is of no use.
+        InputError: An option has an invalid value.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class HTTPClient:
         max_bytes: int,
     ) -> None:
         if api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", api_key_env):
-            # What it is instead is not shown: it may be the key itself.
+            # The message does not show the value: it may be the key itself.
             raise InputError(
                 f"{_OPTIONS}.api_key_env must be the name of an environment variable, in capitals, such as "
                 f"OPENAI_API_KEY; the key itself belongs into that variable"
@@ -96,10 +97,10 @@ class HTTPClient:
         self.api_key_env = api_key_env
 
     def load(self) -> None:
-        """Check that there is a key, if there is to be one.
+        """Check that the environment holds the key, if one is needed.
 
         Raises:
-            InputError: The environment variable is not set, or holds what cannot be a key.
+            InputError: The environment variable is not set, or its value cannot be a key.
         """
         self._key()
 
@@ -107,10 +108,10 @@ class HTTPClient:
         """Post payloads and read the answers.
 
         Args:
-            payloads: N values that JSON can hold, each for a request of its own.
-            read: Turns an answer's JSON into a result; raises `UnusableError` where that is not what was asked for.
+            payloads: N values that JSON can hold, one per request.
+            read: Turns an answer's JSON into a result; raises `UnusableError` if the JSON is not what was asked for.
                 Called in this thread, in the order in which answers come.
-            check: Called about once a second while waiting; may raise, to wait no longer.
+            check: Called about once a second while waiting; may raise an error to end the wait.
 
         Returns:
             The results, in the order of the payloads. Length N.
@@ -123,7 +124,7 @@ class HTTPClient:
         return RequestBatch(self.terms, self._key(), bodies, lambda reply: self._result(reply, read), check).run()
 
     def get(self, read: Callable[[Any], T], check: Callable[[], None]) -> T:
-        """Get what is at the URL, under the same terms; see `post`."""
+        """Send one GET request and read the answer; arguments and retries are those of `post`."""
         return RequestBatch(self.terms, self._key(), [None], lambda reply: self._result(reply, read), check).run()[0]
 
     def _key(self) -> str | None:
@@ -195,7 +196,7 @@ def checked_url(url: str) -> str:
 
 
 def _seconds(retry_after: str) -> float:
-    """Read a Retry-After header, which has seconds or a date; 0 where it has neither."""
+    """Return the seconds that a Retry-After header asks for, as a number or a date; 0 if it holds neither."""
     try:
         if retry_after.isdigit():
             return float(retry_after)

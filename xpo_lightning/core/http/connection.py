@@ -1,4 +1,4 @@
-"""One HTTP request: where it may go, how much may come back, and how another thread breaks it off."""
+"""Sends one HTTP request at a time: without redirects, with a size limit, and so that another thread can cut it off."""
 
 import json
 import socket
@@ -13,19 +13,19 @@ from requests.auth import AuthBase
 
 _CHUNK = 65536
 _SHOWN = 300  # characters of a body that a message shows
-# Without compression, so that the limit on what is read is one on what is held.
+# Without compression, so that the limit on bytes read also limits memory.
 _HEADERS = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
 
 
 class TryError(Exception):
-    """A try of a request that brought nothing of use.
+    """A try of a request without a usable answer.
 
     Args:
         what: What happened, to follow the URL in a sentence.
         advice: What the user can do.
-        again: Whether another try may do better.
-        wait: Seconds that the server asks to wait for before it.
-        status: Status of the answer, where there is one.
+        again: Whether another try may succeed.
+        wait: Seconds that the server asks to wait before the next try.
+        status: Status of the answer, if there was one.
     """
 
     def __init__(
@@ -37,14 +37,14 @@ class TryError(Exception):
 
 @dataclass(frozen=True)
 class Response:
-    """What a server answered.
+    """A server's answer.
 
     Attributes:
-        status: The status.
-        body: The body as it came; it may hold the key.
-        excerpt: The beginning of the body for a message, without the key; empty where there is no body.
-        location: Where a redirect leads to, without the key.
-        retry_after: The header of this name.
+        status: The HTTP status.
+        body: The body as received; it may hold the key.
+        excerpt: The beginning of the body for messages, without the key; empty if there is no body.
+        location: The target of a redirect, without the key.
+        retry_after: The `Retry-After` header.
     """
 
     status: int
@@ -57,8 +57,8 @@ class Response:
 class Connection:
     """A connection to a server, for one request at a time; another thread may cut it.
 
-    Proxies and certificates are those of the environment, as the requests library reads it. Redirects are not followed,
-    and `.netrc` is not read: the key goes to the one URL, and nothing else goes into the `Authorization` header.
+    Proxies and certificates come from the environment, as the requests library reads it. Redirects are not followed and
+    `.netrc` is not read: the key goes to the one URL only, and nothing else goes into the `Authorization` header.
 
     Args:
         key: The API key; None sends none.
@@ -76,17 +76,17 @@ class Connection:
         """Send a request and read its answer.
 
         Args:
-            url: Where to.
-            body: JSON, which is posted; None gets what is there.
-            timeout: How many seconds the server may be silent. One that keeps on sending takes longer: who waits for
-                the answer cuts the line then.
-            max_bytes: How large an answer may be.
+            url: The URL.
+            body: JSON to post; None sends a GET request.
+            timeout: How many seconds the server may be silent. A server that keeps on sending may take longer; the
+                caller must then cut the connection.
+            max_bytes: Largest answer, in bytes.
 
         Returns:
-            The answer, whatever its status. Of the body of an error only the beginning is read.
+            The answer, whatever its status. If the status is an error, only the beginning of the body is read.
 
         Raises:
-            TryError: There is no whole answer, or it is too large.
+            TryError: The answer is incomplete, missing or too large.
         """
         try:
             with self._session.request(
@@ -107,7 +107,7 @@ class Connection:
                         break
         except requests.Timeout:
             raise timeout_error(timeout) from None
-        except Exception as error:  # urllib3 and the standard library let some of their own through
+        except Exception as error:  # some errors of urllib3 and the standard library come through
             raise TryError(
                 f"could not be reached, or broke off ({self._shown(_cause(error))})",
                 "check that the server runs, and that the URL is right",
@@ -122,7 +122,7 @@ class Connection:
         )
 
     def cut(self) -> None:
-        """Break off a request that is under way in another thread; it fails there."""
+        """Cut off a request that is under way in another thread; it fails there."""
         self._adapter.cut()
 
     def close(self) -> None:
@@ -130,7 +130,7 @@ class Connection:
         self._session.close()
 
     def _shown(self, text: str) -> str:
-        """Make a text fit for a message: short, on one line, without the key, however a server may have written it."""
+        """Format a text for a message: short, on one line, and without the key in any form that a server may write."""
         if self._key is not None:
             quoted = json.dumps(self._key)[1:-1]
             forms = {self._key, quoted, quoted.replace("/", "\\/"), quote(self._key, safe="")}
@@ -141,7 +141,7 @@ class Connection:
 
 
 def timeout_error(timeout: float) -> TryError:
-    """Return the failure of a request that was not answered in time."""
+    """Return the error for a request that was not answered in time."""
     return TryError(
         f"has not answered in full after {timeout:g} seconds",
         "raise model.reward.init_args.timeout, or lower model.reward.init_args.concurrency if the server is busy",
@@ -149,7 +149,7 @@ def timeout_error(timeout: float) -> TryError:
 
 
 class _Bearer(AuthBase):
-    """Sends the key. Without one it does nothing, but keeps the session from looking for one in `.netrc`."""
+    """Sends the key as a bearer token; without a key, only keeps the session from reading one from `.netrc`."""
 
     def __init__(self, key: str | None) -> None:
         self._key = key
@@ -162,11 +162,11 @@ class _Bearer(AuthBase):
 
 class _Session(requests.Session):
     def get_redirect_target(self, resp: requests.Response) -> None:
-        """Know of no redirect; requests reads the body of one, however large, even if it is not to follow it."""
+        """Return no target: requests would read a redirect's body, however large, even without following it."""
 
 
 class _Adapter(HTTPAdapter):
-    """Holds on to the socket of its one connection, because a response has it in a place that depends on the server."""
+    """Keeps the socket of its one connection; where a response holds it depends on the server."""
 
     def __init__(self) -> None:
         super().__init__(pool_connections=1, pool_maxsize=1)
@@ -174,18 +174,18 @@ class _Adapter(HTTPAdapter):
         self._is_cut = False
 
     def get_connection_with_tls_context(self, *args: Any, **options: Any) -> Any:
-        """Return the pool that connections come from; each one tells its socket."""
+        """Return the connection pool, changed so that each new connection records its socket here."""
         pool = super().get_connection_with_tls_context(*args, **options)
         if "ConnectionCls" not in vars(pool):
             vars(pool)["ConnectionCls"] = lambda *a, kind=pool.ConnectionCls, **k: self._watched(kind(*a, **k))
         return pool
 
     def cut(self) -> None:
-        """Shut the socket down, so that who reads from it reads no more."""
+        """Shut the socket down, so that a blocked read ends."""
         self._is_cut = True
         if self._socket is not None:
-            with suppress(OSError, TypeError):  # closed by now; or, behind a proxy of the TLS kind, no socket
-                # Not the method of a TLS socket, which is not made for a second thread.
+            with suppress(OSError, TypeError):  # closed already; or, behind a TLS proxy, no socket
+                # Bypass a TLS socket's own method, which is not safe to call from a second thread.
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def _watched(self, connection: Any) -> Any:
@@ -202,7 +202,7 @@ class _Adapter(HTTPAdapter):
 
 
 def _cause(error: BaseException) -> str:
-    """Name the innermost error: those around it repeat the URL and say little else."""
+    """Describe the innermost error; those around it repeat the URL and add little."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     return f"{type(error).__name__}: {error}"

@@ -1,1 +1,1 @@
-"""Calls of language models: what each allows, prompts computed once, the vocabulary head, what a CPU needs."""
+"""Forward passes of language models: probing of fast paths, prompt sharing, the vocabulary head, CPU kernels."""

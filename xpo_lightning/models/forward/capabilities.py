@@ -1,4 +1,4 @@
-"""What a causal language model can do to be fast, found out by comparing it, as it is, with each of its rows alone."""
+"""Probes which fast paths a causal language model supports, by comparing outputs with those of each row alone."""
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -25,31 +25,31 @@ from xpo_lightning.models.sharding import is_sharded
 
 W = TypeVar("W")
 Features = Callable[[nn.Module, Prompts, Completions, "nn.Linear | None", W], Tensor]
-"""Computes the features of two completions a prompt, (2B, T, F), in one of several ways."""
+"""Computes the features of two completions a prompt, (2B, T, F), in a given way."""
 
 
 SEEDS = 4
-"""Draws of rows of the base length that a way is tried on; where a model sorts or routes, few rows may show nothing."""
+"""Number of probes at the base length; if a model sorts or routes tokens, a single probe may miss an error."""
 
 
 class Sharing(Enum):
-    """How several completions go on from one prompt's keys and values."""
+    """How several completions share one prompt's keys and values."""
 
     PADDED_RIGHT = "from shared prompts padded on the right"
     PADDED_LEFT = "from shared prompts padded on the left"
     NOT = "each with its prompt"
 
     def __str__(self) -> str:
-        """Say it in a message."""
+        """Return the wording for messages."""
         return self.value
 
 
 class Capabilities:
-    """What one model can do; ways are tried when they are first needed for rows of a length.
+    """Fast paths that one model supports; each is probed when rows of a new length first need it.
 
     Args:
         model: A transformers causal language model, with or without adapters, on its device.
-        is_fast: Whether to look for fast ways.
+        is_fast: Whether prompts may be shared and the vocabulary head skipped.
     """
 
     def __init__(self, model: nn.Module, *, is_fast: bool = True) -> None:
@@ -65,12 +65,12 @@ class Capabilities:
     def choose(
         self, title: str, ways: Sequence[W], features: "Features[W]", length: int, *, is_written: bool = False
     ) -> W:
-        """Choose the fastest of several ways that gives what the model gives for each row alone.
+        """Return the fastest of several ways whose output equals that of each row alone.
 
         Args:
-            title: What is computed, also the name under which the choice is kept.
-            ways: The ways, the fastest first; the last is right for whatever a row alone is right for.
-            features: Computes features in one of them.
+            title: What is computed; also the name under which the choice is kept.
+            ways: The ways, the fastest first; the last must be right for every model that can compute a row alone.
+            features: Computes features in a given way.
             length: Tokens of the longest row, padding included.
             is_written: See `Probe.fault`.
 
@@ -80,18 +80,18 @@ class Capabilities:
         if title not in self._ladders:
             self._ladders[title] = self._ladder(title, ways, features, is_written)
         ladder: Ladder[W] = self._ladders[title]
-        # All processes that share a model's weights must go the same way, whatever the length of their rows.
+        # All ranks of a sharded model must take the same way, whatever the length of their rows.
         way = ladder.surest if is_sharded(self.model) else ladder.way(length)
-        self._probes.clear()  # The model goes on to be trained, or has its adapters on again.
+        self._probes.clear()  # Outdated once the model is trained further or its adapters are on again.
         return way
 
     def surest(self, title: str) -> Any:
-        """Return the way of the longest rows that were tried for something that was chosen before."""
+        """Return the way that `choose` found for the longest rows probed under a title."""
         return self._ladders[title].surest
 
     @property
     def may_replay(self) -> bool:
-        """Whether steps may be captured: none was refused, and no process waits for others in them."""
+        """Whether steps may be captured: none was refused before, and the model is not sharded."""
         return not self.has_refused_replays and not is_sharded(self.model)
 
     @property
@@ -121,7 +121,7 @@ class Capabilities:
 
     def _probe(self, reach: int, seed: int) -> Probe:
         if (reach, seed) not in self._probes:
-            while len(self._probes) >= 2 * SEEDS:  # a search for a limit goes through many
+            while len(self._probes) >= 2 * SEEDS:  # the search for a limit makes many
                 self._probes.pop(next(iter(self._probes)))
             self._probes[reach, seed] = Probe(self.model, self.head, reach, seed, self.key)
         return self._probes[reach, seed]
@@ -131,7 +131,7 @@ _known: "weakref.WeakKeyDictionary[nn.Module, Capabilities]" = weakref.WeakKeyDi
 
 
 def capabilities_of(model: nn.Module) -> Capabilities:
-    """Return what a model can do; what was found out is kept as long as the model."""
+    """Return a model's capabilities; they are kept as long as the model."""
     if model not in _known:
         _known[model] = Capabilities(model)
     return _known[model]
@@ -139,7 +139,7 @@ def capabilities_of(model: nn.Module) -> Capabilities:
 
 @contextmanager
 def without_fast_paths(model: nn.Module) -> Iterator[None]:
-    """Share no prompts and leave no head out for a while; for comparing numbers and speed."""
+    """Switch prompt sharing and skipping of the head off for a block, to compare numbers and speed."""
     before = capabilities_of(model)
     _known[model] = Capabilities(model, is_fast=False)
     try:
@@ -149,10 +149,10 @@ def without_fast_paths(model: nn.Module) -> Iterator[None]:
 
 
 def refuse_untrainable(model: nn.Module) -> None:
-    """See that a model in train mode computes rows of any length, once.
+    """Refuse a model in train mode that cannot compute rows of any length; checked once, and only if unsharded.
 
     Raises:
-        InputError: It does not.
+        InputError: It cannot compute a row of 11 tokens.
     """
     found = capabilities_of(model)
     if found.is_trainable or is_sharded(model):
@@ -171,7 +171,7 @@ def refuse_untrainable(model: nn.Module) -> None:
 
 
 def sharing_of(model: nn.Module, length: int) -> Sharing:
-    """Tell how completions go on from shared prompts, with gradients, in rows of up to so many tokens."""
+    """Return how completions share prompts when gradients are needed, in rows of up to `length` tokens."""
     found = capabilities_of(model)
     if not found.is_fast:
         return Sharing.NOT
@@ -180,14 +180,14 @@ def sharing_of(model: nn.Module, length: int) -> Sharing:
 
 
 def rows_of(model: nn.Module, length: int) -> Rows:
-    """Tell how rows of up to so many tokens go through a model, prompt and completion together."""
+    """Return how to batch rows of up to `length` tokens, each a prompt with its completion."""
     return capabilities_of(model).choose("scoring", list(Rows), _unshared, length)
 
 
 def _shared(
     model: nn.Module, prompts: Prompts, completions: Completions, head: nn.Linear | None, way: Sharing
 ) -> Tensor:
-    with torch.enable_grad():  # a cache may be refused where gradients are wanted
+    with torch.enable_grad():  # a model may refuse a cache when gradients are enabled
         return shared_features(model, prompts, completions, head, pads_right=way is Sharing.PADDED_RIGHT)
 
 
@@ -198,7 +198,7 @@ def _unshared(
 
 
 def _plain_head(model: nn.Module) -> nn.Linear | None:
-    """Find the head, and see whether numbers that it is made to return come out of the model unchanged."""
+    """Return the vocabulary head if the model returns its output unchanged, else None; tested with made-up numbers."""
     embeddings = getattr(base_of(model), "get_output_embeddings", None)
     head = embeddings() if embeddings is not None else None
     if not isinstance(head, nn.Linear) or type(head) not in (nn.Linear, OneDNNLinear):

@@ -1,4 +1,4 @@
-"""One call of a causal language model on padded rows."""
+"""Runs a causal language model once on padded rows."""
 
 import inspect
 from collections.abc import Iterator
@@ -28,19 +28,19 @@ def last_features(
     cache: "Cache | OwnState | None" = None,
     head: nn.Linear | None = None,
 ) -> Tensor:
-    """Run a causal language model and return what it has at the last positions: hidden states, or logits.
+    """Run a causal language model and return hidden states or logits at the last positions.
 
-    With padding on the left, a model with learned positions is wrong without position ids.
+    On left-padded rows, a model with learned positions is wrong without position ids.
 
     Args:
         model: A transformers causal language model, with or without adapters.
         ids: Token ids of the new positions. (B, L)
-        mask: True on real tokens, cached positions included (B, C + L); None where each row may see all before it.
+        mask: True on real tokens, cached positions included (B, C + L); None if a token may see all before it.
         positions: Position ids of the new tokens (B, L); None leaves them to the model.
         keep: How many of the last positions to return, at least 1.
         cache: Keys and values of C earlier positions, or the model's own state after them, extended in place; None
             runs without a cache.
-        head: The model's vocabulary head, where it is to be left out; its logits must be the model's.
+        head: The model's vocabulary head, if it is to be skipped; the model must return the head's output unchanged.
 
     Returns:
         The head's inputs (B, keep, D) or, without `head`, logits (B, keep, V).
@@ -58,29 +58,29 @@ def last_features(
     if isinstance(cache, OwnState):
         cache.keep(output, accepted)
     features: Tensor = output.logits[:, -keep:]
-    # Some models turn logits, here the head's inputs, into float32 in the end.
+    # Some models finally cast logits, which here are the head's inputs, to float32.
     has_grown = head is not None and features.dtype == torch.float32 and not torch.is_autocast_enabled(ids.device.type)
     return features.to(head.weight.dtype) if head is not None and has_grown else features
 
 
 class OwnState:
-    """What a model hands out to be called with again: keys and values, or the state of a recurrence.
+    """A model's own cache: outputs to pass to its next call, such as keys and values, or a recurrent state.
 
-    Which of its outputs that is, is told by the names: whatever `forward` returns and takes.
+    Outputs are recognised by name: those that are also parameters of `forward`, except logits, loss and the like.
     """
 
     def __init__(self) -> None:
         self.kept: dict[str, Any] = {}
 
     def keep(self, output: Any, accepted: frozenset[str]) -> None:
-        """Take the state out of what a model returned.
+        """Keep the state in a model's output for its next call.
 
         Args:
             output: The model's output, a mapping.
             accepted: The parameters of its `forward`.
 
         Raises:
-            NotImplementedError: There is none.
+            NotImplementedError: The output holds no state.
         """
         given = {name: value for name, value in output.items() if value is not None}
         self.kept = {name: given[name] for name in given.keys() & accepted - _NO_STATE}
@@ -120,11 +120,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _kernels_for(model: nn.Module, ids: Tensor, cache: "Cache | OwnState | None") -> Iterator[None]:
-    """Choose attention and norms; layers that will be computed again in the backward pass must find the same then."""
+    """Choose attention and norms; layers recomputed in the backward pass keep the model's own in both passes."""
     is_shape_fixed = getattr(cache, "column", None) is not None
     if torch.is_grad_enabled() and is_checkpointing(model):
         yield
-    elif is_shape_fixed:  # Whoever replays the call chooses its norms.
+    elif is_shape_fixed:  # The code that captures the call chooses its norms.
         with fast_attention(ids.device, is_shape_fixed=True):
             yield
     else:
@@ -134,7 +134,7 @@ def _kernels_for(model: nn.Module, ids: Tensor, cache: "Cache | OwnState | None"
 
 @contextmanager
 def _left_out(head: nn.Module) -> Iterator[None]:
-    """Let a layer hand on what it is given."""
+    """Replace a layer by the identity for a block."""
     head.forward = lambda hidden: hidden
     try:
         yield

@@ -1,4 +1,4 @@
-"""What makes a step fast on a CPU: how memory is kept, how many threads run, and which library multiplies matrices."""
+"""Speeds up steps on a CPU: keeps memory, limits threads, and multiplies matrices with the faster library."""
 
 import ctypes
 import functools
@@ -20,11 +20,11 @@ _MADV_HUGEPAGE, _HUGE = 14, 2**21  # of Linux's mman.h, and the size of a huge p
 def keep_memory() -> bool:
     """Have glibc keep freed memory in the process, and take memory from the system in huge pages.
 
-    Tensors of the size of a vocabulary are otherwise mapped anew, page by page, at each allocation, which takes longer
-    than the arithmetic on them.
+    Otherwise each allocation of a vocabulary-sized tensor maps its memory anew, page by page, which takes longer than
+    the arithmetic on it.
 
     Returns:
-        Whether this C library could be told so; others than glibc are left alone.
+        Whether the C library accepted these settings; False for any other than glibc.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -34,7 +34,7 @@ def keep_memory() -> bool:
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    # A block that is given back at once, untouched: the heap has grown by it, and its pages will be huge when used.
+    # Allocate a block and free it untouched: the heap has grown by it, and its pages will be huge when used.
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     block = libc.malloc(size)
     if block:
@@ -45,7 +45,7 @@ def keep_memory() -> bool:
 
 
 def threads_allowed(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Return how many threads are worth running: a container may be given less time than its machine has cores.
+    """Return how many threads are worth running: a container's CPU quota may be less than its machine's cores.
 
     Args:
         quota: The control group's file: microseconds of CPU time per period, or `max`, and the period.
@@ -59,7 +59,7 @@ def threads_allowed(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 
 def limit_threads() -> None:
-    """Run no more threads than `threads_allowed`, unless the user has said how many."""
+    """Limit torch to `threads_allowed` threads, unless the user has set OMP_NUM_THREADS."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads_allowed())
 
@@ -103,7 +103,7 @@ class OneDNNLinear(nn.Linear):
 
 
 def takes_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Tell whether a product of these is one of float32 matrices on a CPU that oneDNN suits."""
+    """Tell whether oneDNN is the faster library for this product: of float32 matrices, on a CPU, without autocast."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -130,7 +130,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def products_summed(left: Tensor, right: Tensor) -> Tensor:
-    """Sum the outer products of rows, as the gradient of a weight does, with the faster library.
+    """Sum the outer products of rows, as for a weight's gradient, with the faster library.
 
     Args:
         left: (N, O)
@@ -141,7 +141,7 @@ def products_summed(left: Tensor, right: Tensor) -> Tensor:
     """
     if not takes_onednn(left, right):
         return left.t() @ right
-    # oneDNN is fast where the longer side is that of the columns it writes.
+    # oneDNN is fast if the output has at least as many columns as rows.
     return _onednn(right.t(), left.t()).t() if left.shape[1] > right.shape[1] else _onednn(left.t(), right.t())
 
 
@@ -155,8 +155,9 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         product = _onednn(x.reshape(-1, x.shape[-1]), weight, bias)
-        # A view of what is made in here must not be changed in place, as some models do (`clamp_`). So rows are given
-        # their shape in the way of `torch.nn.functional.linear`: nothing else holds them, and autograd sees no view.
+        # Autograd forbids in-place changes, which some models make (`clamp_`), to a view that a custom function
+        # returns. So reshape as `torch.nn.functional.linear` does: nothing else holds `product`, and autograd sees no
+        # view.
         return torch.ops.aten._unsafe_view(product, [*x.shape[:-1], weight.shape[0]])  # type: ignore[no-any-return]
 
     @staticmethod

@@ -1,9 +1,9 @@
-"""Attention where torch's own is slow: of the last position alone, and in bfloat16 on a CPU.
+"""Attention for two cases in which torch's own is slow: a single query position, and bfloat16 on a CPU.
 
-Heads that share a key head attend from the last position together, so that no key is copied for them. In bfloat16 on a
-CPU torch's kernel multiplies in float32 and computes what causality hides; here queries are taken in blocks, each with
-the keys that it may see, and scores of a block are computed again for gradients. On other devices, in other types, and
-for what it does not know, transformers' own function is called.
+For a single query position, heads that share a key head attend together, so that no key is copied for them. In bfloat16
+on a CPU, torch's kernel multiplies in float32 and also computes scores that the causal mask hides. Here, queries are
+processed in blocks, each with only the keys that it may see, and the backward pass recomputes the scores of a block.
+Other devices, dtypes and options take transformers' own function.
 """
 
 from collections.abc import Iterator
@@ -20,16 +20,16 @@ BLOCK = 64
 SCORES = 2**21
 """Most scores that exist at a time, so that they stay in a CPU's cache."""
 HIDDEN = -1e30
-"""Score of what must not be seen; finite, so that padding, which sees nothing, does not become NaN."""
+"""Score of a masked key; finite, so that padding, which sees no key, does not become NaN."""
 
 
 @contextmanager
 def fast_attention(device: torch.device, *, is_shape_fixed: bool = False) -> Iterator[None]:
-    """Put our attention in the place of the one that transformers calls `sdpa`, for a while.
+    """Replace transformers' `sdpa` attention by ours for a block.
 
     Args:
         device: Where the model is.
-        is_shape_fixed: Whether the same shapes come again and again.
+        is_shape_fixed: Whether the same shapes recur, so that cuDNN's attention is worth its plan for each.
     """
     with nullcontext() if is_shape_fixed else for_any_shape(device):
         if device.type not in ("cpu", "cuda") or not _is_transformers_own():
@@ -44,7 +44,7 @@ def fast_attention(device: torch.device, *, is_shape_fixed: bool = False) -> Ite
 
 @contextmanager
 def for_any_shape(device: torch.device) -> Iterator[None]:
-    """Leave out cuDNN's attention for a while: it makes a plan for each new shape, which takes a GPU half a second."""
+    """Switch cuDNN's attention off for a block: its plan for each new shape takes half a second on a GPU."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -55,7 +55,7 @@ def for_any_shape(device: torch.device) -> Iterator[None]:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attend (Vaswani et al. 2017, Eq. 1), with several query heads to a key head where there are more of them.
+    """Attend (Vaswani et al. 2017, Eq. 1); several query heads may share a key head.
 
     Args:
         query: (B, H, N, D)
@@ -72,10 +72,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
 
 
 def cache_dtype(model: nn.Module) -> torch.dtype | None:
-    """Return the type that keys and values are best kept in while tokens are sampled; None is the model's own.
+    """Return the best dtype of the KV cache for sampling; None is the model's own.
 
-    On a CPU each step would otherwise convert bfloat16 to float32 again; under autocast, float32 weights make bfloat16
-    keys and values, too.
+    On a CPU each step would otherwise convert a bfloat16 cache to float32 again. Under autocast, float32 weights make
+    bfloat16 keys and values too.
     """
     config: Any = getattr(model, "config", None)
     replaced = getattr(config, "_attn_implementation", None) == "sdpa" and _is_transformers_own()
@@ -95,7 +95,7 @@ def _attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Have the signature that transformers gives attention functions."""
+    """Attend as transformers' attention interface requires; call its own function for unsupported inputs."""
     rest = (attention_mask, dropout, scaling, is_causal)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     known = dropout == 0 and all(option is None or name in _HARMLESS for name, option in kwargs.items())
@@ -119,20 +119,20 @@ def _attention_forward(
 
 
 def _attended_from_last(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attend from one position, (B, H, 1, D)."""
+    """Attend from a single query position, (B, H, 1, D)."""
     dtype = query.dtype
-    if query.device.type == "cpu":  # a product with a vector is fast in float32 alone
+    if query.device.type == "cpu":  # a product with a vector is fast in float32 only
         query, key, value = query.float(), key.float(), value.float()
     elif mask is not None and mask.dtype == torch.bool:
         mask = _added(mask, query.dtype)
-    grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])  # heads of a key head are queries of it
+    grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])  # heads that share a key head
     with torch.autocast("cpu", enabled=False):
         out = nn.functional.scaled_dot_product_attention(grouped, key, value, mask, scale=scale)
     return out.reshape(*query.shape[:3], -1).to(dtype)
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a mask into what is added to scores, once for all layers: torch would do it in each."""
+    """Turn a boolean mask into an additive one, once for all layers: torch would do it in each."""
     known: Tensor | None = getattr(mask, "_added", None)
     if known is None or known.dtype != dtype:
         known = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
@@ -145,7 +145,7 @@ _transformers = sdpa_attention_forward
 
 
 def _is_transformers_own() -> bool:
-    """Tell whether nobody, ourselves included, has put another attention in its place."""
+    """Tell whether `sdpa` is transformers' own function, replaced neither by us nor by anyone else."""
     return ALL_ATTENTION_FUNCTIONS["sdpa"] is _transformers
 
 
@@ -184,31 +184,31 @@ def _weights(query: Tensor, key: Tensor, seen: Tensor | None) -> Tensor:
     """Return the softmax of scores in float32, of shape (B, K, G * N, M)."""
     scores = query @ key.transpose(2, 3)
     if seen is not None:
-        last = seen.shape[-1]  # a causal block hides among its last keys alone
+        last = seen.shape[-1]  # a causal block masks only its last keys
         grouped = scores.view(*scores.shape[:2], -1, seen.shape[-2], scores.shape[3])
         grouped[..., -last:].masked_fill_(~seen, HIDDEN)
     return scores.softmax(-1, dtype=torch.float32)
 
 
 class _Block:
-    """Some rows, and some of their queries: what to cut from each tensor, and where to put the result."""
+    """A block of rows and queries; cuts its part from each tensor, and puts the result in its place."""
 
     def __init__(self, rows: slice, queries: slice, keys: int, groups: int) -> None:
         self.rows, self.queries, self.groups = rows, queries, groups
         self.heads_and_keys = (rows, slice(None), slice(0, keys))
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Cut queries (B, H, N, D), and put those of heads that share a key head together (B, K, G * N, D)."""
+        """Cut the block's queries (B, H, N, D), and group those that share a key head (B, K, G * N, D)."""
         part = tensor[self.rows, :, self.queries]
         return part.reshape(part.shape[0], part.shape[1] // self.groups, -1, part.shape[3])
 
     def put(self, tensor: Tensor, result: Tensor) -> None:
-        """Write a result of such queries to its place."""
+        """Write the result for the block's queries into a tensor."""
         part = tensor[self.rows, :, self.queries]
         part.copy_(result.view(part.shape))
 
     def mask(self, mask: Tensor | None) -> Tensor | None:
-        """Return which keys each query may see (B, 1, 1, N, M); causal, which of the last, as it sees all others."""
+        """Return which keys each query may see (B, 1, 1, N, M); if causal, which of the last N keys (N, N)."""
         if mask is not None:
             return mask[self.rows, :, None, self.queries]
         size = self.queries.stop - self.queries.start

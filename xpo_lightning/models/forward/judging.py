@@ -1,4 +1,4 @@
-"""A model in the state in which its numbers are judged: at rest, in float32, with no more layers than needed."""
+"""Prepares a model for comparing outputs: eval mode, float32, no more layers than needed."""
 
 import weakref
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ from xpo_lightning.models.forward.causal_forward import base_of, eval_mode
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """Switch off dropout and gradients."""
+    """Switch off dropout and gradients for a block."""
     with torch.no_grad(), eval_mode(model):
         yield
 
 
 def is_coarse(model: nn.Module) -> bool:
-    """Tell whether a model computes in less than float32 here, by its weights or by autocast."""
+    """Tell whether a model computes in a lower precision than float32, by its weights or by autocast."""
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
     device = next(model.parameters()).device.type
     return torch.is_autocast_enabled(device) or any(weight.dtype.itemsize < 4 for weight in weights)
@@ -28,9 +28,9 @@ def is_coarse(model: nn.Module) -> bool:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[bool]:
-    """Compute in float32 for a while, where no tensor of the model is quantized; tells whether that is so.
+    """Compute in float32 for a block, unless the model is quantized; yields whether it does.
 
-    Each weight comes back as it was: it is put aside, not converted back.
+    Afterwards each weight is exactly as before: the original is kept and put back, not converted back.
     """
     tensors = list(chain(model.parameters(), model.buffers()))
     exact = all(tensor.is_floating_point() for tensor in model.parameters())
@@ -49,7 +49,7 @@ def in_float32(model: nn.Module) -> Iterator[bool]:
 
 @contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Keep a GPU from rounding factors to 10 bits, which it does in convolutions by default."""
+    """Switch TF32 off for a block: it rounds factors to 10 bits, in convolutions by default."""
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     try:
@@ -63,9 +63,10 @@ def _without_tf32() -> Iterator[None]:
 
 @contextmanager
 def shortened(model: nn.Module) -> Iterator[bool]:
-    """Leave out the last layers of a model, as long as one of each kind is left; tells whether any was.
+    """Drop a model's last layers for a block, but keep one of each kind; yields whether any were dropped.
 
-    Layers are of a kind if they are alike in classes, shapes and settings, and in what the config says of each layer.
+    Nothing is dropped if more than half of the layers would stay. Layers are of one kind if they agree in classes,
+    shapes, settings and the config's values per layer.
     """
     layers = layer_list(model)
     if layers is not None and layers not in _kept:
@@ -92,7 +93,7 @@ def layer_list(model: nn.Module) -> nn.ModuleList | None:
 
 
 def _layers_of_every_kind(layers: nn.ModuleList, config: Any) -> int:
-    """Count the first layers that hold one of each kind."""
+    """Count how many of the first layers it takes to have one of each kind."""
     text: dict[str, Any] = {} if config is None else config.get_text_config(decoder=True).to_dict()
     of_each = [value for value in text.values() if isinstance(value, list | tuple) and len(value) == len(layers)]
     kinds = [(_kind(layer), repr([values[place] for values in of_each])) for place, layer in enumerate(layers)]

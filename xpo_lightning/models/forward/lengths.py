@@ -1,4 +1,4 @@
-"""Lengths at which a model may behave otherwise: windows, chunks, marks of the context; read from its config."""
+"""Reads from a model's config the lengths at which its behaviour may change: windows, chunks, context marks."""
 
 import re
 from typing import Any
@@ -9,24 +9,24 @@ from xpo_lightning.models.forward.causal_forward import base_of
 from xpo_lightning.models.forward.judging import layer_list
 
 _NAMES = re.compile("window|chunk|original_max_position|local|span|floor|context|block|stride|reach")
-"""What such settings are called; a name that is missing here only lets a length be tried later, when a row has it."""
+"""Names of such settings; a length whose name is missing here is only probed later, once a row reaches it."""
 
 BASE = 48
-"""Tokens of the rows that are tried before any other."""
+"""Tokens of the rows that are probed first."""
 OPERATIONS = {"cpu": 1e11, "cuda": 1e13}
-"""Most operations to spend on lengths that a config names, before a row of such a length is met; by type of device."""
+"""Most operations to spend on probing a config's lengths before any row reaches them, by type of device."""
 
 MARGIN = 14
-"""Tokens by which rows go beyond a length."""
+"""Tokens by which probed rows exceed a length."""
 _COPIES = 30
-"""How often the longest row's tokens are computed, roughly, until a way is found right."""
+"""Forward passes over the longest row, roughly, until a right way is found."""
 
 
 def named_lengths(model: nn.Module) -> tuple[list[int], list[int]]:
-    """Collect the numbers in a model's config, those of its nested settings included.
+    """Collect the integers in a model's config, nested settings included.
 
     Returns:
-        Those whose name tells of a length, and all others, in ascending order.
+        Those whose name suggests a length, and all others, each in ascending order.
     """
     likely: set[int] = set()
     others: set[int] = set()
@@ -69,13 +69,13 @@ def special_tokens(model: nn.Module) -> set[int]:
 
 
 def text_config(model: nn.Module) -> dict[str, Any]:
-    """Return the settings of a model, or of its text part, by name; none where it has no config."""
+    """Return the config of a model, or of its text part, as a dict; empty if it has no config."""
     config: Any = getattr(base_of(model), "config", None)
     return {} if config is None else config.get_text_config(decoder=True).to_dict()
 
 
 def first_reach(model: nn.Module) -> int:
-    """Choose how long the first rows are: beyond each length that the config names, as far as that is cheap."""
+    """Choose how long the first probed rows are: beyond each length that the config names, as far as that is cheap."""
     device = next(model.parameters()).device.type
     layers = layer_list(model)
     weights = sum(weight.numel() for weight in (model if layers is None else layers[0]).parameters())

@@ -1,4 +1,4 @@
-"""The vocabulary head at the positions of completions alone, with backward passes of its own."""
+"""Applies the vocabulary head at the positions of completions only, with its own backward passes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from xpo_lightning.models.forward.cpu import linear, products_summed
 
 CHUNK = {"cpu": 2**22, "cuda": 2**26}
-"""Most logits that are worked on at a time, by type of device; on a CPU they had better stay in its cache."""
+"""Most logits computed at a time, by type of device; on a CPU they should stay in its cache."""
 KEPT = 2**26
-"""Most probabilities kept for the backward pass; where there are more, they are computed again, this many at a time."""
+"""Most probabilities kept for the backward pass; if there are more, it recomputes them, this many at a time."""
 _LEAST = -1e4
 """A log-probability whose exponential is 0, and whose product with 0 is 0, unlike that of minus infinity."""
 
@@ -38,7 +38,7 @@ def head_logps(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
 def logps_and_entropies(features: Tensor, head: nn.Linear | None, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Score tokens, and measure the entropy of the distribution that each was drawn from.
 
-    Logits of a head exist for a few positions at a time, and again in the backward pass.
+    The head's logits exist for a few positions at a time; the backward pass recomputes them.
 
     Args:
         features: Hidden states at the positions that predict the targets (N, D) or, without `head`, logits (N, V).

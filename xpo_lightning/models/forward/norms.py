@@ -1,4 +1,4 @@
-"""Norms by the root mean square as one kernel, where models write them out as eight."""
+"""Computes RMS norms with one kernel, where models' own code takes eight."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,20 +12,20 @@ ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Largest error that counts as rounding, by type, relative to the largest number."""
 
 FUSING = {"cuda"}
-"""Kinds of devices where one kernel is faster than eight."""
+"""Types of devices on which one kernel is faster than eight."""
 
 
 def fast_norms(model: nn.Module, device: torch.device) -> AbstractContextManager[None]:
-    """Fuse a model's norms for a while, where that is faster."""
+    """Fuse a model's norms for a block, if that is faster on its device."""
     return norms_fused(model) if device.type in FUSING else nullcontext()
 
 
 @contextmanager
 def norms_fused(model: nn.Module) -> Iterator[None]:
-    """Compute those norms of a model by torch's own function for a while that differ from it by rounding alone.
+    """Compute a model's norms with torch's `rms_norm` for a block, if they differ from it by rounding only.
 
     Args:
-        model: Any model, at rest; which norms these are is found out once.
+        model: Any model; its norms are tested once.
     """
     if model not in _found:
         _found[model] = _fusible(model)
@@ -42,7 +42,7 @@ def norms_fused(model: nn.Module) -> Iterator[None]:
 
 
 Norm = tuple[nn.Module, float, float]
-"""A norm, what is added to the mean square, and what is added to its weight."""
+"""A norm, its epsilon (added to the mean square), and the shift that is added to its weight."""
 _found: "weakref.WeakKeyDictionary[nn.Module, list[Norm]]" = weakref.WeakKeyDictionary()
 
 
@@ -55,7 +55,7 @@ def _fused(plainly: Callable[[Tensor], Tensor], norm: nn.Module, eps: float, shi
 
 @torch.no_grad()
 def _fusible(model: nn.Module) -> list[Norm]:
-    """Find the norms, each class by trying."""
+    """Find the norms that can be fused; tests one norm of each class."""
     shifts: dict[type[nn.Module], float | None] = {}
     found: list[Norm] = []
     for norm in model.modules():
@@ -79,7 +79,7 @@ def _is_rms(norm: nn.Module, weight: Tensor, eps: float, shift: float) -> bool:
     rows = torch.linspace(-2, 3, 2 * len(weight), dtype=torch.float32, device=weight.device).sin().to(weight.dtype)
     try:
         plain = norm(rows.view(2, -1))
-    except Exception:  # Whatever it is, it is called with something else than hidden states.
+    except Exception:  # Not called with hidden states, so no norm of this kind.
         return False
     fused = nn.functional.rms_norm(rows.view(2, -1), weight.shape, weight + shift if shift else weight, eps)
     off = (plain.float() - fused.float()).abs().max() if plain.shape == fused.shape else torch.tensor(float("inf"))

@@ -1,7 +1,7 @@
-"""Features of completions where each prompt is computed once, for all of its completions.
+"""Computes the features of completions with each prompt encoded once, for all of its completions.
 
-Features are what a causal language model has at the positions that predict each token of a completion. Here these
-positions attend to the prompt's keys and values, and gradients flow back through them.
+Features are the hidden states or logits at the positions that predict each token of a completion. Here these positions
+attend to the prompt's cached keys and values, and gradients flow back through them.
 """
 
 from typing import Any
@@ -24,9 +24,9 @@ def shared_features(
         model: A transformers causal language model on the device of the prompts; it must take a cache of keys and
             values.
         prompts: B prompts.
-        completions: K completions of each: those of row b are rows b, B + b, and so on. (K * B rows)
-        head: The vocabulary head, where hidden states are wanted in place of logits.
-        pads_right: Whether prompts may be padded on the right, where causal attention needs no mask; it takes a `head`.
+        completions: K completions of each prompt; those of prompt b are rows b, B + b, and so on. (K * B rows)
+        head: The vocabulary head, to get hidden states in place of logits.
+        pads_right: Whether to pad prompts on the right, where causal attention needs no mask; needs a `head`.
 
     Returns:
         Features that predict each completion token: hidden states (K * B, T, D) or logits (K * B, T, V).
@@ -41,12 +41,12 @@ def shared_features(
 def run_prompts(
     model: nn.Module, prompts: Prompts, cache: Cache, head: nn.Linear | None, *, pads_right: bool
 ) -> tuple[Tensor, Tensor]:
-    """Fill a cache with prompts.
+    """Encode prompts into a cache.
 
     Args:
         model: As in `shared_features`.
         prompts: B prompts.
-        cache: Where their keys and values go.
+        cache: Receives their keys and values.
         head: As in `shared_features`.
         pads_right: As in `shared_features`.
 
@@ -65,7 +65,7 @@ def run_prompts(
 def run_completions(
     model: nn.Module, completions: Completions, first: Tensor, mask: Tensor, cache: Cache, head: nn.Linear | None
 ) -> Tensor:
-    """Go on from a cache that holds the prompts of these completions.
+    """Run completions with a cache that holds their prompts.
 
     Args:
         model: As in `shared_features`.
@@ -73,7 +73,7 @@ def run_completions(
         first: The features of the prompts' last tokens. (B, 1, F)
         mask: True on the prompts' tokens. (B, P)
         cache: The prompts' keys and values.
-        head: As in `plain_features`.
+        head: As in `shared_features`.
 
     Returns:
         Features that predict each completion token. (B, T, F)
@@ -87,9 +87,9 @@ def run_completions(
 
 
 class PromptCache(Cache):
-    """Keys and values of B prompts, for each of K * B rows to go on from once `copies` is K.
+    """Keys and values of B prompts, which K * B completions share once `copies` is K.
 
-    Layers with a sliding window keep all of them, too: the window is the mask's business.
+    Layers with a sliding window keep all of them too: the mask takes care of the window.
     """
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class PromptCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keep the first call's keys and values (B, H, P, D); return them, or them and those of later calls."""
+        """Keep the first call's keys and values (B, H, P, D); later calls return them with their own appended."""
         return super().update(key_states, value_states, layer_idx, self.copies)
 
 
@@ -114,6 +114,6 @@ class _Layer(DynamicLayer):
 
 
 def _appended(old: Tensor, new: Tensor, copies: int) -> Tensor:
-    """Put new states (K * B, H, N, D) behind K copies of the old ones (B, H, P, D), in one copy of memory."""
+    """Append new states (K * B, H, N, D) to K copies of the old ones (B, H, P, D), in one copy of memory."""
     parts = [old.expand(copies, *old.shape), new.view(copies, *old.shape[:2], -1, old.shape[3])]
     return torch.cat(parts, 3).flatten(0, 1)

@@ -1,7 +1,7 @@
-"""A small batch of prompts and completions that shows whether a way to compute features is right.
+"""Probes a way to compute features with a small batch of random prompts and completions.
 
-Rows are of unequal lengths, decoding crosses each length that the model's config names, and completions are long enough
-for six decoding steps.
+Rows have unequal lengths, decoding crosses lengths that the model's config names, and completions are long enough for
+six decoding steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,21 +25,21 @@ ROWS = 6
 """Most prompts of a probe."""
 
 Compute = Callable[[Prompts, Completions], Tensor]
-"""From B prompts and two completions of each to the features of the completions' tokens, (2B, T, F)."""
+"""Maps B prompts and two completions of each to the features of the completions' tokens, (2B, T, F)."""
 
 
 class Probe:
-    """Rows of up to some length, and the features of each alone.
+    """Random rows of up to some length, and the features of each row computed alone.
 
     Args:
         model: A transformers causal language model, with or without adapters, on its device.
-        head: Its vocabulary head, where features are hidden states in place of logits.
+        head: Its vocabulary head, to compare hidden states in place of logits.
         reach: Tokens of the longest row, prompt and completion.
-        seed: Which tokens to draw.
-        key: The config's key of the model, for errors.
+        seed: Seed of the token ids.
+        key: The configuration key of the model, for errors.
 
     Raises:
-        InputError: The model cannot compute a row alone, or what it predicts depends on later tokens.
+        InputError: The model cannot compute a row alone, or its predictions depend on later tokens.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class Probe:
 
         Args:
             compute: The way.
-            is_written: Whether tokens are written one after the other, so that what predicts one knows no later ones:
-                at a mark of the context it may differ from what it is in the row that came out.
+            is_written: Whether tokens are generated one after the other, so that the features of one see no later
+                tokens: at a mark of the context they may differ from the features in the finished row.
 
         Returns:
-            What is wrong with the way, None where nothing is.
+            What is wrong with the way, or None if it is right.
         """
         mask = self.completions.mask
 
@@ -77,7 +77,7 @@ class Probe:
 
     @cached_property
     def _has_marks(self) -> bool:
-        """Whether what follows a prompt changes what the prompt predicts."""
+        """Whether later completion tokens change the prediction of the first."""
         one = self.completions.mask[:, :1]
         shortest = replace(self.completions, ids=self.completions.ids[:, :1], mask=one, token_logps=one.float())
         return self.truth.differ(
@@ -87,7 +87,7 @@ class Probe:
 
     @cached_property
     def _truth_of_prefixes(self) -> Truth:
-        """The truth for each token in the row that ends with it."""
+        """The truth for each token, from a row that ends just before it."""
 
         def alone() -> Tensor:
             rows: list[Tensor] = []
@@ -100,8 +100,8 @@ class Probe:
         return Truth(self.model, alone, self.key)
 
     def _refuse_what_looks_ahead(self) -> None:
-        """Compare what predicts a token in a row that is cut there and in one that goes on."""
-        for length in (2, 4, 7):  # A mark of the context may lie between the two rows of one of these.
+        """Refuse a model whose prediction of a token changes when the row continues after that token."""
+        for length in (2, 4, 7):  # For one of these, a mark of the context may lie between the two rows' lengths.
             (row,) = draw_rows(self.model, [length + 2], seed=length)
             prompts = _prompts(self.model, [row[:length]])
             cut, whole = (_completions(self.model, [row[length:][:count]]) for count in (1, 2))
@@ -120,7 +120,7 @@ class Probe:
 
 
 def prompt_lengths(model: nn.Module, reach: int, steps: int) -> list[int]:
-    """Choose the prompts of a probe: the longest, a short one, one between, and some that end before a mark.
+    """Choose the prompt lengths of a probe: the longest, a short one, one between, and some just before a mark.
 
     Args:
         model: Its config names the marks.
@@ -135,7 +135,7 @@ def prompt_lengths(model: nn.Module, reach: int, steps: int) -> list[int]:
 
 
 def draw_rows(model: nn.Module, lengths: Sequence[int], seed: int) -> list[list[int]]:
-    """Draw rows of token ids that mean nothing in particular to the model."""
+    """Draw rows of random token ids, without special tokens."""
     special = special_tokens(model)
     ordinary = [token for token in range(vocabulary_size(model)) if token not in special]
     generator = torch.Generator().manual_seed(seed)
@@ -144,11 +144,11 @@ def draw_rows(model: nn.Module, lengths: Sequence[int], seed: int) -> list[list[
 
 
 def vocabulary_size(model: nn.Module) -> int:
-    """Count the token ids that a model knows; where it does not tell, those that its largest table is for."""
+    """Return how many token ids a model embeds; without a single table, the size of its largest embedding."""
     own = getattr(base_of(model), "get_input_embeddings", None)
     try:
         table: Any = None if own is None else own()
-    except NotImplementedError:  # transformers', where a model has no one table
+    except NotImplementedError:  # from transformers, if a model has no single table
         table = None
     if hasattr(table, "num_embeddings"):
         return int(table.num_embeddings)

@@ -1,4 +1,4 @@
-"""Random numbers that a model draws while it trains: for dropout, and in the routing of experts, say."""
+"""Controls the random numbers that a model draws in training, for dropout or expert routing, say."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ _TOKENS = 8
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
-    """Set every dropout module, and every dropout probability that a layer keeps as a number."""
+    """Set the probability of every dropout module, and every dropout probability that a layer keeps as a number."""
     for module in model.modules():
         if isinstance(module, DROPOUTS):
             module.p = probability
@@ -31,12 +31,12 @@ def set_dropout(model: nn.Module, probability: float) -> None:
 
 
 def keep_all_layers(model: nn.Module) -> None:
-    """Let a model skip no layers in training: completions look at what every layer had of their prompt."""
+    """Disable layer dropping in training: in every layer, completions attend to the keys and values of their prompt."""
     _set_numbers(model, "layerdrop", 0.0)
 
 
 def _set_numbers(model: nn.Module, word: str, number: float) -> None:
-    """Set the attributes that hold a number and have a word in their name."""
+    """Set the attributes that hold a number and whose name contains a word."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if word in name and isinstance(value, int | float) and not isinstance(value, bool):
@@ -45,18 +45,18 @@ def _set_numbers(model: nn.Module, word: str, number: float) -> None:
 
 @torch.no_grad()
 def stop_random_draws(model: nn.Module) -> list[str]:
-    """Run modules that draw random numbers in train mode in eval mode from now on; adapters' dropout goes on.
+    """Run modules that draw random numbers in eval mode from now on, except adapters' dropout.
 
-    Which these are is seen by trying: forward passes of a few tokens, until nothing draws.
+    Forward passes of a few tokens find these modules, until none draws.
 
     Args:
-        model: A causal language model in train mode, on its device. With sharded weights all processes call this.
+        model: A causal language model in train mode, on its device. With sharded weights this is collective.
 
     Returns:
         The names of their classes.
 
     Raises:
-        InputError: One draws in eval mode as well.
+        InputError: A module draws in eval mode as well.
     """
     stopped: dict[nn.Module, None] = {}
     while drawing := _find_drawing(model):
@@ -73,18 +73,18 @@ def stop_random_draws(model: nn.Module) -> list[str]:
 
 
 def _enter_eval_mode(module: nn.Module, _: Any) -> None:
-    """Leave train mode for a call; the modules inside keep theirs."""
+    """Put a module into eval mode for a call; its submodules keep their mode."""
     module._mode_outside = module.training  # type: ignore[assignment]
     module.training = False
 
 
 def _leave_eval_mode(module: nn.Module, _: Any, __: Any) -> None:
-    """Go back to the mode before the call, by which others know that the model trains."""
+    """Restore the mode before the call, from which other code knows that the model trains."""
     module.training = module._mode_outside  # type: ignore[assignment]
 
 
 def _find_drawing(model: nn.Module) -> list[nn.Module]:
-    """Run a model and return the modules that drew random numbers themselves, not by a module inside of them."""
+    """Run a model and return the modules that drew random numbers themselves, not through a submodule."""
     device = next(model.parameters()).device
     ids = torch.arange(_TOKENS, device=device)[None]
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -98,10 +98,10 @@ def _find_drawing(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def _watched(model: nn.Module, device: torch.device, found: dict[nn.Module, None]) -> Iterator[None]:
-    """Compare the state of the random generators before and after each module.
+    """Add each module that advances the random generators to `found`.
 
-    It is set back after a module that has moved it, so that the modules around that one are seen to have moved it only
-    if they did so themselves.
+    The generators' state is restored after such a module, so that the modules around it are added only if they draw
+    themselves.
     """
     before: list[list[Tensor]] = []
 

@@ -1,7 +1,7 @@
-"""What a model gives for each row alone, and how far another way to compute it is off.
+"""Compares a way to compute features with the truth: the features of each row computed alone.
 
-Numbers are judged in float32, where a wrong way cannot pass for rounding; in a run of coarser numbers a way has to work
-in these as well.
+The comparison is in float32, where an error cannot pass for rounding. In a run of lower precision, a way must also work
+in that precision.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,26 +15,26 @@ from xpo_lightning.models.forward.causal_forward import base_of
 from xpo_lightning.models.forward.judging import at_rest, in_float32, is_coarse, shortened
 
 FAILURES = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
-"""What models raise that cannot do what is tried."""
+"""Exceptions that a model raises in a way that it does not support."""
 EXACT, COARSE = 1e-3, 0.3
 """Largest error that counts as rounding, in standard deviations of the truth: of any number in float32; of the median
-row in coarser numbers, where rounding sends some tokens to other experts."""
+row in lower precision, where rounding sends some tokens to other experts."""
 
 Compute = Callable[[], Tensor]
 
 
 class Truth:
-    """The truth of a few rows.
+    """Features of a few rows, each computed alone; other ways are compared with them.
 
     Args:
         model: The model, on its device.
-        alone: Computes the truth with it: each row alone, unpadded, without a cache.
-        key: The config's key of the model, for errors.
-        may_shorten: Whether the first layers may stand for all; not where padding is far from what is read, since it
-            comes nearer with each layer.
+        alone: Computes the features: each row alone, unpadded, without a cache.
+        key: The configuration key of the model, for errors.
+        may_shorten: Whether the first layers may stand for all; not if padding is far from the positions that are
+            read, since its influence comes nearer with each layer.
 
     Raises:
-        InputError: The model cannot do that.
+        InputError: The model cannot compute a row alone.
     """
 
     is_shortened: bool
@@ -50,7 +50,7 @@ class Truth:
             self._take_all_layers()
 
     def fault(self, compute: Compute) -> str | None:
-        """Compare a way with the truth; say what is wrong with it, or return None where nothing is."""
+        """Compare a way with the truth; return what is wrong with it, or None."""
         try:
             return self._fault(compute)
         except torch.OutOfMemoryError:
@@ -63,11 +63,11 @@ class Truth:
                 compute()
         except FAILURES as error:
             return described(error)
-        self._take_all_layers()  # It counts on all of them.
+        self._take_all_layers()  # The way works only with all of them.
         return self.fault(compute)
 
     def differ(self, one: Compute, other: Compute) -> bool:
-        """Tell whether two computations give other numbers."""
+        """Tell whether two computations differ by more than rounding."""
         with self._judged(exactly=True):
             return relative_error(one(), other()) > (EXACT if self.is_exact else COARSE)
 
@@ -113,14 +113,14 @@ class Truth:
 
 
 def relative_error(found: Tensor, truth: Tensor, *, of_median: bool = False) -> float:
-    """Return the largest difference in standard deviations of the truth; infinite where a number is not finite.
+    """Return the largest difference in standard deviations of the truth; infinite if a number is not finite.
 
-    A truth that is not finite judges nothing; whoever computes with it will say so.
+    If the truth itself is not finite, return 0: the code that uses these numbers reports them.
 
     Args:
-        found: What a way gives. (N, ...)
-        truth: What is right. (N, ...)
-        of_median: Of the median of the N rows, not of all of them.
+        found: Features from the way. (N, ...)
+        truth: Right features. (N, ...)
+        of_median: Take the largest difference of the median row instead of that of all N rows.
     """
     found, truth = found.detach().float(), truth.detach().float()
     if not bool(truth.isfinite().all()):
@@ -137,5 +137,5 @@ def name_of(model: nn.Module) -> str:
 
 
 def described(error: Exception) -> str:
-    """Say in one line what went wrong."""
+    """Describe an error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split()):.160}"

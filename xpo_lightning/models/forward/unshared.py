@@ -1,7 +1,7 @@
-"""Features of completions where each is computed together with its prompt, in one row.
+"""Computes the features of completions, each in one row with its prompt.
 
-Rows are padded on the left or on the right, or not at all: then those of equal length go together, or each alone. The
-last is what every other way is compared with.
+Rows are padded on the left or on the right, or not at all; unpadded rows are run with those of equal length, or one by
+one. The last of these is the truth that every other way is compared with.
 """
 
 from collections import defaultdict
@@ -15,7 +15,7 @@ from xpo_lightning.models.forward.causal_forward import last_features, positions
 
 
 class Rows(Enum):
-    """How rows of unequal length go through a model."""
+    """How a model runs rows of unequal length."""
 
     PADDED_LEFT = "padded on the left"
     PADDED_RIGHT = "padded on the right"
@@ -23,7 +23,7 @@ class Rows(Enum):
     ALONE = "one by one"
 
     def __str__(self) -> str:
-        """Say it in a message."""
+        """Return the wording for messages."""
         return self.value
 
 
@@ -36,8 +36,8 @@ def unshared_features(
         model: A transformers causal language model on the device of the prompts.
         prompts: B prompts.
         completions: B completions of them.
-        head: The vocabulary head, where hidden states are wanted in place of logits.
-        how: How rows of unequal length go through the model.
+        head: The vocabulary head, to get hidden states in place of logits.
+        how: How the model runs rows of unequal length.
 
     Returns:
         Features that predict each completion token: hidden states (B, T, D) or logits (B, T, V).
@@ -50,7 +50,7 @@ def unshared_features(
 
 
 def group_by_length(lengths: list[int], *, together: bool = True) -> list[list[int]]:
-    """Put the rows of each length together, or each row by itself."""
+    """Group row indices by length or, without `together`, each row by itself."""
     groups: dict[int, list[int]] = defaultdict(list)
     for row, length in enumerate(lengths):
         groups[length if together else row].append(row)
@@ -65,12 +65,14 @@ def _padded_left(model: nn.Module, prompts: Prompts, completions: Completions, h
 
 
 def _padded_right(model: nn.Module, prompts: Prompts, completions: Completions, head: nn.Linear | None) -> Tensor:
-    """Leave padding to the end, where causal models do not see it; they need no mask."""
+    """Pad on the right, where causal models do not see padding and need no mask."""
     rows = [row[:-1] for row in _joined(prompts, completions)]
     width, shortest = max(map(len, rows)), min(prompts.counts)
     ids = torch.stack([nn.functional.pad(row, (0, width - len(row))) for row in rows])
     positions = torch.arange(width, device=ids.device).expand_as(ids)
-    features = last_features(model, ids, None, positions, width - shortest + 1, head=head)  # from the first wanted on
+    features = last_features(
+        model, ids, None, positions, width - shortest + 1, head=head
+    )  # from the first wanted position on
     steps = torch.arange(completions.ids.shape[1], device=ids.device)
     index = (prompts.lengths[:, None] - shortest + steps).clamp_(max=width - shortest)
     return features.take_along_dim(index[..., None], 1)
@@ -92,7 +94,7 @@ def _unpadded(
 
 
 def _joined(prompts: Prompts, completions: Completions) -> list[Tensor]:
-    """Put the real tokens of each prompt and its completion together, in rows of unequal length."""
+    """Join the real tokens of each prompt and its completion, in rows of unequal length."""
     start = prompts.ids.shape[1]
     return [
         torch.cat([prompts.ids[row, start - before :], completions.ids[row, :after]])
