@@ -1,4 +1,4 @@
-"""Rewards and judges: what says which completion is better."""
+"""Rewards, which score completions, and judges, which compare two of them."""
 
 from xpo_lightning.rewards.base import Judge, Reward
 from xpo_lightning.rewards.http_judge import HTTPJudge

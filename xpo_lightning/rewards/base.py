@@ -1,4 +1,4 @@
-"""What says which completion is better: a reward scores each by itself, a judge compares two."""
+"""Base classes of rewards, which score each completion by itself, and of judges, which compare two."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,42 +16,42 @@ OnInvalid = Literal["skip", "tie", "error"]
 
 
 class Feedback(nn.Module, ABC):
-    """Says which completion is better; the base of `Reward` and `Judge`.
+    """Decides which completion is better; the base class of `Reward` and `Judge`.
 
-    It is an `nn.Module`, so that a model inside it moves with the trainer's device. Settings are taken in `__init__`;
-    weights are loaded by `load`, which the XPO module calls once before training.
+    It is an `nn.Module`, so that a model inside it moves with the trainer's device. `__init__` takes the settings;
+    `load`, which the XPO module calls once before training, loads the weights.
     """
 
     _check: Callable[[], None] | None = None
 
     def set_check(self, check: Callable[[], None]) -> None:
-        """Set what `check` does, here and in all that this one is made of; the XPO module calls it."""
+        """Set the function that `check` calls, here and in all rewards inside this one; the XPO module calls it."""
         for part in self.modules():
             if isinstance(part, Feedback):
                 part._check = check
 
     def check(self) -> None:
-        """Let the run stop, if it is asked to; what takes long may call it now and then."""
+        """Let the run stop if it was asked to; long computations may call this now and then."""
         if self._check is not None:
             self._check()
 
     @property
     def depends_on_batch(self) -> bool:
-        """Whether a score depends on what else is scored with it."""
+        """Whether a score depends on the other completions that are scored with it."""
         return False
 
     @abstractmethod
     def forward(self, *args: Any) -> Tensor:
-        """Say it of B completions, or of B pairs of them, without gradients; (B,)."""
+        """Score B completions, or compare B pairs of them, without gradients; (B,)."""
 
     def load(self) -> None:
         """Load weights, if there are any. Called once, before anything else; a second call does nothing."""
 
     def identity(self) -> dict[str, Any]:
-        """Tell what the scores depend on, so that scores that were kept are not taken for those of another reward.
+        """Return everything that the scores depend on, so that cached scores are not used for another reward.
 
         By default: the class, its public attributes as far as JSON can hold them, and a fingerprint of its weights.
-        Override it where scores depend on something else, or an attribute changes while scores do not.
+        Override it if scores depend on something else, or if an attribute changes while scores do not.
 
         Returns:
             Plain values by name. Called after `load`.
@@ -71,12 +71,12 @@ class Reward(Feedback):
         """Score completions.
 
         Args:
-            prompts: B prompts as the rows gave them: text or chat messages.
+            prompts: B prompts as in the rows: text or chat messages.
             completions: B completions as text, without special tokens.
             columns: The rows' other columns, each of length B.
 
         Returns:
-            One score a completion, float32, on any device. (B,)
+            One score per completion, float32, on any device. (B,)
 
         Raises:
             InputError: The scores are not B finite numbers.
@@ -89,24 +89,24 @@ class Reward(Feedback):
         """Call `score` without gradients.
 
         Raises:
-            InputError: It raised one, or any other exception; the message then names the class.
+            InputError: `score` raised it, or any other exception; the message then names the class.
         """
         try:
             return self.score(prompts, completions, columns)
         except InputError:
             raise
-        except Exception as error:  # StopIteration too: as it is, it would end the training loop without a word
+        except Exception as error:  # StopIteration too: unwrapped, it would silently end the training loop
             raise InputError(f"reward {import_path(type(self))} {describe_error(error)}") from error
 
 
 class Judge(Feedback):
     """Compares two completions of a prompt.
 
-    Two completions of the same text are a tie, and the judge is not asked.
+    Two completions with the same text are a tie, for which the judge is not called.
 
     Args:
-        invalid: What becomes of a pair where the judge gave no usable answer: `skip` leaves it out of the preference
-            loss, `tie` takes it for undecided, `error` ends the run.
+        invalid: What to do with a pair for which the judge gave no usable answer: `skip` leaves it out of the
+            preference loss, `tie` counts it as a tie, `error` ends the run.
     """
 
     def __init__(self, invalid: OnInvalid = "skip") -> None:
@@ -126,13 +126,13 @@ class Judge(Feedback):
         """Compare two completions of each prompt.
 
         Args:
-            prompts: B prompts as the rows gave them: text or chat messages.
+            prompts: B prompts as in the rows: text or chat messages.
             firsts: B completions as text, without special tokens.
-            seconds: B others, never of the same text.
+            seconds: B other completions, never with the same text.
             columns: The rows' other columns, each of length B.
 
         Returns:
-            Probability that the first is the better one, in [0, 1]; NaN where there is no usable answer. (B,)
+            Probability that the first is better, in [0, 1]; NaN for a pair without a usable answer. (B,)
         """
 
     @torch.no_grad()
@@ -143,14 +143,14 @@ class Judge(Feedback):
         seconds: Sequence[str],
         columns: Mapping[str, Sequence[Any]],
     ) -> Tensor:
-        """Call `compare` for completions that differ, without gradients, and check what it says.
+        """Call `compare` for completions that differ, without gradients, and check its answers.
 
         Returns:
-            Probability that the first is the better one; NaN where there is no usable answer. float32, on the CPU. (B,)
+            Probability that the first is better; NaN for a pair without a usable answer. float32, on the CPU. (B,)
 
         Raises:
-            InputError: It raised one, or any other exception, or gave what is no probability; or gave no usable answer
-                where `invalid` is `error`.
+            InputError: `compare` raised it, or any other exception, or returned something other than probabilities; or
+                it gave no usable answer while `invalid` is `error`.
         """
         name = import_path(type(self))
         asked = [row for row, (first, second) in enumerate(zip(firsts, seconds, strict=True)) if first != second]
@@ -164,7 +164,7 @@ class Judge(Feedback):
             answers[asked] = as_probabilities(said, len(asked), f"judge {name}")
         except InputError:
             raise
-        except Exception as error:  # StopIteration too: as it is, it would end the training loop without a word
+        except Exception as error:  # StopIteration too: unwrapped, it would silently end the training loop
             raise InputError(f"judge {name} {describe_error(error)}") from error
         missing = int(answers.isnan().sum())
         if missing and self.invalid == "error":

@@ -1,4 +1,4 @@
-"""A judge that is a language model behind an HTTP endpoint of the OpenAI kind."""
+"""A judge that asks a language model behind an OpenAI-compatible HTTP endpoint."""
 
 import json
 import math
@@ -14,10 +14,10 @@ from xpo_lightning.rewards.base import OnInvalid
 from xpo_lightning.rewards.llm_judge import TEMPLATE, VERDICTS, PromptedJudge
 
 _OPTIONS = "model.reward.init_args"
-_TOKENS = 8  # enough for a letter with blanks, stars or brackets around it
-_TOP = 20  # as many as OpenAI and vLLM give
+_TOKENS = 8  # enough for a letter with spaces, stars or brackets around it
+_TOP = 20  # the most that OpenAI and vLLM return
 _MIN_PROBABILITY = 0.1  # so that the article of "A good question" is no verdict
-_BLANKS = " \t\r\n▁Ġ"  # the last two stand for a blank where a server shows tokens as its tokenizer writes them
+_BLANKS = " \t\r\n▁Ġ"  # the last two are spaces as tokenizers write them, for servers that return raw tokens
 _OURS = {
     *("model", "messages", "temperature", "max_tokens", "max_completion_tokens"),
     *("logprobs", "top_logprobs", "n", "stream"),
@@ -28,41 +28,41 @@ class HTTPJudge(PromptedJudge):
     """Asks a language model behind a chat completions endpoint: OpenAI, vLLM, llama.cpp, Ollama and many others.
 
     Each question is one request `POST {url}/chat/completions` with temperature 0. Which completion is shown as A is
-    decided as `PromptedJudge` says. What the answer means:
+    decided as in `PromptedJudge`. The verdict is read from the answer as follows:
 
-    - With `logprobs`, p(A) / (p(A) + p(B)), where p adds up the probabilities of the letter with and without blanks
-      around it, among the likeliest first tokens that the server lists. A letter that is not among them counts as 0; it
-      is less likely than all that are. Where A and B have less than `min_probability` together, or nothing is listed,
-      the text counts instead.
-    - By its text: 1 or 0 where the text is A or B alone, with any punctuation around it (`A`, ` B.`, `**A**`).
-    - Anything else is no usable answer, and `invalid` says what becomes of it. It is not asked again, since at
+    - With `logprobs`, it is p(A) / (p(A) + p(B)), where p sums the probabilities of the letter, with and without spaces
+      around it, among the most likely first tokens that the server lists. A letter that is not listed counts as 0: it
+      is less likely than all that are. If A and B together have less than `min_probability`, or nothing is listed, the
+      text decides instead.
+    - By the text, it is 1 for A alone and 0 for B alone, with any punctuation around it (`A`, ` B.`, `**A**`).
+    - Anything else is no usable answer, and is treated as `invalid` says. The judge does not ask again, since at
       temperature 0 the answer would be the same.
 
-    A body that is not JSON, or not a chat completion, is a failed request: it is tried again, and ends the run when
-    `retries` are used up. A model that thinks before it answers needs that turned off, for example with `extra_body`.
+    A body that is not JSON, or not a chat completion, is a failed request: it is retried, and ends the run when
+    `retries` are used up. If the model thinks before it answers, turn that off, for example with `extra_body`.
 
     Args:
-        url: Base URL of the API, such as http://localhost:8000/v1. It is shown in messages: put no secret there.
-        model: Name of the model at the server.
+        url: Base URL of the API, such as http://localhost:8000/v1. Messages show it: put no secret there.
+        model: Name of the model on the server.
         api_key_env: Name of the environment variable that holds the API key; null sends none.
         template: The question, with `{prompt}`, `{first}` and `{second}` in it, to be answered with A or B.
-        both_orders: Ask twice, the second time with the completions exchanged, and take the mean.
-        invalid: What becomes of a pair without a usable answer: `skip`, `tie` or `error`.
+        both_orders: Whether to ask twice, the second time with the completions exchanged, and take the mean.
+        invalid: What to do with a pair without a usable answer: `skip`, `tie` or `error`.
         system: System message before the question; null sends none.
-        logprobs: Whether to ask for log-probabilities, which say how sure the model is; some servers refuse that.
-        top_logprobs: How many of the likeliest tokens to ask for, at least 2; null is 20. Some servers give fewer.
-        min_probability: Least p(A) + p(B) of a verdict by log-probabilities; null is 0.1.
+        logprobs: Whether to ask for log-probabilities, which show how certain the model is; some servers refuse that.
+        top_logprobs: How many of the most likely tokens to ask for, at least 2; null is 20. Some servers allow fewer.
+        min_probability: Smallest p(A) + p(B) for which log-probabilities decide; null is 0.1.
         extra_body: Further fields of the request, such as `{chat_template_kwargs: {enable_thinking: false}}`. They are
-            written down with the run's settings: put no secret there.
+            saved with the run's settings: put no secret there.
         timeout: How many seconds one try of a request may take, from connecting to the last byte of the answer.
-        retries: How often a request is tried again when the server cannot be reached, is too slow or too busy, or
-            answers with an error of its own or with nonsense.
-        backoff: Seconds before the second try; each later wait is twice as long, up to 30 seconds.
-        concurrency: Most requests under way at once, for each process of the run.
+        retries: How often a request is retried when the server cannot be reached, is too slow or too busy, or answers
+            with a server error or something unusable.
+        backoff: Seconds before the first retry; each later wait is twice as long, up to 30 seconds.
+        concurrency: Maximum number of requests in flight, for each process of the run.
         max_bytes: Largest answer, in bytes.
 
     Raises:
-        InputError: An option is of no use, or `extra_body` has a field that is sent anyway.
+        InputError: An option is invalid, or `extra_body` has a field that the judge reserves.
     """
 
     def __init__(
@@ -110,10 +110,10 @@ class HTTPJudge(PromptedJudge):
         self._client.load()
 
     def ask(self, questions: Sequence[str]) -> list[float | None]:
-        """Put questions to the model; see `ModelJudge.ask`.
+        """Send questions to the model; see `PromptedJudge.ask`.
 
         Raises:
-            InputError: The server could not be reached, refused the request or gave what is no chat completion.
+            InputError: The server could not be reached, refused a request or did not return a chat completion.
         """
         try:
             return self._client.post([self._request(question) for question in questions], self._verdict, self.check)
@@ -137,7 +137,7 @@ class HTTPJudge(PromptedJudge):
         return {**request, **wanted, **self.extra_body}
 
     def _verdict(self, value: Any) -> float | None:
-        """Read the probability of A against B out of a chat completion; None where there is no usable answer."""
+        """Read the probability of A against B from a chat completion; None if there is no usable answer."""
         try:
             choice = value["choices"][0]
             text, logprobs = choice["message"].get("content"), choice.get("logprobs")
@@ -166,7 +166,7 @@ def _checked_extra(extra_body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _weigh(listed: Sequence[Mapping[str, Any]], min_probability: float) -> float | None:
-    """Weigh A against B by the likeliest tokens; None where something else is likelier to be said."""
+    """Return p(A) / (p(A) + p(B)) from the most likely tokens; None if A and B together are too unlikely."""
     letters = [(entry["token"].strip(_BLANKS), entry["logprob"]) for entry in listed]
     if not all(logprob <= 1e-3 for _, logprob in letters):  # a little above 0 by rounding; not NaN
         raise ValueError

@@ -1,4 +1,4 @@
-"""A judge that asks whoever sits at the terminal."""
+"""A judge that asks a human at the terminal."""
 
 import math
 import os
@@ -21,7 +21,7 @@ from xpo_lightning.core.printable import with_escapes
 from xpo_lightning.rewards.base import Judge
 from xpo_lightning.rewards.llm_judge import format_prompt, is_exchanged
 
-_LONGEST_WAIT = 1.0  # seconds; after this it is seen that the run is asked to stop
+_LONGEST_WAIT = 1.0  # seconds between two checks whether the run was asked to stop
 _ANSWERS = {"1": 1.0, "2": 0.0, "=": 0.5, "s": math.nan}
 _QUIT = "q"
 
@@ -29,24 +29,24 @@ _QUIT = "q"
 class HumanJudge(Judge):
     """Asks a human at the terminal which of two completions is better.
 
-    Which completion is shown as 1 is decided by a hash of the texts, so it says nothing of who wrote it. The answers
-    are 1, 2, = (a tie), s (skip: no answer) and q, which ends the run as Ctrl-C does: the step that the pairs belong
-    to is taken anew, and its pairs are asked again, when the run is resumed.
+    A hash of the texts decides which completion is shown as 1, so the order does not reveal which model wrote it. The
+    answers are 1, 2, = (a tie), s (skip: no answer) and q, which ends the run as Ctrl-C does: a resumed run repeats the
+    step that the pairs belong to, and asks about its pairs again.
 
     It needs a terminal, and one process (`trainer.devices: 1`). Questions are shown on standard error; a progress bar
     beside them is hard to read, so leave `XPOProgressBar` out of `trainer.callbacks`, and set
     `trainer.enable_progress_bar` to false.
 
     Args:
-        invalid: What becomes of a pair that is skipped: `skip` leaves it out of the preference loss, `tie` takes it for
-            undecided, `error` ends the run.
+        invalid: What to do with a skipped pair: `skip` leaves it out of the preference loss, `tie` counts it as a tie,
+            `error` ends the run.
     """
 
     def load(self) -> None:
-        """See that there is somebody to ask.
+        """Check that there is a terminal to ask at.
 
         Raises:
-            InputError: Standard input is no terminal, or the run has several processes.
+            InputError: Standard input is not a POSIX terminal, or the run has several processes.
         """
         if os.name != "posix" or sys.stdin is None or sys.stdin.closed or not sys.stdin.isatty():
             raise InputError(
@@ -75,10 +75,10 @@ class HumanJudge(Judge):
             columns: Not used.
 
         Returns:
-            1 where the first is better, 0 where the second is, 0.5 for a tie, NaN where the pair was skipped. (B,)
+            1 if the first is better, 0 if the second is, 0.5 for a tie, NaN for a skipped pair. (B,)
 
         Raises:
-            InputError: The input ended.
+            InputError: The terminal's input ended.
             StopAsked: The human quits, or the run was asked to stop.
         """
         console = Console(stderr=True, highlight=False)
@@ -95,7 +95,7 @@ class HumanJudge(Judge):
         return torch.tensor(answers)
 
     def _answer(self, console: Console) -> float:
-        """Wait for an answer that can be used, and return the probability that the one shown first is better."""
+        """Ask until the answer is valid, and return the probability that the completion shown first is better."""
         ask = "Which is better? 1, 2, = (tie), s (skip) or q (quit), then Enter: "
         while True:
             console.print(ask, end="")
@@ -107,9 +107,9 @@ class HumanJudge(Judge):
             ask = "Please answer 1, 2, =, s or q, then Enter: "
 
     def _read_line(self) -> str:
-        """Wait for a line, letting the run stop meanwhile.
+        """Wait for a line of input, letting the run stop meanwhile.
 
-        It is read from the terminal itself, since Python's buffer could hold lines that `select` knows nothing of.
+        The line is read from the terminal itself, since Python's buffer could hold lines that `select` does not see.
         """
         terminal = sys.stdin.fileno()
         while not select.select([terminal], [], [], _LONGEST_WAIT)[0]:
@@ -124,7 +124,7 @@ class HumanJudge(Judge):
 
 
 def _discard_typed() -> None:
-    """Forget what was typed before the question was shown; it answers nothing."""
-    import termios  # noqa: PLC0415  (POSIX systems alone have it)
+    """Discard input that was typed before the question was shown, as it cannot be an answer."""
+    import termios  # noqa: PLC0415  (only POSIX systems have it)
 
     termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)

@@ -1,4 +1,4 @@
-"""From scores or a judge's answers to labels: who wrote the better completion."""
+"""Turns scores or a judge's answers into labels: the probability that the policy's completion is better."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -15,12 +15,12 @@ Ties = Literal["half", "policy", "sampler", "random"]
 
 @dataclass(frozen=True)
 class Preferences:
-    """What is known of which completion of each pair is better.
+    """Score margins of B pairs, or a judge's answers about them.
 
     Args:
         margins: Score of the policy's completion minus that of the sampler's; 2p - 1 for a judge's probability p. NaN
-            where a judge has no answer. (B,)
-        probabilities: A judge's probability that the policy's completion is better, NaN as above; None where there are
+            if a judge has no answer. (B,)
+        probabilities: A judge's probability that the policy's completion is better, NaN as above; None if a reward gave
             scores. (B,)
     """
 
@@ -30,11 +30,11 @@ class Preferences:
 
 @dataclass(frozen=True)
 class Labels:
-    """What the loss learns from.
+    """Training targets of B pairs.
 
     Args:
-        labels: Probability that the policy's completion is the better one, as it is taken to be. (B,)
-        silent: True where the pair says nothing about preference. (B,)
+        labels: Target probability that the policy's completion is better. (B,)
+        silent: True for a pair without a preference term. (B,)
     """
 
     labels: Tensor
@@ -43,23 +43,23 @@ class Labels:
 
 @dataclass(frozen=True)
 class LabelRule:
-    """How a label, the probability that the policy's completion is the better one, comes from scores or from a judge.
+    """How scores or a judge's answer become a label, the probability that the policy's completion is better.
 
     Args:
-        rule: `argmax`: the higher score wins. `bradley_terry`: one of the two wins by a draw with the probability
-            sigma(score difference / temperature), as in the theory of XPO, or with a judge's own (Bradley and Terry
+        rule: `argmax`: the higher score wins. `bradley_terry`: the winner is drawn with the probability sigma(score
+            difference / temperature), as in the theory of XPO, or with a judge's own probability (Bradley and Terry
             1952). `soft`: that probability itself is the label.
         ties: Label of exactly equal scores under `argmax`: `half` counts half for each side, `policy` and `sampler`
             let that side win, and `random` tosses a coin.
-        temperature: Divides score differences, and a judge's log-odds, before they become probabilities; above 1 they
-            are less certain.
-        flip: Probability that a label is turned round, p to 1 - p, while the policy trains, in [0, 0.5): labels as
-            noisy as those of people.
-        min_margin: While the policy trains, pairs whose scores differ by less (for a judge, whose probabilities of the
+        temperature: Divides score differences, and a judge's log-odds, before they become probabilities; above 1, the
+            probabilities are less certain.
+        flip: Probability, in [0, 0.5), that a label is flipped from p to 1 - p in training: simulates the noise of
+            human labels.
+        min_margin: In training, pairs whose scores differ by less than this (for a judge, whose probabilities of the
             two sides differ by less) have no preference term.
 
     Raises:
-        InputError: A value is out of range, or two do not go together.
+        InputError: A value is out of range, or two options cannot be combined.
     """
 
     rule: Rule = "argmax"
@@ -88,13 +88,13 @@ class LabelRule:
             )
 
     def probability(self, preferences: Preferences) -> Tensor:
-        """Turn score differences or a judge's verdicts into probabilities.
+        """Turn score differences or a judge's answers into probabilities.
 
         Args:
-            preferences: Of B pairs.
+            preferences: Preferences of B pairs.
 
         Returns:
-            The probability that the policy's completion is the better one. (B,)
+            The probability that the policy's completion is better. (B,)
         """
         if preferences.probabilities is None:
             return torch.sigmoid(preferences.margins / self.temperature)
@@ -104,13 +104,13 @@ class LabelRule:
         """Label pairs.
 
         Args:
-            preferences: What is known of B pairs.
-            uniforms: Numbers in [0, 1), the first of a row for the draw of its winner, the second for the flip (B, 2);
-                None for labels without randomness, as validation wants them: a draw becomes its probability, nothing
-                is flipped, and no pair is left out for its margin.
+            preferences: Preferences of B pairs.
+            uniforms: Random numbers in [0, 1), (B, 2): the first of a row draws its winner, the second decides on the
+                flip. None gives labels without randomness, for validation: a draw becomes its probability, no label is
+                flipped, and no pair is silent because of its margin.
 
         Returns:
-            The labels; 0.5 and silent where a judge has no answer.
+            The labels; 0.5 and silent for a pair without an answer of the judge.
         """
         labels = self._labels(preferences, None if uniforms is None else uniforms[:, 0])
         unanswered = preferences.margins.isnan()
@@ -121,7 +121,7 @@ class LabelRule:
         return Labels(torch.where(unanswered, 0.5, labels), silent)
 
     def _labels(self, preferences: Preferences, draws: Tensor | None) -> Tensor:
-        """Label pairs before any is flipped, with one number a pair (B,) for the draw, or with none."""
+        """Label pairs before flipping; `draws` has one random number per pair (B,), or is None for no randomness."""
         margins = preferences.margins
         if self.rule == "argmax":
             labels = (torch.sign(margins) + 1) / 2
@@ -151,7 +151,7 @@ def tempered(probabilities: Tensor, temperature: float) -> Tensor:
 
 
 def check_penalty(penalty: float | None) -> float | None:
-    """Refuse a penalty that would reward completions for being cut; give back any other."""
+    """Return the penalty; refuse one below 0, which would reward completions for being cut."""
     check_range("model.missing_eos_penalty", penalty, least=0, or_null=True)
     return penalty
 
@@ -162,7 +162,7 @@ def penalize_missing_eos(scores: Tensor, ended: Tensor, penalty: float) -> Tenso
     Args:
         scores: The reward model's scores. (B,)
         ended: True where the completion ended by itself (EOS or a stop string). (B,)
-        penalty: What a cut completion loses, in units of the score.
+        penalty: How much a cut completion loses, in units of the score.
 
     Returns:
         The scores that are compared. (B,)

@@ -1,4 +1,4 @@
-"""Judges that are language models: what they are asked, in which order, and what their verdict means."""
+"""Base class of judges that ask a language model: builds the questions, orders the completions, reads the verdicts."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from xpo_lightning.core.errors import InputError
 from xpo_lightning.rewards.base import Judge, OnInvalid
 
 VERDICTS = ("A", "B")
-"""What a model says when the completion shown first, or the one shown second, is the better one."""
+"""The model's answers: the completion shown first is better, or the one shown second."""
 TEMPLATE = """\
 Below are a prompt and two completions of it, A and B. Which completion is better?
 
@@ -33,18 +33,18 @@ _PLACES = ("prompt", "first", "second")
 
 
 class PromptedJudge(Judge):
-    """A judge that puts each pair to a language model as a question whose answer is one letter.
+    """Asks a language model about each pair, with a question whose answer is one letter.
 
-    Which completion is shown first is decided by a hash of the texts, so it favours neither side, and is the same on a
+    A hash of the texts decides which completion is shown first, so the order favours neither side, and is the same in a
     resumed run and on any number of processes.
 
     Args:
         template: The question, with `{prompt}`, `{first}` and `{second}` in it, to be answered with A or B.
-        both_orders: Ask twice, the second time with the completions exchanged, and take the mean.
+        both_orders: Whether to ask twice, the second time with the completions exchanged, and take the mean.
         invalid: See `Judge`.
 
     Raises:
-        InputError: The template lacks a place for one of the three.
+        InputError: The template lacks one of the three placeholders.
     """
 
     def __init__(self, template: str = TEMPLATE, both_orders: bool = False, invalid: OnInvalid = "skip") -> None:
@@ -56,13 +56,13 @@ class PromptedJudge(Judge):
 
     @abstractmethod
     def ask(self, questions: Sequence[str]) -> list[float | None]:
-        """Put questions to the model.
+        """Ask the model N questions.
 
         Args:
             questions: N questions.
 
         Returns:
-            Probability of A against B, for each; None where there is no usable answer. Length N.
+            Probability of A against B for each question; None if there is no usable answer. Length N.
         """
 
     def compare(
@@ -81,7 +81,7 @@ class PromptedJudge(Judge):
         return said
 
     def _probabilities(self, pairs: Sequence[tuple[RawPrompt, str, str]], exchanged: Sequence[bool]) -> Tensor:
-        """Ask about each pair in this order, and take the exchange out of what is said, (B,)."""
+        """Ask about each pair in the given order; return the probability that its first completion is better, (B,)."""
         questions = [
             self._question(prompt, *((second, first) if swap else (first, second)))
             for (prompt, first, second), swap in zip(pairs, exchanged, strict=True)
@@ -91,19 +91,19 @@ class PromptedJudge(Judge):
 
     def _question(self, prompt: RawPrompt, first: str, second: str) -> str:
         texts = {"prompt": format_prompt(prompt), "first": first, "second": second}
-        # In one go, so that a text which holds a place's name is left as it is.
+        # In one pass, so that a placeholder's name within a text is not replaced.
         return re.sub("|".join(f"{{{name}}}" for name in _PLACES), lambda found: texts[found[0][1:-1]], self.template)
 
 
 def is_exchanged(prompt: RawPrompt, first: str, second: str) -> bool:
-    """Draw the order in which two completions are shown: always the same for the same two, whichever is the first."""
+    """Return whether to show two completions exchanged; a hash decides, so both argument orders show the same order."""
     one, other = sorted((first, second))
     shown = (one, other)[hashlib.sha256(json.dumps([prompt, one, other]).encode()).digest()[0] & 1]
     return shown != first
 
 
 def format_prompt(prompt: RawPrompt) -> str:
-    """Write a prompt down as plain text; of a conversation, each message with its role."""
+    """Format a prompt as plain text, and a conversation as its messages, each with its role."""
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)

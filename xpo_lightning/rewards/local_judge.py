@@ -1,4 +1,4 @@
-"""A judge that is a causal language model in this process; its verdict is one token's probability."""
+"""A judge that runs a causal language model in this process; its verdict comes from the next token's probabilities."""
 
 import dataclasses
 import math
@@ -26,24 +26,24 @@ _OPTIONS = "model.reward.init_args"
 
 @dataclass(frozen=True)
 class QuestionEncoder:
-    """Tokenizes questions: as a chat's one user message where there is a chat template, as plain text otherwise.
+    """Tokenizes questions: as the only user message of a chat if there is a chat template, as plain text otherwise.
 
     Args:
         tokenizer: The judge's tokenizer.
-        limit: Most tokens that the judge can read; None where there is no limit.
+        limit: Maximum number of tokens that the judge can read; None is no limit.
     """
 
     tokenizer: PreTrainedTokenizerBase
     limit: int | None = None
 
     def __call__(self, question: str) -> list[int]:
-        """Tokenize a question, whatever its length.
+        """Tokenize a question without cutting it.
 
         Returns:
-            The token ids that the verdict follows, at least one.
+            Token ids, at least one; the verdict is the next token.
 
         Raises:
-            InputError: The chat template refuses it.
+            InputError: The chat template refuses the question.
         """
         if self.tokenizer.chat_template is None:
             return PromptTokenizer(self.tokenizer)(question, "model.reward: a question to the judge")
@@ -51,7 +51,7 @@ class QuestionEncoder:
             text = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # A template is a program, and may fail as programs do.
+        except Exception as error:  # A template is a program, which may raise anything.
             raise InputError(
                 f"model.reward: the judge's chat template refuses a question ({error}); set {_OPTIONS}.chat_template "
                 f"to one that takes a single user message"
@@ -63,17 +63,17 @@ class QuestionEncoder:
         return 0 if self.limit is None else max(len(self(question)) - self.limit, 0)
 
     def without_start(self, text: str, tokens: int) -> str:
-        """Cut so many tokens from the start of a text, or more where the rest would begin within a character."""
+        """Cut `tokens` tokens from the start of a text, and more if the rest would begin within a character."""
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         rest = str(self.tokenizer.decode(ids[tokens:], clean_up_tokenization_spaces=False)).lstrip("\ufffd")
         return rest if len(rest) < len(text) else text[1:]
 
 
 def tokens_that_read(letter: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Find the tokens that are decoded to a letter, with or without a space before.
+    """Return the tokens that decode to a letter, with or without a space before it.
 
     Raises:
-        InputError: There are none.
+        InputError: The tokenizer has no such token.
     """
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))], clean_up_tokenization_spaces=False)
     tokens = [token for token, text in enumerate(texts) if text in (letter, f" {letter}")]
@@ -90,40 +90,40 @@ Truncation = Literal["left", "error"]
 
 @dataclasses.dataclass
 class JudgeSource(CausalLMSource):
-    """Where a judge comes from; the fields are `LocalJudge`'s options of the same names."""
+    """Source of a judge's weights and tokenizer; the fields are `LocalJudge`'s options of the same names."""
 
     key: ClassVar[str] = _OPTIONS
 
 
 class LocalJudge(PromptedJudge):
-    """A causal language model as the judge: it reads a question, and how likely it would say A or B is the verdict.
+    """Asks a causal language model in this process; the probabilities of answering A and B are the verdict.
 
-    The probability that A is better is p(A) / (p(A) + p(B)), where the model puts p on its first token after the
-    question, and p(A) sums over the tokens that read A, with or without a space before. Nothing is sampled. The
-    question is one user message of a chat where the tokenizer has a chat template, and plain text otherwise.
+    The probability that A is better is p(A) / (p(A) + p(B)), where p is the model's distribution of the first token
+    after the question, and p(A) sums over the tokens that read A, with or without a space before. Nothing is sampled.
+    The question is the only user message of a chat if the tokenizer has a chat template, and plain text otherwise.
 
     Args:
         path: The judge: folder, GGUF file, hub id, or `package:name/path` for a model inside an installed Python
             package. A folder that holds a LoRA adapter is loaded with its base model and merged.
         revision: Branch, tag or commit of a hub id.
-        gguf_file: Name of a GGUF file inside `path`, where that is a hub id or a folder.
+        gguf_file: Name of a GGUF file inside `path`, if that is a hub id or a folder.
         dtype: Type of the weights; "auto" keeps the checkpoint's.
         attn_implementation: Attention of transformers, for example `sdpa`; its own choice by default.
         trust_remote_code: Whether to run Python code that comes with the model or its tokenizer.
-        tokenizer: Another tokenizer than the one with the model: local path, hub id, or `package:name/path`.
+        tokenizer: Tokenizer to use instead of the model's own: local path, hub id, or `package:name/path`.
         chat_template: Jinja chat template, as text or as a file, in place of the tokenizer's own;
             `{{ messages[0]['content'] }}` asks in plain text, which suits examples in `template`.
-        micro_batch_size: Questions in one forward; verdicts do not depend on it.
-        max_tokens: Most tokens of a question as the model reads it; by default the model's context length, where it
-            has one.
-        truncate: What a longer question loses: the "left" of its prompt (the prompt's end and both completions stay),
-            or "error" to end the run.
+        micro_batch_size: Questions per forward pass; verdicts do not depend on it.
+        max_tokens: Maximum number of tokens of a question as the model reads it; by default the model's context length,
+            if it has one.
+        truncate: What to do with a longer question: "left" cuts the start of its prompt (the prompt's end and both
+            completions stay), "error" ends the run.
         template: The question, with `{prompt}`, `{first}` and `{second}` in it, to be answered with A or B.
-        both_orders: Ask twice, the second time with the completions exchanged, and take the mean.
-        min_probability: Least p(A) + p(B) of an answer that is usable; the rest is what the model would say instead
-            of a verdict.
-        invalid: What becomes of a pair where the judge gave no usable answer: `skip` leaves it out of the preference
-            loss, `tie` takes it for undecided, `error` ends the run.
+        both_orders: Whether to ask twice, the second time with the completions exchanged, and take the mean.
+        min_probability: Smallest p(A) + p(B) of a usable answer; the rest is the probability that the model says
+            something else.
+        invalid: What to do with a pair for which the judge gave no usable answer: `skip` leaves it out of the
+            preference loss, `tie` counts it as a tie, `error` ends the run.
 
     Raises:
         InputError: An option has an impossible value.
@@ -193,7 +193,7 @@ class LocalJudge(PromptedJudge):
         return super().train(False)
 
     def identity(self) -> dict[str, Any]:
-        """Name the model, a fingerprint of its weights once they are loaded, and what else verdicts depend on."""
+        """Return the model's source, a fingerprint of its weights once loaded, and the options verdicts depend on."""
         options = ("max_tokens", "truncate", "template", "both_orders", "min_probability", "invalid")
         return {
             "class": recorded_path(type(self)),
@@ -203,7 +203,7 @@ class LocalJudge(PromptedJudge):
         }
 
     def ask(self, questions: Sequence[str]) -> list[float | None]:
-        """See `ModelJudge.ask`.
+        """See `PromptedJudge.ask`.
 
         Raises:
             InputError: A question is too long, or the model's probabilities are not finite.
@@ -235,7 +235,7 @@ class LocalJudge(PromptedJudge):
         return torch.stack([logps[:, tokens].logsumexp(-1) for tokens in self._verdicts], 1).double().cpu()
 
     def _verdict(self, log_a: float, log_b: float) -> float | None:
-        """Weigh A against B, or return None where the model would rather say something else."""
+        """Return p(A) / (p(A) + p(B)), or None if A and B together are too unlikely."""
         highest = max(log_a, log_b)
         if highest == -math.inf or math.exp(log_a) + math.exp(log_b) < self.min_probability:
             return None
@@ -243,7 +243,7 @@ class LocalJudge(PromptedJudge):
         return a / (a + b)
 
     def _question(self, prompt: RawPrompt, first: str, second: str) -> str:
-        """Write the question, with as much of the prompt's end as there is room for."""
+        """Build the question, with as much of the prompt's end as fits."""
         _, encoder = self._loaded()
         question, text = super()._question(prompt, first, second), format_prompt(prompt)
         while self.truncate == "left" and text and (excess := encoder.excess(question)):

@@ -1,4 +1,4 @@
-"""A reward and a judge that are Python functions."""
+"""A reward and a judge that call a Python function."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,13 +22,13 @@ class PythonReward(Reward):
     The function gets B prompts (text or chat messages), B completions as text and the rows' other columns, each a list
     of length B. It returns B finite numbers as a list, tensor or numpy array; True counts as 1 and False as 0.
 
-    It runs in a thread of its own, always the same one, so that a call that hangs ends the run and not the patience
-    of whoever waits for it.
+    It runs in a thread of its own, always the same one, so that a hanging call ends the run instead of blocking it
+    forever.
 
     Args:
         function: The function; in YAML its import path, for example `my_rewards.exact_match`.
         arguments: Further keyword arguments of the function.
-        timeout: How many seconds a call may take before the run ends with an error; null waits for ever.
+        timeout: How many seconds a call may take before the run ends with an error; null waits forever.
 
     Raises:
         InputError: The function cannot be called with these arguments, or `timeout` is not above 0.
@@ -42,11 +42,11 @@ class PythonReward(Reward):
 
     @property
     def timeout(self) -> float | None:
-        """How many seconds a call may take; None waits for ever."""
+        """How many seconds a call may take; None waits forever."""
         return self.function.timeout
 
     def identity(self) -> dict[str, Any]:
-        """Name the function and its arguments; the function's code is not looked at."""
+        """Return the function's import path and arguments; changes to its code are not detected."""
         return {
             "class": recorded_path(type(self)),
             "function": self.function.name,
@@ -82,21 +82,21 @@ class PythonJudge(Judge):
     """Compares completions with a function: `function(prompts=[...], firsts=[...], seconds=[...], columns={...}, ...)`.
 
     The function gets B prompts (text or chat messages), two completions of each as text and the rows' other columns,
-    each a list of length B. It returns B probabilities that the first is the better one, as a list, tensor or numpy
-    array: True counts as 1 and False as 0, and None or NaN says that it has no answer. It is never asked about two
-    completions of the same text.
+    each a list of length B. It returns B probabilities that the first is better, as a list, tensor or numpy array: True
+    counts as 1 and False as 0, and None or NaN means that it has no answer. It is never called for two completions with
+    the same text.
 
-    It runs in a thread of its own, always the same one, so that a call that hangs ends the run and not the patience
-    of whoever waits for it.
+    It runs in a thread of its own, always the same one, so that a hanging call ends the run instead of blocking it
+    forever.
 
     Args:
         function: The function; in YAML its import path, for example `my_judges.shorter`.
         arguments: Further keyword arguments of the function.
-        timeout: How many seconds a call may take before the run ends with an error; null waits for ever.
-        shuffle: Which completion comes first is decided by a hash of the texts, so that a function that likes the
-            first favours neither side; off, the policy's own comes first.
-        invalid: What becomes of a pair where the judge gave no usable answer: `skip` leaves it out of the preference
-            loss, `tie` takes it for undecided, `error` ends the run.
+        timeout: How many seconds a call may take before the run ends with an error; null waits forever.
+        shuffle: Whether a hash of the texts decides which completion comes first, so that a function that prefers the
+            first favours neither side; otherwise the policy's own comes first.
+        invalid: What to do with a pair for which the judge gave no usable answer: `skip` leaves it out of the
+            preference loss, `tie` counts it as a tie, `error` ends the run.
 
     Raises:
         InputError: The function cannot be called with these arguments, or `timeout` is not above 0.
@@ -115,7 +115,7 @@ class PythonJudge(Judge):
         self.shuffle = shuffle
 
     def identity(self) -> dict[str, Any]:
-        """Name the function, its arguments and how it is asked; the function's code is not looked at."""
+        """Return the function's import path, its arguments and the options; changes to its code are not detected."""
         return {
             "class": recorded_path(type(self)),
             "function": self.function.name,
@@ -140,7 +140,7 @@ class PythonJudge(Judge):
             columns: The rows' other columns, each of length B.
 
         Returns:
-            Probability that the first is the better one; NaN where the function has no answer. (B,)
+            Probability that the first is better; NaN if the function has no answer. (B,)
 
         Raises:
             InputError: The function raised, did not return in time, or did not return B probabilities. The message

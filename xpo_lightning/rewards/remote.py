@@ -1,4 +1,4 @@
-"""A reward that another process computes, reached over HTTP."""
+"""A reward that a server computes, over HTTP."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,41 +18,41 @@ _OPTIONS = "model.reward.init_args"
 
 
 class RemoteReward(Reward):
-    """Has completions scored by a server, which gets JSON by POST and answers with JSON.
+    """Scores completions on a server, which receives JSON by POST and answers with JSON.
 
     A request holds n completions, at most `batch_size`:
 
         {"ids": [0, 1], "prompts": ["2+2=", "Hi"], "completions": ["4", " there"], "columns": {"answer": ["4", null]}}
 
     All lists have length n. `ids` counts from 0 to n - 1 in every request. A prompt is text, or a list of chat messages
-    `{"role": ..., "content": ...}`, as the row gave it. `columns` has the rows' other columns, and may be empty.
+    `{"role": ..., "content": ...}`, as in its row. `columns` has the rows' other columns, and may be empty.
 
     The server answers with status 200 and n finite numbers, in the order of the completions:
 
         {"scores": [1.0, -0.5]}
 
-    or with the list alone, `[1.0, -0.5]`. True counts as 1 and False as 0. A server that works in another order says so
-    with the ids: `{"ids": [1, 0], "scores": [-0.5, 1.0]}`; they must be those of the request, each once.
+    or with the list alone, `[1.0, -0.5]`. True counts as 1 and False as 0. A server that answers in another order
+    returns the ids too: `{"ids": [1, 0], "scores": [-0.5, 1.0]}`; they must be those of the request, each once.
 
-    A request may come twice, when the first answer was lost. A body that is not JSON, or has no list of scores, is a
-    failed request, which is tried again; a wrong number of scores, or ids that are not those of the request, end the
-    run at once.
+    A request may arrive twice, if the first answer was lost. A body that is not JSON, or has no list of scores, is a
+    failed request, which is retried; a wrong number of scores, or ids that are not those of the request, end the run
+    at once.
 
     Args:
-        url: Where to post. It is shown in messages: put no secret there.
+        url: URL to post to. Messages show it: put no secret there.
         api_key_env: Name of the environment variable that holds the API key, sent as `Authorization: Bearer ...`; null
             sends none.
-        batch_size: Most completions in one request.
+        batch_size: Maximum number of completions in one request.
         columns: Names of the columns to send; null sends all, and an empty list none.
         timeout: How many seconds one try of a request may take, from connecting to the last byte of the answer.
-        retries: How often a request is tried again when the server cannot be reached, is too slow or too busy, or
-            answers with an error of its own or with nonsense.
-        backoff: Seconds before the second try; each later wait is twice as long, up to 30 seconds.
-        concurrency: Most requests under way at once, for each process of the run.
+        retries: How often a request is retried when the server cannot be reached, is too slow or too busy, or answers
+            with a server error or something unusable.
+        backoff: Seconds before the first retry; each later wait is twice as long, up to 30 seconds.
+        concurrency: Maximum number of requests in flight, for each process of the run.
         max_bytes: Largest answer, in bytes.
 
     Raises:
-        InputError: An option is of no use.
+        InputError: An option is invalid.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class RemoteReward(Reward):
     def score(
         self, prompts: Sequence[RawPrompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
     ) -> Tensor:
-        """Have the server score completions.
+        """Request the scores of completions from the server.
 
         Args:
             prompts: B prompts, text or chat messages.
@@ -98,8 +98,8 @@ class RemoteReward(Reward):
             The scores, float32. (B,)
 
         Raises:
-            InputError: JSON cannot hold what is to be sent, the server could not be reached or refused the request, or
-                it did not give B numbers.
+            InputError: JSON cannot hold the prompts or columns, the server could not be reached or refused a request,
+                or it did not return B numbers.
             NonFiniteError: Some scores are not finite.
         """
         sent = self._sent(columns)
@@ -150,9 +150,9 @@ class RemoteReward(Reward):
 
 
 def _read(value: Any) -> tuple[list[Any], list[Any] | None]:
-    """Read scores and ids out of an answer; the ids are None where there are none."""
+    """Parse scores and ids from an answer; the ids are None if it has none."""
     scores, ids = (value.get("scores"), value.get("ids")) if isinstance(value, dict) else (value, None)
-    # Anything else than a number would be shown in a later message, and it may be the key.
+    # A later message would show anything other than a number, and that might be the API key.
     if not isinstance(scores, list) or not all(score is None or isinstance(score, float | int) for score in scores):
         raise UnusableError("has no list of scores")
     if not isinstance(ids, list | None):

@@ -9,17 +9,17 @@ from xpo_lightning.core.batch import RawPrompt
 def concise(
     prompts: Sequence[RawPrompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]], words: int = 25
 ) -> list[float]:
-    """Prefer answers of a given length that end as a sentence does.
+    """Score answers by how close they are to a given length and whether they end like a sentence.
 
     Args:
-        prompts: B prompts; not looked at.
+        prompts: B prompts; not used.
         completions: B completions.
-        columns: The rows' other columns; not looked at.
-        words: The length that scores best.
+        columns: The rows' other columns; not used.
+        words: The number of words that scores best.
 
     Returns:
-        Minus the relative distance from that length, plus 0.5 for an answer that ends with a full stop, an exclamation
-        or a question mark; -2 for an empty one. Length B.
+        Minus the relative distance from that length, at most 2, plus 0.5 for an answer that ends with a full stop, an
+        exclamation or a question mark; -2 for an empty one. Length B.
     """
     return [_concise(completion.strip(), words) for completion in completions]
 

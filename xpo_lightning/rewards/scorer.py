@@ -1,4 +1,4 @@
-"""What the reward or judge says of completions, in one form for both."""
+"""Scores pairs with a reward or a judge, and returns one result type for both."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from xpo_lightning.rewards.validation import as_scores
 
 @dataclass(frozen=True)
 class PairScores:
-    """What was said of K completions of B prompts a side.
+    """Scores of K completions per side of B prompts, by a reward or a judge.
 
     Args:
-        raw: Scores as the reward gave them. (K, B) a side
-        scores: The same less the missing-EOS penalty. (K, B) a side
-        answered: False where a judge gave no usable answer; None for a reward. (B,)
-        is_judged: Whether a judge compared, whose probabilities stand for scores.
+        raw: Scores as the reward returned them. (K, B) per side
+        scores: The same less the missing-EOS penalty. (K, B) per side
+        answered: False if a judge gave no usable answer; None for a reward. (B,)
+        is_judged: Whether a judge compared the pairs, so that the scores are its probabilities.
         counts_unanswered: Whether a pair without an answer counts as a tie.
     """
 
@@ -34,7 +34,7 @@ class PairScores:
     counts_unanswered: bool = False
 
     def preferences(self, scores: Pair[Tensor]) -> Preferences:
-        """Say what the scores of the chosen pairs, (B,) a side, mean for their labels."""
+        """Turn the scores of the chosen pairs, (B,) per side, into preferences, from which labels are made."""
         margins = scores.by_policy - scores.by_sampler
         if self.answered is not None and not self.counts_unanswered:
             margins = margins.masked_fill(~self.answered, torch.nan)
@@ -43,12 +43,12 @@ class PairScores:
 
 @dataclass(frozen=True)
 class PairScorer:
-    """Asks the reward or the judge.
+    """Scores completions with the reward, or compares them with the judge.
 
     Args:
         feedback: The reward or the judge.
-        missing_eos_penalty: What a completion that was cut loses in score; None is off.
-        timer: Times it.
+        missing_eos_penalty: How much score a cut completion loses; None is off.
+        timer: Times the calls.
     """
 
     feedback: Feedback
@@ -62,8 +62,8 @@ class PairScorer:
 
         Args:
             prompts: B prompts.
-            completions: K times B completions a side; K is 1 for a judge.
-            known: Scores of the sampler's completions that are known already, None where not. Length B.
+            completions: K times B completions per side; K is 1 for a judge.
+            known: The score of each of the sampler's completions if it is known already, or None. Length B.
         """
         with self.timer("reward", prompts.ids.device):
             if isinstance(self.feedback, Judge):
@@ -104,7 +104,7 @@ class PairScorer:
         return PairScores(raw, self._penalized(raw, completions))
 
     def _penalized(self, scores: Pair[Tensor], completions: Pair[list[Completions]]) -> Pair[Tensor]:
-        """Take the missing-EOS penalty from completions that were cut, (K, B) a side."""
+        """Subtract the missing-EOS penalty from the scores of cut completions, (K, B) per side."""
         if self.missing_eos_penalty is None:
             return scores
         ended = completions.map(lambda side: torch.stack([some.ended for some in side]))

@@ -1,4 +1,4 @@
-"""The border where scores come in: B finite numbers, or one clear error."""
+"""Checks the output of rewards and judges: B finite numbers, or one clear error."""
 
 import math
 from collections.abc import Sequence
@@ -11,24 +11,24 @@ from torch import Tensor
 from xpo_lightning.core.errors import InputError, NonFiniteError
 
 SHOWN = 3
-"""How many of the rows without a finite score a message shows."""
+"""Maximum number of rows without a finite score that a message shows."""
 
 
 def as_scores(values: object, expected: int, who: str) -> Tensor:
     """Check a reward's output and turn it into a tensor.
 
     Args:
-        values: What the reward gave: a tensor, a numpy array, or a list or tuple of numbers. True counts as 1 and
+        values: The reward's output: a tensor, a numpy array, or a list or tuple of numbers. True counts as 1 and
             False as 0, so that a function may return whether each completion is right.
         expected: B, the number of completions.
-        who: The reward, as its user knows it, for example the function's import path.
+        who: Name of the reward in messages, for example the function's import path.
 
     Returns:
         The scores, float32, on the CPU. (B,)
 
     Raises:
         InputError: There are not B values, or one of them is not a number.
-        NonFiniteError: Some are not finite in float32; it has all their rows.
+        NonFiniteError: Some are not finite in float32; the error has the indices of all these rows.
     """
     numbers = [_number(entry, row, who) for row, entry in enumerate(_entries(values, expected, who))]
     scores = torch.tensor(numbers, dtype=torch.float32)
@@ -46,15 +46,15 @@ def as_probabilities(values: object, expected: int, who: str) -> Tensor:
     """Check a judge's output and turn it into a tensor.
 
     Args:
-        values: What the judge gave: as in `as_scores`; None or NaN where it has no answer.
+        values: The judge's output, as in `as_scores`; None or NaN if it has no answer.
         expected: B, the number of pairs.
-        who: The judge, as its user knows it.
+        who: Name of the judge in messages.
 
     Returns:
-        Probabilities, float32, on the CPU; NaN where there is no answer. (B,)
+        Probabilities, float32, on the CPU; NaN for a pair without an answer. (B,)
 
     Raises:
-        InputError: There are not B values, or one of them is no probability.
+        InputError: There are not B values, or one of them is not a probability.
     """
     entries = _entries(values, expected, who)
     numbers = [math.nan if entry is None else _number(entry, row, who) for row, entry in enumerate(entries)]

@@ -1,4 +1,4 @@
-"""A reward made of other rewards."""
+"""A reward that is a weighted sum of other rewards."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,9 +24,9 @@ class WeightedSum(Reward):
         rewards: The rewards, at least one.
         weights: One weight for each reward; a negative one turns its reward into a penalty.
         normalize: `batch` standardises each reward's scores before they are weighted, so that rewards of different
-            scales count alike: minus their mean, divided by their standard deviation, both over all completions that
-            are scored together, on all processes. Where they are all equal, they become 0. A completion's score then
-            depends on the others of its batch. `none` takes scores as they are.
+            scales count alike: it subtracts their mean and divides by their standard deviation, both over all
+            completions that are scored together, on all processes. Scores that are all equal become 0. A completion's
+            score then depends on the others of its batch. `none` takes scores as they are.
 
     Raises:
         InputError: There are no rewards, not as many weights as rewards, or an option has an impossible value.
@@ -51,7 +51,7 @@ class WeightedSum(Reward):
 
     @property
     def depends_on_batch(self) -> bool:
-        """Whether a completion's score depends on what is scored with it, so that it must not be kept for later."""
+        """Whether a completion's score depends on the others that are scored with it, so that it cannot be cached."""
         return self.normalize == "batch" or any(reward.depends_on_batch for reward in self._parts())
 
     def load(self) -> None:
@@ -60,7 +60,7 @@ class WeightedSum(Reward):
             reward.load()
 
     def identity(self) -> dict[str, Any]:
-        """Name the weights, how scores are made comparable, and what each reward says of itself."""
+        """Return the weights, the normalization, and the identity of each reward."""
         parts = [reward.identity() for reward in self._parts()]
         own = {"class": recorded_path(type(self)), "weights": list(self.weights), "normalize": self.normalize}
         return {**own, "rewards": parts}
@@ -68,7 +68,7 @@ class WeightedSum(Reward):
     def score(
         self, prompts: Sequence[RawPrompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
     ) -> Tensor:
-        """Score with every reward and add up.
+        """Score with every reward, and return the weighted sum.
 
         Args:
             prompts: B prompts, text or chat messages.
@@ -79,9 +79,9 @@ class WeightedSum(Reward):
             sum_i weight_i * score_i, float32. (B,)
 
         Raises:
-            InputError: One of the rewards raised, or did not give B numbers; the message names it.
+            InputError: One of the rewards raised, or did not return B numbers; the message names it.
             NonFiniteError: Some scores of one of the rewards, or some sums, are not finite; or another process has
-                failed, and scores are standardised.
+                failed, if scores are standardised.
         """
         scores = [
             as_scores(reward(prompts, completions, columns), len(completions), type(reward).__name__)
@@ -99,20 +99,20 @@ class WeightedSum(Reward):
 
 
 def _standardized(scores: Sequence[Tensor]) -> list[Tensor]:
-    """Standardise each reward's scores by those of all processes.
+    """Standardise each reward's scores over all processes (collective).
 
     Args:
-        scores: What this process has of each reward. (B,) each
+        scores: This process's scores, by each reward. (B,) each
 
     Returns:
-        (score - mean) / standard deviation of the population, float32; 0 where the deviation is. (B,) each
+        (score - mean) / standard deviation of the population, float32; 0 if the deviation is 0. (B,) each
     """
     standardized = []
     for own, *everywhere in zip(scores, *all_gather_guarded(list(scores)), strict=True):
         values = torch.cat(everywhere).double()
         mean = values.mean()
         deviation = (values - mean).square().mean().sqrt()
-        # The mean of equal float32 numbers is exact in float64, so their deviation is 0 and nothing else.
+        # The mean of equal float32 numbers is exact in float64, so their deviation is exactly 0.
         z = (own.double() - mean) / deviation if deviation > 0 else torch.zeros_like(own)
         standardized.append(z.float())
     return standardized

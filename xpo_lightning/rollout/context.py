@@ -1,4 +1,4 @@
-"""Generation context for a group of prompts; keeps what each model has read, so that prompts are read once."""
+"""Generation context for a group of prompts; keeps each model's KV cache, so that prompts are encoded once."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -25,7 +25,7 @@ class RolloutContext:
         policy: The policy.
         lend_reference: Lends the reference, in eval mode.
         prompts: B prompts.
-        kept: What the reference wrote for each before, None where it did not. Length B.
+        kept: The cached reference completion of each prompt, or None. Length B.
         timer: Times the phases.
     """
 
@@ -45,10 +45,10 @@ class RolloutContext:
         self._read_by_reference: AnySession | None = None
 
     def generate_with_reference(self, uniforms: Sequence[Tensor]) -> list[Completions]:
-        """Generate with the reference, except for prompts that it has completed before.
+        """Generate with the reference, except for prompts whose completion is cached.
 
         Args:
-            uniforms: The randomness of each completion of a prompt. (B, max_new_tokens) each
+            uniforms: Random numbers in [0, 1) for each completion of a prompt, float64. (B, max_new_tokens) each
 
         Returns:
             B completions for each entry of `uniforms`.
@@ -66,10 +66,10 @@ class RolloutContext:
         return [with_kept(fresh, self.kept, self.device) for fresh in written]
 
     def generate_with_policy(self, uniforms: Sequence[Tensor]) -> list[Completions]:
-        """Generate with the policy, which reads the prompts once for all calls.
+        """Generate with the policy; encode the prompts once for all calls, if the model allows it.
 
         Args:
-            uniforms: The randomness of each completion of a prompt. (B, max_new_tokens) each
+            uniforms: Random numbers in [0, 1) for each completion of a prompt, float64. (B, max_new_tokens) each
 
         Returns:
             B completions for each entry of `uniforms`.
@@ -83,8 +83,8 @@ class RolloutContext:
         """Generate with another model.
 
         Args:
-            lent: Gives the model, in eval mode, and takes it back.
-            uniforms: The randomness of each completion of a prompt. (B, max_new_tokens) each
+            lent: Context manager that lends the model, in eval mode.
+            uniforms: Random numbers in [0, 1) for each completion of a prompt, float64. (B, max_new_tokens) each
 
         Returns:
             B completions for each entry of `uniforms`.
@@ -94,34 +94,34 @@ class RolloutContext:
 
     @deprecated("by_reference is generate_with_reference now")
     def by_reference(self, uniforms: Sequence[Tensor]) -> list[Completions]:
-        """Generate with the reference, under the name of earlier versions.
+        """Call `generate_with_reference`, which had this name in earlier versions.
 
         Args:
-            uniforms: The randomness of each completion of a prompt. (B, max_new_tokens) each
+            uniforms: See `generate_with_reference`.
         """
         return self.generate_with_reference(uniforms)
 
     @deprecated("by_policy is generate_with_policy now")
     def by_policy(self, uniforms: Sequence[Tensor]) -> list[Completions]:
-        """Generate with the policy, under the name of earlier versions.
+        """Call `generate_with_policy`, which had this name in earlier versions.
 
         Args:
-            uniforms: The randomness of each completion of a prompt. (B, max_new_tokens) each
+            uniforms: See `generate_with_policy`.
         """
         return self.generate_with_policy(uniforms)
 
     @deprecated("by is generate_with now")
     def by(self, lent: AbstractContextManager[nn.Module], uniforms: Sequence[Tensor]) -> list[Completions]:
-        """Generate with another model, under the name of earlier versions.
+        """Call `generate_with`, which had this name in earlier versions.
 
         Args:
-            lent: Gives the model, in eval mode, and takes it back.
-            uniforms: The randomness of each completion of a prompt. (B, max_new_tokens) each
+            lent: See `generate_with`.
+            uniforms: See `generate_with`.
         """
         return self.generate_with(lent, uniforms)
 
     def policy_logps(self, completions: Sequence[Completions]) -> list[Tensor]:
-        """Score completions under the policy as it samples, without dropout and without gradient.
+        """Score completions under the policy in eval mode, as it samples: without dropout.
 
         Args:
             completions: B completions each.
@@ -134,7 +134,7 @@ class RolloutContext:
             return [read.logps(some) for some in completions]
 
     def reference_logps(self, completions: Sequence[Completions]) -> list[Tensor]:
-        """Score completions under the reference; nothing more can be written by the policy afterwards.
+        """Score completions under the reference; drop the policy's KV cache first, to save memory.
 
         Args:
             completions: B completions each.

@@ -1,4 +1,4 @@
-"""Completions as text: what was written, as it reads behind the prompt."""
+"""Decodes completions to text, as they read after their prompts."""
 
 from collections.abc import Sequence
 
@@ -8,23 +8,23 @@ from transformers import PreTrainedTokenizerBase
 from xpo_lightning.core.batch import Prompts
 
 SHORT_END = 16
-"""Tokens of a prompt that are decoded with its completion, if they are enough."""
+"""Number of a prompt's last tokens that are decoded with its completion, unless they form no complete text."""
 HALF = "\ufffd"
-"""How tokenizers show bytes that make no character."""
+"""The character that tokenizers put in place of bytes that form no character."""
 
 
 class CompletionDecoder:
-    """Decodes completions behind their prompts, so that prompt and text together read as the model wrote them.
+    """Decodes completions after their prompts, so that prompt and text together read as the model wrote them.
 
-    Tokenizers of the SentencePiece kind put a space before any text, and take the first space of any text that they
-    decode for that one. A completion that is decoded alone therefore loses the space before its first word. So the end
-    of the prompt is decoded with the completion, and then left out. What follows a chat template's header is the text,
-    spaces included. Spaces are not cleaned up: a space before a full stop was written by the model.
+    SentencePiece tokenizers put a space before any text, and when they decode, they remove a leading space as that one.
+    A completion that is decoded alone therefore loses the space before its first word. So the end of the prompt is
+    decoded with the completion, and then removed. After a chat template's header, everything is text, spaces included.
+    Spaces are not cleaned up: the model wrote a space before a full stop if there is one.
 
     Args:
         tokenizer: The policy's tokenizer.
         eos_token_ids: Token ids that end a completion, which are not part of its text.
-        stop_strings: A text ends before the first of these in it.
+        stop_strings: A text is cut before the first occurrence of any of these.
     """
 
     def __init__(
@@ -34,12 +34,12 @@ class CompletionDecoder:
         self._adding: dict[int, bool] = {}
 
     def decode_all(self, prompts: Prompts, ids: Tensor, mask: Tensor) -> tuple[str, ...]:
-        """Decode completions, without special tokens and without what follows a stop string.
+        """Decode completions without special tokens, each cut before the first stop string in it.
 
         Args:
             prompts: B prompts.
             ids: Token ids. (B, T)
-            mask: True up to the last token, of which each row has one at least. (B, T)
+            mask: True on the tokens of a completion, at least one in each row. (B, T)
 
         Returns:
             B texts.
@@ -48,9 +48,9 @@ class CompletionDecoder:
         return tuple(self.decode(end, row[:length]) for end, row, length in rows)
 
     def read_ends(self, prompts: Prompts) -> list[list[int]]:
-        """Return of each prompt as many of its last tokens as show what a completion is to be read behind.
+        """Return the last tokens of each prompt that its completion is decoded with. Length B.
 
-        These are few where they read as whole characters; otherwise all. Length B.
+        These are the last `SHORT_END` tokens if they decode to complete characters, and all tokens otherwise.
         """
         ends = [row[-count:] for row, count in zip(prompts.ids[:, -SHORT_END:].tolist(), prompts.counts, strict=True)]
         for row, end in enumerate(ends):
@@ -63,11 +63,11 @@ class CompletionDecoder:
         """Decode one completion.
 
         Args:
-            end: The last tokens of its prompt.
+            end: The last tokens of its prompt, as `read_ends` returns them.
             row: Token ids of the completion, at least one.
         """
         kept = row[:-1] if row[-1] in self.eos_token_ids else row
-        # A stop string may hold special tokens, so it is looked for while they still show.
+        # A stop string may contain special tokens, so it is searched for in the text that still shows them.
         whole = self.decode_behind(end, kept, skip_special=False) if self.stop_strings else ""
         found = [position for stop in self.stop_strings if (position := whole.find(stop)) >= 0]
         if not found:
@@ -78,26 +78,26 @@ class CompletionDecoder:
         return text
 
     def decode_behind(self, end: list[int], row: list[int], skip_special: bool = True) -> str:
-        """Decode tokens as they read behind others.
+        """Decode tokens as they read after other tokens.
 
         Args:
             end: Token ids that come before, at least one.
             row: Token ids to decode.
-            skip_special: Leave special tokens out.
+            skip_special: Whether to leave special tokens out.
         """
         before, both = (self._decode(ids, skip_special) for ids in (end, [*end, *row]))
-        # Where the prompt ends with half a character, the completion may have completed it.
+        # If the prompt ends within a character, the completion may complete it.
         known = next((text for text in (before, before.rstrip(HALF)) if both.startswith(text)), None)
         if known is None:
-            # Bytes that spoil the character before them; they follow no space that could be lost.
+            # The first bytes changed how the prompt's end decodes. No space is lost there: decode the row alone.
             return self._decode(row, skip_special)
         text = both[len(known) :]
         return text[1:] if text.startswith(" ") and self._adds_space_behind(end[-1]) else text
 
     def _adds_space_behind(self, token: int) -> bool:
-        """Tell whether a text behind this token begins with a space that the tokenizer itself puts there.
+        """Return whether the tokenizer itself puts a space before a text that follows this token.
 
-        Some put one not only before the first text but before any text that follows a special token.
+        Some tokenizers put one not only before the first text but before any text after a special token.
         """
         if token not in self._adding:
             added = self.tokenizer.added_tokens_decoder.get(token)

@@ -1,4 +1,4 @@
-"""Engines outside of this process that write completions; the models at hand score them."""
+"""Base class of engines that generate completions outside this process; the models in this process score them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,11 +18,11 @@ Writer = Literal["policy", "reference"]
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Completions of a batch of prompts that one model is to write.
+    """Request for completions of a batch of prompts by one model.
 
     Args:
-        who: Who writes them.
-        uniforms: Randomness in [0, 1) of each completion of a prompt, float64. (B, max_new_tokens) each
+        who: The model that generates.
+        uniforms: Random numbers in [0, 1) for each completion of a prompt, float64. (B, max_new_tokens) each
     """
 
     who: Writer
@@ -30,22 +30,22 @@ class GenerationRequest:
 
 
 class RolloutEngine(ABC):
-    """Writes the completions of the policy and of the reference, for a whole batch of prompts at once.
+    """Generates the completions of the policy and of the reference for a batch of prompts at once.
 
-    An engine of your own needs `sync` and `write`; `completions` turns token ids into what `write` returns.
+    An engine of your own must define `sync` and `write`; `completions` builds from token ids what `write` returns.
 
-    The loss never depends on an engine's numbers: whatever it wrote, the models at hand score. Its log-probabilities
-    are compared with theirs instead. Where both come from the same weights the difference is rounding; where it is
-    large, the engine has other weights, and the run ends.
+    The loss never uses an engine's log-probabilities: the models in this process score all completions. The engine's
+    are only compared with theirs. If both have the same weights, the difference is rounding; a large difference means
+    that the engine has other weights, and ends the run.
 
     Args:
-        max_logp_drift: Largest difference, in nats a token; None compares without a limit.
+        max_logp_drift: Largest allowed difference, in nats per token; None compares without a limit.
 
     Attributes:
-        rollout: How completions are sampled and decoded, from `begin` on.
-        needs_adapters: Whether the policy must be adapters (`model.lora`) of a model that the engine has.
-        measured: Differences of the last batch, by the name that they are logged under.
-        check: Called about once a second while waiting; may raise, to wait no longer.
+        rollout: Samples and decodes in this process, with the same settings; set by `begin`.
+        needs_adapters: Whether the policy must be LoRA adapters (`model.lora`) of a model that the engine has.
+        measured: Log-probability differences of the last batch, by metric name.
+        check: Called about once a second while waiting; may raise to stop waiting.
 
     Raises:
         InputError: The limit is not above 0.
@@ -64,18 +64,18 @@ class RolloutEngine(ABC):
         self.check: Callable[[], None] = lambda: None
 
     def set_check(self, check: Callable[[], None]) -> None:
-        """Say what to call while waiting.
+        """Set the function to call while waiting.
 
         Args:
-            check: May raise, to wait no longer.
+            check: May raise to stop waiting.
         """
         self.check = check
 
     def context_length(self) -> int | None:
-        """Ask the engine, once, how many tokens of prompt and completion it takes; None where it names no limit.
+        """Return the maximum number of tokens of prompt and completion; an engine looks it up only once.
 
         Returns:
-            Tokens; None unless an engine says otherwise.
+            Tokens; None, which is the default, if the engine states no limit.
 
         Raises:
             InputError: The engine cannot be used.
@@ -86,8 +86,8 @@ class RolloutEngine(ABC):
         """Return the most tokens that a prompt may have.
 
         Args:
-            limit: What the model at hand allows; None is no limit.
-            max_new_tokens: Most tokens of a completion.
+            limit: Limit of the model in this process; None is no limit.
+            max_new_tokens: Maximum number of tokens of a completion.
 
         Raises:
             InputError: The engine leaves no room for a prompt, or cannot be used.
@@ -103,44 +103,44 @@ class RolloutEngine(ABC):
         return context - max_new_tokens if limit is None else min(limit, context - max_new_tokens)
 
     def begin(self, rollout: LocalRollout) -> None:
-        """Take note of how completions are sampled and decoded.
+        """Store the settings for sampling and decoding.
 
         Args:
             rollout: Has `sampling` (the settings), `tokenizer`, and `eos_token_ids`.
 
         Raises:
-            InputError: The engine samples in another way under these settings.
+            InputError: The engine would sample differently under these settings.
         """
         self.rollout = rollout
 
     @abstractmethod
     def sync(self, policy: nn.Module) -> None:
-        """Let the engine have the policy's weights as they are now, where they have changed; all processes call it.
+        """Send the policy's current weights to the engine if they have changed (collective).
 
         Args:
-            policy: The policy, a transformers model or, with `model.lora`, peft's around one.
+            policy: The policy: a transformers model or, with `model.lora`, the PEFT model around one.
 
         Raises:
-            InputError: The engine cannot take them.
+            InputError: The engine cannot load them.
         """
 
     @abstractmethod
     def write(self, prompts: Prompts, asked: Sequence[GenerationRequest]) -> list[list[Completions]]:
-        """Write completions, those of all models together.
+        """Generate completions, for all requests together.
 
         Args:
             prompts: B prompts.
-            asked: Who writes how many for each. The same again asks for the same samples.
+            asked: Requests, each for one model. Equal requests must give equal samples.
 
         Returns:
-            For each of `asked`, B completions for each entry of its `uniforms`, with the engine's log-probabilities.
+            For each request, B completions for each entry of its `uniforms`, with the engine's log-probabilities.
 
         Raises:
-            InputError: The engine is not there, or what it answers is of no use.
+            InputError: The engine cannot be reached, or its answer is unusable.
         """
 
     def close(self) -> None:  # noqa: B027  (a hook)
-        """Take the policy's weights back from the engine; `sync` brings them again."""
+        """Remove the policy's weights from the engine; `sync` sends them again."""
 
     def completions(
         self,
@@ -149,14 +149,14 @@ class RolloutEngine(ABC):
         prompts: Prompts,
         stopped: Sequence[bool] | None = None,
     ) -> Completions:
-        """Make completions of token ids; each ends with its first EOS token, and what follows is left out.
+        """Build completions from token ids; cut each after its first EOS token.
 
         Args:
             ids: At least one token id for each of B prompts.
-            logps: The engine's log-probability of each token, at temperature 1 over the full vocabulary. Metrics take
-                them, so they must be there.
-            prompts: The B prompts; the completions go to their device.
-            stopped: Whether each was ended by something else than EOS, a stop string; None is none.
+            logps: The engine's log-probability of each token, at temperature 1 over the full vocabulary. Metrics use
+                them, so they are required.
+            prompts: The B prompts; the completions are moved to their device.
+            stopped: Whether something other than EOS, a stop string, ended each completion; None means none did.
 
         Returns:
             B completions.
@@ -175,15 +175,16 @@ class RolloutEngine(ABC):
         return made.to(prompts.ids.device)
 
     def compare(self, who: Writer, written: Sequence[Completions], logps: Tensor) -> None:
-        """Compare the engine's log-probabilities with those of the model at hand.
+        """Compare the engine's log-probabilities with those computed in this process.
 
-        What is compared is the log-probability of a whole completion, a token: for samples of other weights the
-        difference is the divergence from them, which cannot cancel; for rounding errors it is close to none.
+        The absolute differences between log-probabilities of completions (summed over tokens) are added up and divided
+        by the number of tokens. If the engine samples from other weights, this measures the divergence from them, which
+        cannot cancel within a completion; rounding errors nearly cancel.
 
         Args:
-            who: Who wrote.
+            who: The model that generated the completions.
             written: K times B completions.
-            logps: Log-probability of each under the model at hand, in nats. (K, B)
+            logps: Log-probability of each under the model in this process, in nats. (K, B)
 
         Raises:
             InputError: They differ by more than the limit.
@@ -191,7 +192,7 @@ class RolloutEngine(ABC):
         gaps = [(some.logps - own).abs().sum() for some, own in zip(written, logps, strict=True)]
         drift = float(sum(gaps)) / sum(sum(some.counts) for some in written)
         self.measured["rollout/logp_drift" if who == "reference" else "rollout/policy_logp_drift"] = drift
-        # Numbers that are not finite are refused elsewhere, with the prompts that they belong to.
+        # Non-finite numbers are refused elsewhere, in an error that names their prompts.
         if self.max_logp_drift is not None and drift > self.max_logp_drift:
             raise InputError(
                 f"model.rollout: the engine's log-probabilities of the {who}'s completions differ by {drift:.3g} nats "
@@ -200,9 +201,9 @@ class RolloutEngine(ABC):
             )
 
     def advice(self, who: Writer) -> str:
-        """Say what to look at where an engine has other weights than this process.
+        """Return what the user should check if the engine has other weights than this process.
 
         Args:
-            who: Whose log-probabilities differ.
+            who: The model whose log-probabilities differ.
         """
         return "check that the engine has the model of model.policy"

@@ -1,4 +1,4 @@
-"""Completions that something else than a model of ours wrote, as text."""
+"""Turns completions that arrive as text, such as those of a Python function, into tokens."""
 
 from collections.abc import Sequence
 
@@ -14,17 +14,17 @@ def given_completions(texts: Sequence[str], prompts: Prompts, decoder: Completio
     """Tokenize completions.
 
     Args:
-        texts: B completions. Each ends with the decoder's first EOS token, if there is one; or else with the first stop
-            string in it, which is not part of its text, and needs no EOS.
-        prompts: B prompts, which the texts follow.
-        decoder: Knows the policy's tokenizer, and what ends a completion.
-        most: Most tokens of a completion, EOS included; longer ones are cut, and have not ended.
+        texts: B completions. One that contains a stop string ends with it, and leaves it out of its text; any other
+            ends with the decoder's first EOS token, if there is one.
+        prompts: The B prompts that are completed.
+        decoder: Has the policy's tokenizer, the EOS token ids and the stop strings.
+        most: Maximum number of tokens of a completion, EOS included; longer ones are cut, and have not ended.
 
     Returns:
-        B completions on the device of the prompts; their writer's log-probabilities are NaN.
+        B completions on the device of the prompts; their token log-probabilities are NaN, since the source gives none.
 
     Raises:
-        InputError: One has no token.
+        InputError: A completion has no token.
     """
     rows, ended, shown = [], [], []
     for text, prompt_end in zip(texts, decoder.read_ends(prompts), strict=True):
@@ -42,10 +42,10 @@ def given_completions(texts: Sequence[str], prompts: Prompts, decoder: Completio
 
 
 def _tokenized(text: str, prompt_end: list[int], decoder: CompletionDecoder) -> list[int]:
-    """Tokenize a text so that it reads the same behind its prompt, where the tokenizer can.
+    """Tokenize a text so that it decodes to itself after its prompt, if the tokenizer can do so.
 
-    Many tokenizers put a space before any text. Behind a line break they do not, and what they make of the line break
-    is left out.
+    Many tokenizers put a space before any text, but not after a line break. If the tokens of the text alone do not
+    decode to it, tokenize it after a line break, and drop the tokens of the line break.
     """
     alone = _encode(text, decoder)
     if decoder.decode_behind(prompt_end, alone) == text:
@@ -56,12 +56,12 @@ def _tokenized(text: str, prompt_end: list[int], decoder: CompletionDecoder) -> 
 
 
 def _encode(text: str, decoder: CompletionDecoder) -> list[int]:
-    # What looks like a special token in a text is text.
+    # A text that contains the name of a special token is still ordinary text.
     return list(decoder.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
 def _stopped(text: str, stop_strings: Sequence[str]) -> tuple[str, str]:
-    """Cut a text before the stop string that comes first; return it, and the stop string, which may be none."""
+    """Cut a text before the first stop string in it; return the text and that stop string, or "" if it has none."""
     found = [(place, stop) for stop in stop_strings if (place := text.find(stop)) >= 0]
     place, stop = min(found, default=(len(text), ""))
     return text[:place], stop

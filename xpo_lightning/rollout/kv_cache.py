@@ -1,4 +1,4 @@
-"""Keys and values of a rollout in buffers made once, from which rows that have ended can leave."""
+"""KV cache of a rollout, in buffers allocated once, from which rows that have ended can be removed."""
 
 import weakref
 from typing import Any, cast
@@ -12,20 +12,20 @@ from xpo_lightning.models.forward.causal_forward import base_of
 
 
 class RolloutCache(Cache):
-    """Keys and values of a batch, in one buffer a layer.
+    """Keeps the keys and values of a batch, in buffers allocated once per layer.
 
-    A call of the model sees the rows `rows` from column `begin` on, and writes its own keys and values at column
-    `length`. Whoever calls sets the three, so that prompts can be read a few at a time, each group with its own
-    padding, and be continued all together. With `column` set, the rows see all columns, those to come too, which the
-    model's mask has to hide, and write at that one: nothing then depends on numbers of this process.
+    A forward pass sees the rows `rows` from column `begin` on, and writes its own keys and values at column `length`.
+    The caller sets the three, so that prompts can be encoded a few at a time, each group with its own padding, and be
+    continued all together. With `column` set, the rows see all columns, later ones included, which the model's mask
+    must hide, and write at that column: then no step depends on Python numbers, so that it can be captured.
 
     Args:
         batch_size: Rows of the buffers, B.
-        width: Columns of the buffers, for padded prompts and all that will follow them, L.
-        dtype: Type of the buffers; None is that of the model's keys and values.
+        width: Columns of the buffers, for padded prompts and all tokens that will follow them, L.
+        dtype: Dtype of the buffers; None is that of the model's keys and values.
 
     Attributes:
-        column: Where one token of each row goes, (1,); None goes by `begin` and `length`.
+        column: The column at which each row writes one token, (1,); None uses `begin` and `length`.
     """
 
     def __init__(self, batch_size: int, width: int, dtype: torch.dtype | None = None) -> None:
@@ -37,7 +37,7 @@ class RolloutCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values (B', H, N, D); return all that its rows have (B', H, C + N, D)."""
+        """Store a layer's new keys and values (B', H, N, D); return the rows' old and new ones (B', H, C + N, D)."""
         while len(self.layers) <= layer_idx:
             self.layers.append(_BufferLayer(self))
         return self.buffers[layer_idx].update(key_states, value_states)
@@ -50,17 +50,17 @@ class RolloutCache(Cache):
 
     @property
     def buffers(self) -> "list[_BufferLayer]":
-        """The layers, by the type that they have here."""
+        """The layers, with their own type."""
         return cast("list[_BufferLayer]", self.layers)
 
     def clear(self) -> None:
-        """Put zeros everywhere: attention multiplies what a mask hides by 0, and 0 times garbage may be NaN."""
+        """Fill all buffers with zeros: attention multiplies masked values by 0, and 0 times garbage may be NaN."""
         for layer in self.buffers:
             layer.keys.zero_()
             layer.values.zero_()
 
     def copied(self, rows: int, length: int) -> "RolloutCache":
-        """Copy the first rows and columns alone, in the model's own type; what comes later is then not stored."""
+        """Copy only the first rows and columns, in the model's own dtype; the copy stores no further tokens."""
         copy = RolloutCache(rows, length)
         for layer in self.buffers:
             copy.layers.append(layer.copied(copy))
@@ -68,9 +68,9 @@ class RolloutCache(Cache):
 
 
 def most_rows(model: nn.Module, width: int) -> int:
-    """Return how many rows of so many columns are decoded together on a CPU, where more save little time.
+    """Return how many rows of `width` columns are decoded together on a CPU, where more save little time.
 
-    That is 32, or as many as need 128 MiB for their keys and values, were they float32 and as wide as hidden states.
+    That is 32, or if it is more, as many as need 128 MiB for keys and values in float32, as wide as the hidden states.
     """
     config: Any = base_of(model).config
     text = config.get_text_config(decoder=True)
@@ -85,15 +85,15 @@ def exchange(tensor: Tensor, here: Tensor, there: Tensor) -> None:
 
 
 class _BufferLayer(CacheLayerMixin):
-    is_sliding = False  # all is kept; the mask knows the window
+    is_sliding = False  # keeps all columns; the mask applies the window
     keys: Tensor
     values: Tensor
 
     def __init__(self, cache: RolloutCache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.cache: RolloutCache = weakref.proxy(cache)  # a circle would keep the buffers until garbage is collected
+        self.cache: RolloutCache = weakref.proxy(cache)  # a cycle would keep the buffers until garbage collection
 
-    @torch.inference_mode(False)  # A workspace's buffers outlive a validation.
+    @torch.inference_mode(False)  # A workspace's buffers are used after a validation too.
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch_size, width = self.cache.shape
         self.own_dtype = key_states.dtype
@@ -130,7 +130,7 @@ class _BufferLayer(CacheLayerMixin):
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
-        """Whether masks are made whatever they hold: nothing else hides the columns to come."""
+        """Whether transformers must always build a mask: nothing else hides the later columns."""
         return self.cache.column is not None
 
     def get_seq_length(self) -> int:

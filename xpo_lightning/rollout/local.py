@@ -1,4 +1,4 @@
-"""Sampling completions with the model at hand, in this process."""
+"""Samples completions in this process, from a transformers model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,22 +26,22 @@ from xpo_lightning.rollout.workspace import Workspaces
 from xpo_lightning.rollout.written import Written
 
 TOKENS_AT_ONCE = {"cpu": 2**11, "cuda": 2**16}
-"""Most tokens in one call of the model, by type of device; a CPU is faster while activations fit its cache."""
+"""Maximum tokens in one forward pass, by device type; a CPU is faster while activations fit its cache."""
 CHECK_EVERY = {"cpu": 1, "cuda": 8}
-"""Tokens between two looks at which rows have ended, by type of device; a GPU has to be waited for."""
+"""Decoding steps between two checks for ended rows, by device type; on a GPU, a check waits for the device."""
 
 
 class LocalRollout:
-    """Samples one completion a prompt from a causal language model, with a key-value cache, in eval mode.
+    """Samples completions from a causal language model in eval mode, with a KV cache.
 
     Args:
         tokenizer: The policy's tokenizer, to decode completions and to find stop strings.
         sampling: How tokens are drawn.
         eos_token_ids: Token ids that end a completion.
-        rows_at_once: Most prompts that are decoded together; None is all of them, or on a CPU, where many are no
-            faster, `most_rows`. Less needs less memory.
-        check: Called before each token; may raise, to break a rollout off.
-        replays: Whether a GPU replays each token's step, with buffers that are kept between rollouts.
+        rows_at_once: Maximum number of prompts decoded together; None is all of them, or on a CPU, where more are no
+            faster, `most_rows`. Fewer need less memory.
+        check: Called before each token; may raise to abort a rollout.
+        replays: Whether a GPU replays the step of each token, with buffers that are kept between rollouts.
     """
 
     def __init__(
@@ -68,16 +68,16 @@ class LocalRollout:
     def several(
         self, model: nn.Module, prompts: Prompts, uniforms: Sequence[Tensor], session: AnySession | None
     ) -> tuple[AnySession, list[Completions]]:
-        """Sample several completions for each prompt, which the model reads once where it can.
+        """Sample several completions for each prompt; encode the prompts once, if the model allows it.
 
         Args:
             model: As in `__call__`, in eval mode.
             prompts: B prompts.
             uniforms: See `uniforms`, for each completion of a prompt, at least one. (B, max_new_tokens) each
-            session: The prompts, read by this model before; None reads them.
+            session: Session in which this model has encoded the prompts before; None opens one.
 
         Returns:
-            The prompts, read, and B completions for each entry of `uniforms`.
+            The session, and B completions for each entry of `uniforms`.
         """
         written = []
         for numbers in uniforms:
@@ -91,8 +91,8 @@ class LocalRollout:
         """Sample one completion for each prompt.
 
         Args:
-            model: A transformers causal language model on the device of the prompts; its train and eval modes are left
-                as they were.
+            model: A transformers causal language model on the device of the prompts; the train or eval mode of each of
+                its modules is restored.
             prompts: B prompts.
             noise: Source of the randomness.
 
@@ -103,7 +103,7 @@ class LocalRollout:
 
     @torch.no_grad()
     def write(self, model: nn.Module, prompts: Prompts, uniforms: Sequence[Tensor]) -> list[Completions]:
-        """Sample several completions for each prompt, as many prompts together as may be.
+        """Sample several completions for each prompt, in groups of prompts that are decoded together.
 
         Args:
             model: As in `__call__`.
@@ -121,7 +121,7 @@ class LocalRollout:
         return [gather(candidate, groups) for candidate in zip(*parts, strict=True)]
 
     def groups(self, prompts: Prompts, model: nn.Module) -> list[list[int]]:
-        """Put prompts of similar length together, as many as may be decoded together."""
+        """Group prompts of similar length, each group as large as may be decoded together."""
         order = sorted(range(len(prompts)), key=prompts.counts.__getitem__)
         most = self.rows_at_once or len(order)
         if self.rows_at_once is None and prompts.ids.device.type == "cpu":
@@ -129,7 +129,7 @@ class LocalRollout:
         return [list(rows) for rows in chunk(order, most)]
 
     def uniforms(self, prompts: Prompts, noise: RolloutRNG) -> Tensor:
-        """Draw all the randomness of a rollout beforehand, so that no row's depends on the rows beside it.
+        """Draw all random numbers of a rollout in advance, so that a row's do not depend on the other rows.
 
         Returns:
             Numbers in [0, 1), float64. (B, max_new_tokens)
@@ -137,19 +137,19 @@ class LocalRollout:
         return noise.uniforms(len(prompts), self.sampling.max_new_tokens).to(prompts.ids.device)
 
     def open(self, model: nn.Module, prompts: Prompts) -> AnySession:
-        """Let a model, which must be in eval mode, read prompts."""
+        """Encode prompts with a model, which must be in eval mode, and return the session."""
         at_once = TOKENS_AT_ONCE.get(prompts.ids.device.type, TOKENS_AT_ONCE["cuda"])
         return open_session(model, prompts, self.sampling.max_new_tokens, at_once, self.workspaces)
 
     def sample(self, session: AnySession, uniforms: Tensor) -> Completions:
-        """Write token by token until every row has ended.
+        """Sample token by token until every row has ended.
 
         Args:
-            session: B prompts, read.
+            session: B encoded prompts.
             uniforms: See `uniforms`. (B, max_new_tokens)
 
         Returns:
-            B completions, in the order that the prompts were given in.
+            B completions, in the order in which the session was given the prompts.
         """
         if isinstance(session, Session) and session.workspace is not None:
             written = self._replayed(session, uniforms)
@@ -161,7 +161,7 @@ class LocalRollout:
         return replace(completions, token_logps=token_logps(session.model, session.given, completions))
 
     def _written(self, session: AnySession, uniforms: Tensor) -> Written:
-        """Write, with as many rows in each call of the model as go on."""
+        """Sample with the active rows only: rows that have ended leave the batch at the next check."""
         most, head = self.sampling.max_new_tokens, capabilities_of(session.model).head
         written = self._empty(len(uniforms), session.given.ids.shape[1] + most, uniforms.device)
         written.begin(session.given, uniforms)
@@ -183,7 +183,7 @@ class LocalRollout:
         return written
 
     def _replayed(self, session: Session, uniforms: Tensor) -> Written:
-        """Write, with a number of rows in each call of the model for which the call can be replayed."""
+        """Sample with replayed steps, on the active rows rounded up to a batch size that can be replayed."""
         replay = Replay(session, uniforms, self.sampler)
         most = self.sampling.max_new_tokens
         for step in range(most - 1):
@@ -199,18 +199,18 @@ class LocalRollout:
         return replay.written
 
     def given(self, prompts: Prompts, texts: Sequence[str]) -> Completions:
-        """Turn texts that something else wrote into completions, see `given_completions`."""
+        """Turn texts from another source into completions; see `given_completions`."""
         return given_completions(texts, prompts, self.decoder, self.sampling.max_new_tokens)
 
     def _empty(self, rows: int, columns: int, device: torch.device) -> Written:
-        """Make buffers for so many rows, of so many tokens each with their prompts."""
+        """Allocate buffers for `rows` rows of `columns` tokens each, prompt and completion."""
         looks_back = self.sampling.repetition_penalty != 1
         return Written(rows, self.sampling.max_new_tokens, columns if looks_back else 0, self.eos_token_ids, device)
 
     def _stop(self, written: Written, places: Tensor, step: int) -> None:
-        """End rows in which a stop string came up, or which have one."""
+        """End rows whose new tokens contain a stop string."""
         if self.stops is not None:
-            # Written tokens alone: a stop string that began in the prompt is not the completion's.
+            # New tokens alone: a stop string that begins in the prompt does not count.
             stopped: Tensor = self.stops(written.tokens[places, : step + 1], None)
             written.ended[places] |= stopped
 
@@ -222,16 +222,16 @@ class LocalRollout:
         return Completions(ids, mask, ended.clone(), self.texts(prompts, ids, mask), logps)
 
     def texts(self, prompts: Prompts, ids: Tensor, mask: Tensor) -> tuple[str, ...]:
-        """Decode completions, see `CompletionDecoder.decode_all`."""
+        """Decode completions; see `CompletionDecoder.decode_all`."""
         return self.decoder.decode_all(prompts, ids, mask)
 
 
 def gather(parts: Sequence[Completions], groups: Sequence[Sequence[int]]) -> Completions:
-    """Put the completions of groups of prompts back into the order of the prompts."""
+    """Concatenate the completions of groups of prompts, in prompt order."""
     return concat_completions(parts).select(order_of(groups))
 
 
 def order_of(groups: Sequence[Sequence[int]]) -> list[int]:
-    """Tell where each row is, once groups of rows stand one behind the other."""
+    """Return the index of each row in the concatenation of the groups."""
     places = [row for rows in groups for row in rows]
     return sorted(range(len(places)), key=places.__getitem__)

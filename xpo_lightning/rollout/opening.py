@@ -1,4 +1,4 @@
-"""Which session a model writes in: the fastest that gives what the model gives for each row alone."""
+"""Opens the fastest session whose results match those of the model on each row alone."""
 
 from dataclasses import replace
 
@@ -18,21 +18,21 @@ from xpo_lightning.rollout.workspace import Workspaces
 from xpo_lightning.rollout.writing import Writing, ways_for
 
 REPLAYING = {"cuda"}
-"""Types of devices that replay steps."""
+"""Device types that replay decoding steps."""
 AnySession = Session | PlainSession
 
 
 def open_session(
     model: nn.Module, prompts: Prompts, room: int, tokens_at_once: int, workspaces: Workspaces | None = None
 ) -> AnySession:
-    """Let a model, which must be in eval mode, read prompts.
+    """Encode prompts with a model, which must be in eval mode, and return the session.
 
     Args:
         model: A transformers causal language model on the device of the prompts.
         prompts: B prompts.
-        room: Most tokens that will follow a prompt.
-        tokens_at_once: Most prompt tokens, padding included, that are read in one call.
-        workspaces: Where a GPU replays steps; None replays none.
+        room: Maximum number of tokens that will follow a prompt.
+        tokens_at_once: Maximum number of prompt tokens, padding included, in one forward pass.
+        workspaces: Buffers of the steps that a GPU replays; None replays none.
     """
     way = writing_of(model, prompts.ids.shape[1] + room)
     if way.is_static and (workspaces is None or not capabilities_of(model).may_replay):
@@ -41,13 +41,14 @@ def open_session(
 
 
 def try_ways(*models: nn.Module) -> None:
-    """Find out how models are computed while their weights are together; spread ones are tried no further.
+    """Choose how models run while their weights are unsharded; sharded models are not probed again.
 
     Args:
         models: Transformers causal language models, the same on each process.
 
     Raises:
-        InputError: One goes row by row: processes with other rows would take other numbers of passes over its layers.
+        InputError: A model cannot run padded rows: ranks with different rows would run different numbers of forward
+            passes over its sharded layers.
     """
     for model in models:
         sharing_of(model, 1)
@@ -62,7 +63,7 @@ def try_ways(*models: nn.Module) -> None:
 
 
 def writing_of(model: nn.Module, length: int) -> Writing:
-    """Tell how a model writes rows of up to so many tokens, prompt and completion."""
+    """Return the way in which a model decodes rows of up to `length` tokens, prompt and completion."""
     found = capabilities_of(model)
     is_static = next(model.parameters()).device.type in REPLAYING
     dtype, has_head = cache_dtype(base_of(model)), found.head is not None
@@ -86,19 +87,19 @@ def _open(
 def _written(
     model: nn.Module, prompts: Prompts, completions: Completions, head: nn.Linear | None, way: Writing
 ) -> Tensor:
-    """Return what predicts each token of two completions a prompt, (2B, T, F), while they are written in this way."""
+    """Return the features that predict each token of two completions per prompt, (2B, T, F), decoded in this way."""
     one, other = (completions.select(range(start, start + len(prompts))) for start in (0, len(prompts)))
     session = _open(model, prompts, completions.ids.shape[1], prompts.ids.numel(), way)
     features = _forced(session, one)
     if isinstance(session, PlainSession):
         return torch.cat([features, _forced(session.again(), other)])
-    session.rest()  # The other completion is scored, as those of another model are.
+    session.rest()  # Score the other completion, as completions of another model are scored.
     scored = session.continued(slice(0, len(prompts)), other.select(session.places.tolist()))
     return torch.cat([features, scored[session.places.argsort()]])
 
 
 def _forced(session: AnySession, completions: Completions) -> Tensor:
-    """Let a session write what is given; return what predicts each token, (B, T, F), in the order of the prompts."""
+    """Decode given tokens in a session; return the features that predict each, (B, T, F), in prompt order."""
     order = session.places.argsort()
     ids = completions.ids[session.places]
     later = [session.advance(ids[:, step], step)[order] for step in range(ids.shape[1] - 1)]

@@ -1,4 +1,4 @@
-"""Several completions a side, and which two of them become the pair."""
+"""Chooses the pair to compare among several completions per side."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,17 +15,17 @@ Choice = Literal["first", "best_of_each", "largest_margin", "best_and_worst"]
 
 @dataclass(frozen=True)
 class Candidates:
-    """How many completions each side writes for a prompt, and which two are compared.
+    """How many completions the policy and the sampler each write for a prompt, and which two are compared.
 
-    The pair always has one completion by the policy and one by the sampler, so that the exploration term keeps a
-    sample of the sampler's (arXiv 2405.21046, Algorithm 1). Validation compares one completion a side.
+    The pair always has one completion of the policy and one of the sampler, so that the exploration term keeps a
+    sample of the sampler (arXiv 2405.21046, Algorithm 1). Validation compares one completion per side.
 
     Args:
-        count: Completions a side, K.
-        choose: The pair: `first`, the only one where K is 1; `best_of_each`, the best of the policy's and the best of
-            the sampler's; `largest_margin`, the two whose scores differ most; `best_and_worst`, the best of all 2K, and
-            of the other side the worst. Where the sampler is the policy itself, both sides are one, and
-            `best_and_worst` takes the best and the worst of all 2K.
+        count: Completions per side, K.
+        choose: How to choose the pair: `first`, the only one if K is 1; `best_of_each`, the best of the policy's and
+            the best of the sampler's; `largest_margin`, the two, one per side, whose scores differ most;
+            `best_and_worst`, the best of all 2K and the worst of the other side. If the sampler is the policy itself,
+            both sides are one, and `best_and_worst` takes the best and the worst of all 2K.
 
     Raises:
         InputError: `count` is below 1, or does not suit `choose`.
@@ -48,11 +48,11 @@ class Candidates:
         """Choose a pair for each prompt; of equal scores, the first.
 
         Args:
-            scores: Scores of K completions of B prompts. (K, B) a side
+            scores: Scores of K completions of B prompts. (K, B) per side
             one_writer: Whether the sampler is the policy itself, so that a completion may change sides.
 
         Returns:
-            Which completion each side of the pair is: k for the policy's k-th, K + k for the sampler's k-th. (B,) each
+            Index of the completion on each side: k for the policy's k-th, K + k for the sampler's k-th. (B,) each
         """
         own, others = scores.by_policy, scores.by_sampler
         count = len(own)
@@ -77,19 +77,19 @@ def _best_and_worst(own: Tensor, others: Tensor, *, one_writer: bool) -> Pair[Te
     best, worst = both.argmax(0), both.argmin(0)
     # All scores equal: the first of each side.
     worst = torch.where(best == worst, worst + count, worst)
-    # The best stays on its side, which either is as likely to be, and the worst is on the other.
+    # The best keeps its side, which is as likely the one as the other; the worst takes the other side.
     return Pair(torch.where(best < count, best, worst), torch.where(best < count, worst, best))
 
 
 def chosen_completions(candidates: Pair[list[Completions]], places: Pair[Tensor]) -> Pair[Completions]:
-    """Take the chosen completions.
+    """Select the chosen completions.
 
     Args:
-        candidates: K times B completions a side.
-        places: As `Candidates` returns them. (B,) a side
+        candidates: K times B completions per side.
+        places: Indices as `Candidates` returns them. (B,) per side
 
     Returns:
-        B completions a side.
+        B completions per side.
     """
     if len(candidates.by_policy) == 1:
         return candidates.map(lambda side: side[0])
@@ -98,11 +98,11 @@ def chosen_completions(candidates: Pair[list[Completions]], places: Pair[Tensor]
 
 
 def chosen_values(candidates: Pair[Tensor], places: Pair[Tensor]) -> Pair[Tensor]:
-    """Take the values of the chosen completions, of (K, B) a side; (B,) a side."""
+    """Select the values of the chosen completions, (B,) per side, from (K, B) per side."""
     everything = torch.cat([candidates.by_policy, candidates.by_sampler]).flatten()
     return places.map(lambda side: everything[torch.tensor(rows_of(side), device=side.device)])
 
 
 def rows_of(places: Tensor) -> list[int]:
-    """Tell in which row each chosen completion is, once all candidates stand below each other, B rows each."""
+    """Return the flat index of each chosen completion in the stacked (2K * B) candidates."""
     return [place * len(places) + row for row, place in enumerate(places.tolist())]

@@ -1,4 +1,4 @@
-"""A session for models whose prompts cannot be shared: the model's own cache or state, and every row to the end."""
+"""A session for models whose prompts cannot be shared: uses the model's own cache or state, and keeps every row."""
 
 from typing import Any
 
@@ -16,13 +16,13 @@ from xpo_lightning.rollout.writing import Memory, Writing
 
 
 class PlainSession:
-    """Does what `Session` does with any causal language model; the arguments are the same.
+    """Samples and scores as `Session` does, with any causal language model.
 
     Args:
         model: A transformers causal language model in eval mode, on the device of the prompts.
         prompts: B prompts.
-        tokens_at_once: Most tokens, prompt and padding included, that are scored in one call.
-        way: How rows go together, and what the model keeps of what it has read.
+        tokens_at_once: Maximum number of tokens, prompt and padding included, in one forward pass of `logps`.
+        way: How rows are batched, and which state the model carries from one step to the next.
     """
 
     def __init__(self, model: nn.Module, prompts: Prompts, tokens_at_once: int, way: Writing) -> None:
@@ -40,9 +40,10 @@ class PlainSession:
 
     @property
     def scores_again(self) -> bool:
-        """Whether the log-probabilities of what was written are taken from the rows as they came out.
+        """Whether completions are scored again after sampling, as complete rows.
 
-        A row that passes a mark of the context while it is written is another row to the model afterwards.
+        Some models compute all tokens of a row differently once it is longer than a length that their config names, so
+        a row that passes such a length while it is sampled has other log-probabilities afterwards.
         """
         return self.way.rows is not Rows.PADDED_LEFT
 
@@ -55,17 +56,17 @@ class PlainSession:
         return features
 
     def retire(self, ended: Tensor) -> Tensor:
-        """See `Session.retire`; here every row stays, and what it writes after its end is dropped."""
+        """See `Session.retire`; here every row stays, and tokens after its end are dropped."""
         flags = ended.tolist()
         self.has_ended = [all(flags[row] for row in rows) for rows in self.rows]
         return torch.arange(0 if all(flags) else len(ended), device=ended.device)
 
     def again(self) -> "PlainSession":
-        """See `Session.again`; here the prompts are read anew, since the cache cannot go back."""
+        """See `Session.again`; here the prompts are always encoded again, since the cache cannot be rewound."""
         return PlainSession(self.model, self.given, self.tokens_at_once, self.way)
 
     def rest(self) -> None:
-        """See `Session.rest`; here nothing is continued again."""
+        """See `Session.rest`; here all caches are freed, since neither `again` nor `logps` uses them."""
         self.readers.clear()
 
     def logps(self, completions: Completions) -> Tensor:
@@ -77,20 +78,20 @@ class PlainSession:
 
 
 class _Reader:
-    """Rows that go through the model together, padded on the left if they are of unequal lengths."""
+    """Runs rows through the model together, padded on the left if their lengths differ."""
 
     def __init__(self, model: nn.Module, prompts: Prompts, way: Writing) -> None:
         self.model, self.prompts, self.memory = model, prompts, way.memory
         self.head = capabilities_of(model).head
         self.is_padded = way.rows is Rows.PADDED_LEFT
-        # With more tokens than a model was trained on, some see earlier ones otherwise than before.
+        # With more tokens than they were trained on, some models compute earlier tokens differently than before.
         self.marks = set(named_lengths(model)[0]) if way.memory is Memory.READ_AGAIN else set()
         self.in_modules: list[tuple[nn.Module, str, Tensor]] = []
         self.ids, self.mask = prompts.ids, prompts.mask
         self.first = self._read()
 
     def advance(self, tokens: Tensor, step: int) -> Tensor:
-        """Append a token to each row; return what predicts the next one."""
+        """Append a token to each row; return the features that predict the next one."""
         length = self.ids.shape[1]
         self.ids = torch.cat([self.ids, tokens[:, None]], 1)
         self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
@@ -99,7 +100,7 @@ class _Reader:
         return self._features(tokens[:, None], self.prompts.lengths[:, None] + step)
 
     def _read(self) -> Tensor:
-        """Read all tokens, with an empty cache."""
+        """Run all tokens with an empty cache."""
         self.cache = _empty(self.model, self.memory)
         return self._features(self.ids, positions_from(self.mask))
 
@@ -114,7 +115,7 @@ class _Reader:
 
 
 def _tensors_in_modules(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """Collect what modules keep as plain attributes, such as the state of a recurrence."""
+    """Collect the tensors that modules keep as plain attributes, such as the state of a recurrence."""
     return [
         (module, name, value)
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""What the reference wrote for a prompt, kept for later epochs: the reference is frozen, so it need not write again."""
+"""Caches the reference's completions for later epochs: it is frozen, so it need not complete a prompt twice."""
 
 import hashlib
 import json
@@ -31,11 +31,11 @@ _INSERT = "INSERT OR IGNORE INTO kept VALUES (?, ?, ?, ?, ?, ?, ?)"
 
 @dataclass(frozen=True)
 class Entry:
-    """What is kept of one prompt, on the CPU.
+    """The cached completion of one prompt, on the CPU.
 
     Args:
         ids: Token ids of the reference's completion. (T,)
-        token_logps: The reference's log-probability of each, float32. (T,)
+        token_logps: The reference's log-probability of each token, float32. (T,)
         ended: Whether the completion ended by itself.
         text: The completion as text.
         score: The reward's score, before any missing-EOS penalty.
@@ -51,14 +51,15 @@ class Entry:
 class ReferenceCache:
     """Keeps one completion of the reference for each prompt.
 
-    A prompt is known by its token ids, its raw form and its other columns, which reach the reward. What is new counts
-    once its batch is finished, and all processes have it then: the next epoch gives prompts to other processes. In a
-    folder each has a file of its own, `reference-<rank>.sqlite`; a run that is killed leaves it whole.
+    The key of a prompt is made of its token ids, its raw form and its other columns, which the reward reads. New
+    entries count once their batch is finished, and all processes then have them, because the next epoch gives prompts
+    to other processes. In a folder each process has its own file, `reference-<rank>.sqlite`, which stays intact if the
+    run is killed.
 
     Args:
-        where: "memory", or a folder, which is made if there is none.
-        identity: All that the entries depend on besides the prompt.
-        rank: Number of the process.
+        where: "memory", or a folder, which is created if it does not exist.
+        identity: Everything that the entries depend on besides the prompt.
+        rank: Rank of the process.
 
     Raises:
         InputError: The folder cannot be used, or holds the entries of another identity.
@@ -71,15 +72,15 @@ class ReferenceCache:
         self._pending: dict[bytes, Entry] = {}
 
     def get(self, prompts: Prompts) -> list[Entry | None]:
-        """Return the entry of each prompt, None where there is none. Length B."""
+        """Return the entry of each prompt, or None. Length B."""
         return self._store.get(_keys(prompts))
 
     def put(self, prompts: Prompts, completions: Completions, scores: Tensor) -> None:
-        """Keep the completions of B prompts once the batch is finished; a prompt that has an entry keeps that one.
+        """Add the completions of B prompts, to be stored by `settle`; a prompt that has an entry keeps that one.
 
         Args:
             prompts: B prompts.
-            completions: What the reference wrote for them.
+            completions: The reference's completions of them.
             scores: The reward's scores, before any missing-EOS penalty. (B,)
         """
         on_cpu, flags, numbers = completions.to("cpu"), completions.ended.tolist(), scores.tolist()
@@ -90,13 +91,13 @@ class ReferenceCache:
             self._pending.setdefault(key, entry)
 
     def settle(self, *, keep: bool) -> None:
-        """Note that a batch is finished; all processes must call it.
+        """Store or discard the new entries at the end of a batch (collective).
 
         Args:
-            keep: Whether what is new counts; otherwise it is forgotten.
+            keep: Whether to store this process's new entries, on all processes; otherwise they are discarded.
 
         Raises:
-            InputError: A process cannot write it.
+            InputError: A process cannot write its file.
         """
         pending, self._pending = self._pending if keep else {}, {}
         new = [entries for entries in all_gather(pending) if entries]
@@ -106,7 +107,7 @@ class ReferenceCache:
                     self._store.put(entries)
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed process needs in order to know what this one knows: plain values."""
+        """Return the part of the state that belongs to this process: plain values."""
         return self._store.state()
 
     def shared_state(self) -> dict[str, Any]:
@@ -114,7 +115,7 @@ class ReferenceCache:
         return self._store.shared_state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go back to both parts of a state: a folder loses what was kept in it since."""
+        """Restore both parts of a state: a folder loses the entries that were added since."""
         self._pending = {}
         self._store.load_state(state)
 
@@ -125,12 +126,12 @@ def missing_rows(kept: Sequence[Entry | None]) -> list[int]:
 
 
 def with_kept(fresh: Completions | None, kept: Sequence[Entry | None], device: torch.device) -> Completions:
-    """Complete what the reference has just written by what it wrote before.
+    """Merge the reference's new completions with the cached ones, in prompt order.
 
     Args:
-        fresh: Completions of the prompts without an entry, in their order; None where every prompt has one.
-        kept: The entry of each prompt, None where there is none. Length B.
-        device: Where the result goes.
+        fresh: Completions of the prompts without an entry, in their order; None if every prompt has one.
+        kept: The entry of each prompt, or None. Length B.
+        device: Device of the result.
 
     Returns:
         B completions.
@@ -151,7 +152,7 @@ def _stacked(entries: Sequence[Entry]) -> Completions:
 
 
 def _keys(prompts: Prompts) -> list[bytes]:
-    """Hash all that tells one prompt from another, for each prompt."""
+    """Return the key of each prompt, a hash of its token ids, raw form and columns."""
     keys = []
     for row, (ids, mask) in enumerate(zip(prompts.ids.cpu(), prompts.mask.cpu(), strict=True)):
         columns = {name: values[row] for name, values in prompts.columns.items()}
@@ -160,7 +161,7 @@ def _keys(prompts: Prompts) -> list[bytes]:
 
 
 class _Memory:
-    """Entries in a dict."""
+    """Keeps entries in a dict."""
 
     def __init__(self) -> None:
         self._entries: dict[bytes, Entry] = {}
@@ -183,7 +184,7 @@ class _Memory:
 
 
 class _File:
-    """Entries in an SQLite file."""
+    """Keeps entries in an SQLite file."""
 
     def __init__(self, folder: Path, identity: dict[str, Any], rank: int) -> None:
         self.path = folder / f"reference-{rank}.sqlite"
@@ -212,10 +213,10 @@ class _File:
                 self._take_over(other, saved)
 
     def _take_over(self, other: Path, identity: str) -> None:
-        """Copy what another process has kept, of a run of more processes or fewer, unless it was made otherwise."""
+        """Copy the entries of another process, also of a run with more or fewer, unless its identity differs."""
         with opened(other, lambda error: _unusable(other, error)) as source:
             if source.execute("SELECT 1 FROM sqlite_master WHERE name = 'kept'").fetchone() is None:
-                return  # Its process is about to begin it.
+                return  # Its process has yet to create the table.
             if source.execute("SELECT value FROM meta WHERE name = 'identity'").fetchone() != (identity,):
                 return
             with self._open() as connection:
@@ -270,7 +271,7 @@ def _unusable(path: Path, error: Exception) -> InputError:
 
 
 def _digest(key: Any, ids: Any, token_logps: Any, ended: Any, text: Any, score: Any) -> str:
-    """Hash an entry as the file has it."""
+    """Hash an entry as the file stores it."""
     return hashlib.sha256(repr((key, ids, token_logps, int(bool(ended)), text, score)).encode()).hexdigest()
 
 

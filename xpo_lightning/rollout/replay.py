@@ -1,7 +1,7 @@
-"""Decoding steps that a GPU replays: captured once, with the drawing of the token, and kept for the run.
+"""Captures decoding steps, token drawing included, as CUDA graphs, and replays them for the rest of the run.
 
-A captured step reads and writes at fixed addresses: buffers of a workspace, and the weights, which optimizers change in
-place. Where weights have moved, or adapters were switched, another step is captured.
+A captured step reads and writes at fixed addresses: the buffers of a workspace, and the weights, which optimizers
+change in place. If weights have moved or adapters were switched, another step is captured.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -27,12 +27,12 @@ from xpo_lightning.rollout.workspace import Workspace
 
 
 class Replay:
-    """The steps of a session that has a workspace.
+    """Runs the decoding steps of a session that has a workspace, by replaying captured steps.
 
     Args:
-        session: Prompts, read.
+        session: B encoded prompts.
         uniforms: Random numbers in [0, 1), float64. (B, T)
-        sampler: Chooses tokens.
+        sampler: Draws the tokens.
     """
 
     def __init__(self, session: Session, uniforms: Tensor, sampler: TokenSampler) -> None:
@@ -50,7 +50,7 @@ class Replay:
 
     @property
     def rows(self) -> int:
-        """Rows that are computed: a few more than are active, so that there are few numbers of them."""
+        """Number of rows that are computed: the active ones, rounded up so that few sizes must be captured."""
         return rows_of_bucket(self.active)
 
     def draw(self) -> None:
@@ -58,14 +58,14 @@ class Replay:
         self._step_for(self.rows).draw()
 
     def advance(self) -> None:
-        """Draw a token for each row, and run it, by a replay where that can be."""
+        """Draw a token for each row and run the model on it, by a replay if the step can be captured."""
         key = (self.rows, self.identity, self.workspace.features.data_ptr())
         if key not in self.workspace.steps:
             self.workspace.steps[key] = self._prepared()
         self.workspace.steps[key]()
 
     def retire(self) -> None:
-        """Leave rows out that have ended, where fewer are then computed; waits for the device."""
+        """Remove rows that have ended if fewer are then computed; waits for the device."""
         ended = self.written.ended[self.session.places[: self.active]]
         staying = int((~ended).sum())
         if staying == 0:
@@ -77,7 +77,7 @@ class Replay:
         return _Step(self.workspace, self.session.model, self.head, self.sampler, rows)
 
     def _prepared(self) -> Callable[[], None]:
-        """Capture the step, and see that it does what it does when it is not."""
+        """Capture the step and compare its features with those of the plain step, which is returned on failure."""
         model, step, features = self.session.model, self._step_for(self.rows), self.workspace.features[: self.rows]
         kept = [(tensor, tensor.clone()) for tensor in step.state()]
 
@@ -106,9 +106,9 @@ class Replay:
 
 @dataclass(frozen=True)
 class _Step:
-    """Draws a token for each of the first rows of a workspace, and runs it.
+    """Draws a token for each of the first rows of a workspace, and runs the model on it.
 
-    This is what is captured. It may not wait for the device, nor depend on anything but what the buffers hold.
+    A step is the unit of capture. It must not wait for the device, nor depend on anything but the buffers' content.
     """
 
     workspace: Workspace
@@ -130,13 +130,13 @@ class _Step:
         return self.workspace.written.draw(logits, self.workspace.places[: self.rows], self.sampler)
 
     def state(self) -> list[Tensor]:
-        """Return all that a step changes, but for keys and values, which the next one writes again."""
+        """Return all that a step changes, except keys and values, which the next step overwrites."""
         return [*self.workspace.written.state(), self.workspace.column, self.workspace.features]
 
 
 @contextmanager
 def _no_kept_casts() -> Iterator[None]:
-    """Let autocast convert weights anew: those that it keeps for a while are gone when a step is replayed."""
+    """Disable autocast's cache of converted weights: cached copies are freed by the time a step is replayed."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -146,19 +146,19 @@ def _no_kept_casts() -> Iterator[None]:
 
 
 def capture(step: Callable[[], None]) -> Callable[[], None]:
-    """Capture what a step gives the GPU to do; the result does that again, and nothing else.
+    """Capture the GPU work of a step, and return a function that replays it and does nothing else.
 
-    The step is first taken as it is, since kernels cannot be loaded and chosen in a capture.
+    The step first runs once without capture, since kernels cannot be loaded or selected during one.
 
     Raises:
-        RuntimeError: The step cannot be captured; it waits for the device, say.
+        RuntimeError: The step cannot be captured, for example because it waits for the device.
     """
     step()
     try:
         return _captured(step)
     except RuntimeError:
-        # A capture that broke off leaves the allocator in the middle of it, and the random generator, which comes out
-        # with another one, in memory of its own.
+        # A failed capture leaves the allocator in capture mode, and the random generator in the capture's memory;
+        # another capture, of a trivial step, releases the generator.
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), _memory())
         _memory.cache_clear()
@@ -168,7 +168,7 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
 
 def _captured(step: Callable[[], object]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
-    # Other threads may go on, such as one that pins memory; all graphs share what they need while they run.
+    # "thread_local" lets other threads go on, such as one that pins memory; all graphs share one memory pool.
     with torch.cuda.graph(graph, pool=_memory(), capture_error_mode="thread_local"):
         step()
     return graph.replay
@@ -180,12 +180,12 @@ def _memory() -> Any:
 
 
 def limit_of(model: nn.Module) -> float:
-    """Return how far a replay may be off, in standard deviations."""
+    """Return the largest error allowed to a replay, in standard deviations."""
     return COARSE if is_coarse(model) else EXACT
 
 
 def identity_of(model: nn.Module) -> Hashable:
-    """Tell where a model's weights are and which of its adapters are on: a captured step holds for these."""
+    """Hash the addresses of a model's weights and its active adapters: a captured step is valid only for these."""
     tensors = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
     adapters = [
         (module.disable_adapters, module.merged, tuple(module.active_adapters))

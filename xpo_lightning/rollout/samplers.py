@@ -1,4 +1,4 @@
-"""Who writes the completion that the policy's is compared with: pi_samp of arXiv 2405.21046, Appendix C.1."""
+"""Samplers of the completion that the policy's is compared with: pi_samp of arXiv 2405.21046, Appendix C.1."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,8 +18,8 @@ class Sampler(ABC):
     """Writes the second completion of each pair while the policy trains; validation compares with the reference.
 
     Attributes:
-        is_policy: Whether it is the policy itself.
-        is_reference: Whether it is the reference, which then knows the log-probabilities of what it wrote.
+        is_policy: Whether the sampler is the policy itself.
+        is_reference: Whether the sampler is the reference, whose log-probabilities are then known from sampling.
     """
 
     is_policy = False
@@ -27,43 +27,43 @@ class Sampler(ABC):
 
     @abstractmethod
     def write(self, context: RolloutContext, uniforms: Sequence[Tensor]) -> list[Completions]:
-        """Write completions of the prompts on a context.
+        """Write completions of the prompts of a context.
 
         Args:
-            context: B prompts, and the models.
-            uniforms: Randomness in [0, 1) of each completion of a prompt, float64. (B, max_new_tokens) each
+            context: B prompts, and the models that can complete them.
+            uniforms: Random numbers in [0, 1) for each completion of a prompt, float64. (B, max_new_tokens) each
 
         Returns:
             B completions for each entry of `uniforms`.
         """
 
     def begin(self, policy: nn.Module) -> None:  # noqa: B027  (a hook)
-        """Take note of the policy before it is trained.
+        """Record what is needed of the policy before training.
 
         Args:
             policy: The policy.
         """
 
     def after_batch(self, batches: int, policy: nn.Module) -> None:  # noqa: B027  (a hook)
-        """Take note of the policy after a batch.
+        """Record what is needed of the policy after a batch.
 
         Args:
-            batches: Batches that the run has finished.
-            policy: The policy, as it is now.
+            batches: Number of batches that the run has finished.
+            policy: The policy with its current weights.
         """
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs: plain values and tensors, the same in every process."""
+        """Return the state that a resumed run needs: plain values and tensors, equal on all ranks."""
         return {"class": type(self).__name__}
 
     def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027  (a hook)
-        """Go back to a state, which may be another sampler's.
+        """Restore a state, which may come from another class of sampler.
 
         Args:
             state: What `state` returned.
 
         Raises:
-            InputError: It lacks what this sampler needs.
+            InputError: The state lacks what this sampler needs.
         """
 
 
@@ -91,8 +91,8 @@ class PreviousPolicySampler(Sampler):
     """An earlier state of the policy writes the second completion.
 
     Args:
-        every: Batches (rollouts with the updates on them) that make an iteration. In iteration t the second completion
-            is by the policy as it was when iteration t - 1 began; in the first, by the untrained policy.
+        every: Number of batches (rollouts with the updates on them) in an iteration. In iteration t, the policy as it
+            was when iteration t - 1 began writes the second completion; in the first, the untrained policy does.
 
     Raises:
         InputError: `every` is below 1.
@@ -103,11 +103,11 @@ class PreviousPolicySampler(Sampler):
         self.every = every
 
     def begin(self, policy: nn.Module) -> None:
-        """Keep the untrained policy."""
+        """Take a snapshot of the untrained policy."""
         self.previous, self.current = Snapshot(policy), Snapshot(policy)
 
     def after_batch(self, batches: int, policy: nn.Module) -> None:
-        """At the end of an iteration, keep its end, and use its beginning."""
+        """Take a snapshot at the end of an iteration; the one of its beginning becomes the sampler."""
         if batches % self.every == 0:
             self.previous, self.current = self.current, self.previous
             self.current.take(policy)
@@ -117,11 +117,11 @@ class PreviousPolicySampler(Sampler):
         return context.generate_with(self.previous.lent(context.policy), uniforms)
 
     def state(self) -> dict[str, Any]:
-        """Return both states of the policy."""
+        """Return both snapshots of the policy."""
         return {**super().state(), "previous": self.previous.state(), "current": self.current.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go back to both states of the policy."""
+        """Restore both snapshots of the policy."""
         if "previous" not in state:
             raise InputError(
                 f"model.sampler is PreviousPolicySampler, but the checkpoint was made with {state['class']}, so no "
@@ -135,13 +135,13 @@ class PythonSampler(Sampler):
     """A Python function writes the second completion: another model, a service, a column of the data set.
 
     It is called as `function(prompts=[...], columns={...}, **arguments)` with B prompts (text or chat messages) and the
-    rows' other columns, each a list of length B, and returns B completions as text. A completion ends with an EOS
-    token; one of more than `model.sampling.max_new_tokens` tokens, EOS included, is cut there.
+    rows' other columns, each a list of length B, and returns B completions as text. Each is ended with an EOS token, or
+    at its first stop string; one of more than `model.sampling.max_new_tokens` tokens, EOS included, is cut there.
 
     Args:
         function: The function; in YAML its import path, for example `my_samplers.from_teacher`.
         arguments: Further keyword arguments of the function.
-        timeout: How many seconds a call may take before the run ends with an error; null waits for ever.
+        timeout: How many seconds a call may take before the run ends with an error; null waits forever.
 
     Raises:
         InputError: The function cannot be called with these arguments, or `timeout` is not above 0.
@@ -154,7 +154,7 @@ class PythonSampler(Sampler):
         self.function = TimedFunction("sampler function", function, given, arguments, timeout, "model.sampler")
 
     def write(self, context: RolloutContext, uniforms: Sequence[Tensor]) -> list[Completions]:
-        """See `Sampler.write`; the function is called once for each entry of `uniforms`, which it does not see."""
+        """See `Sampler.write`; call the function once for each entry of `uniforms`, which it does not receive."""
         prompts, rollout = context.prompts, context.rollout
         written = []
         for _ in uniforms:
@@ -167,10 +167,10 @@ class PythonSampler(Sampler):
 
 
 def check_texts(texts: Any, expected: int, who: str) -> None:
-    """Refuse what is not B texts.
+    """Refuse a value that is not a list or tuple of `expected` texts.
 
     Raises:
-        InputError: It is not; the message names the function.
+        InputError: It is something else; the message names the function.
     """
     if not isinstance(texts, list | tuple) or len(texts) != expected or not all(isinstance(one, str) for one in texts):
         got = f"{len(texts)} values" if isinstance(texts, list | tuple) else type(texts).__name__

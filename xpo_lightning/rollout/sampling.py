@@ -1,4 +1,4 @@
-"""How a token is drawn from logits."""
+"""Draws tokens from logits."""
 
 from dataclasses import dataclass, field
 from typing import cast
@@ -17,7 +17,7 @@ from transformers import (
 from xpo_lightning.core.errors import InputError
 
 BLOCK = 256
-"""Weights that are summed before any is looked at singly."""
+"""Number of weights in a block; a draw first finds the block by its sum, then the weight within it."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class Sampling:
     """How completions are sampled; the meaning of each setting is that of transformers' generation config.
 
     Args:
-        max_new_tokens: Most tokens of a completion, EOS included.
+        max_new_tokens: Maximum number of tokens of a completion, EOS included.
         temperature: Divides the logits; 0 takes the most likely token.
         top_k: Keep the k most likely tokens; 0 keeps all.
         top_p: Keep the smallest set of tokens whose probabilities sum to at least p; 1 keeps all.
-        min_p: Keep tokens at least this share as likely as the likeliest; 0 keeps all.
+        min_p: Keep tokens whose probability is at least this fraction of the most likely token's; 0 keeps all.
         repetition_penalty: Penalty on tokens that the prompt or the completion already has; 1 is none.
-        stop_strings: Texts that end a completion; the ending counts as the completion's own, like EOS.
+        stop_strings: Texts that end a completion; it then counts as ended by itself, as with EOS.
         eos_token_ids: Token ids that end a completion. None takes those of the model's generation config and tokenizer;
-            an empty list says that nothing does, and every completion runs to `max_new_tokens`.
+            with an empty list no token ends a completion, and every one runs to `max_new_tokens`.
     """
 
     max_new_tokens: int = 64
@@ -48,7 +48,7 @@ class Sampling:
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         _require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
-        # Beyond, quotients leave the range of float32, and the samples would be wrong without a word.
+        # Outside this range, quotients leave the range of float32, and the samples would be silently wrong.
         sensible = self.temperature == 0 or 1e-3 <= self.temperature <= 1e3
         _require(sensible, "temperature", "0, or from 0.001 to 1000", self.temperature)
         _require(self.top_k >= 0, "top_k", "at least 0", self.top_k)
@@ -75,7 +75,7 @@ class Sampling:
 
 
 class TokenSampler:
-    """Draws one token a row, and tells its log-probability under the model itself.
+    """Draws one token per row, and returns its log-probability under the model's own, unprocessed logits.
 
     Args:
         sampling: The settings.
@@ -86,11 +86,11 @@ class TokenSampler:
         self.greedy = sampling.temperature == 0
 
     def __call__(self, logits: Tensor, context: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose one token a row.
+        """Draw one token per row.
 
         Args:
             logits: The model's logits. (B, V)
-            context: Token ids so far, for penalties on repetition; padding replaced by a real token of the row. (B, L)
+            context: Token ids so far, for the repetition penalty; padding replaced by a real token of the row. (B, L)
             uniforms: Random numbers in [0, 1), float64. (B,)
 
         Returns:
@@ -109,15 +109,15 @@ class TokenSampler:
 
 
 def draw(weights: Tensor, uniforms: Tensor, sums: Tensor | None = None) -> Tensor:
-    """Draw an index a row, with probability in proportion to the weights, by inverting their cumulative sum.
+    """Draw one index per row, with probability proportional to its weight, by inverting the weights' cumulative sum.
 
-    The sum is inverted twice: first over blocks of the row, then within the block that was found. A weight of 0 is
-    never drawn: the first index whose cumulative sum exceeds the threshold has added to it.
+    The sum is inverted twice: first over the blocks of a row, then within the block that was found. A weight of 0 is
+    never drawn: the first index whose cumulative sum exceeds the threshold has increased the sum.
 
     Args:
         weights: Not negative, not all 0. (B, V)
         uniforms: Random numbers in [0, 1), float64. (B,)
-        sums: The sums of the blocks, where they are known. (B, blocks)
+        sums: The sums of the blocks, if they are known. (B, blocks)
 
     Returns:
         Indices. (B,)
@@ -128,12 +128,15 @@ def draw(weights: Tensor, uniforms: Tensor, sums: Tensor | None = None) -> Tenso
     inside = weights.gather(1, columns.clamp(max=weights.shape[1] - 1)).double()
     inside = torch.where(columns < weights.shape[1], inside, 0.0)
     offsets, _ = _invert(inside, share)
-    # Weights that are not finite must not lead outside; their log-probability tells of them.
+    # Non-finite weights must not give an index out of range; the log-probability then shows them.
     return (blocks * BLOCK + offsets)[:, 0].clamp(max=weights.shape[1] - 1)
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where in the cumulative sum a share of the total falls, and how far into that weight, (B, 1) each."""
+    """Return the index at which the cumulative sum exceeds a share of the total, and how far into its weight that is.
+
+    Both have shape (B, 1); the second is a fraction in [0, 1).
+    """
     cumulative = weights.cumsum(1)
     threshold = uniforms * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=weights.shape[1] - 1)

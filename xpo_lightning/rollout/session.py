@@ -1,4 +1,4 @@
-"""Prompts that a model has read, ready to be continued: by sampling, or by scoring what another model wrote."""
+"""Encoded prompts in a KV cache, ready for sampling or for scoring another model's completions."""
 
 from collections.abc import Iterator
 
@@ -18,25 +18,24 @@ from xpo_lightning.rollout.written import Written
 
 
 class Session:
-    """A batch of prompts, read by a model whose prompts can be shared.
+    """Encodes a batch of prompts once and shares their KV cache among several completions.
 
-    Rows live in the order of the prompts' lengths at first, and change places as they end; `places` tells the prompt of
-    each row.
+    Rows are ordered by prompt length at first, and are swapped as they end; `places` gives the prompt of each row.
 
     Args:
         model: A transformers causal language model in eval mode, on the device of the prompts.
         prompts: B prompts.
-        room: Most tokens that will follow a prompt.
-        tokens_at_once: Most prompt tokens, padding included, that are read in one call.
-        way: On which side prompts are padded, the type of the cache, and whether steps are static.
-        workspaces: Where static steps have their buffers; None makes new ones.
+        room: Maximum number of tokens that will follow a prompt.
+        tokens_at_once: Maximum number of prompt tokens, padding included, in one forward pass.
+        way: On which side prompts are padded, the dtype of the cache, and whether steps are static.
+        workspaces: Workspaces for static steps; None makes a new one.
 
     Attributes:
-        workspace: Has this session's buffers, where steps are static, until `rest`.
+        workspace: Holds this session's buffers if steps are static, until `rest`; None otherwise.
     """
 
     scores_again = False
-    """What was written has its log-probabilities from writing."""
+    """Whether completions are scored again after sampling; here sampling gives their log-probabilities."""
 
     def __init__(
         self,
@@ -64,10 +63,10 @@ class Session:
         self.first = torch.cat([self._read(rows) for rows in self._cut(self.prompts.counts)])  # (B, F)
 
     def _enter(self) -> Workspace:
-        """Take a workspace, which has what static steps read; it is this session's own until it rests."""
+        """Take over a workspace with the buffers of static steps; this session owns it until `rest`."""
         count = len(self.prompts)
         workspaces = self.workspaces
-        if workspaces is None:  # Nothing is drawn then.
+        if workspaces is None:  # The caller then draws no tokens.
             workspaces = Workspaces(lambda rows, _, device: Written(rows, self.room, 0, [], device))
         workspace = workspaces.find(self.model, count, self.width + self.room, self.way.cache_dtype)
         workspace.enter(self, self.places, self.lengths, self.mask)
@@ -76,14 +75,14 @@ class Session:
         return workspace
 
     def advance(self, tokens: Tensor, step: int) -> Tensor:
-        """Append a token to each of the first rows.
+        """Append a token to each of the first N rows.
 
         Args:
             tokens: Token ids. (N,)
-            step: How many tokens each has had before.
+            step: Number of new tokens that each row has before.
 
         Returns:
-            The features that predict the next one. (N, F)
+            The features that predict the next token. (N, F)
         """
         rows, end = slice(0, len(tokens)), self.width + step + 1
         if self.workspace is not None:
@@ -96,13 +95,13 @@ class Session:
         return last_features(self.model, tokens[:, None], mask, positions, 1, cache=self.cache, head=self.head)[:, 0]
 
     def retire(self, ended: Tensor) -> Tensor:
-        """Take the rows that have ended out of the batch; they change places with rows that go on.
+        """Remove the rows that have ended from the batch, by swapping them with rows that go on.
 
         Args:
-            ended: Whether each of the first rows has. (N,)
+            ended: Whether each of the first N rows has ended. (N,)
 
         Returns:
-            Of each row that goes on, the place that it had before. (M,)
+            For each of the M rows that go on, the index that it had before. (M,)
         """
         staying = int((~ended).sum())
         order = torch.arange(staying, device=ended.device)
@@ -116,13 +115,13 @@ class Session:
         return order
 
     def again(self) -> "Session":
-        """Return the prompts, ready to be continued once more; those that rest are read anew."""
+        """Return a session that can continue the prompts once more; after `rest`, it encodes them again."""
         if not self.is_resting:
             return self
         return Session(self.model, self.given, self.room, self.tokens_at_once, self.way, self.workspaces)
 
     def rest(self) -> None:
-        """Give back the memory of what was sampled, and keep what the prompts need for `logps`."""
+        """Free the memory of sampled tokens, and keep what `logps` needs of the prompts."""
         if self.is_resting:
             return
         self.is_resting = True
@@ -133,10 +132,10 @@ class Session:
             self.workspace = None
 
     def logps(self, completions: Completions) -> Tensor:
-        """Score a completion of each prompt.
+        """Score one completion of each prompt.
 
         Args:
-            completions: B completions, in the order that the prompts were given in.
+            completions: B completions, in the order in which the session was given the prompts.
 
         Returns:
             Log-probability of each under the model, summed over its tokens, in nats. (B,)
@@ -149,13 +148,13 @@ class Session:
         return sums[self.places.argsort()]
 
     def continued(self, rows: slice, completions: Completions) -> Tensor:
-        """Return what predicts each token of completions of some rows, in the order that these have here, (N, T, F)."""
+        """Return the features that predict each token of some rows' completions, in this session's order, (N, T, F)."""
         self._place(rows, 0, self.width)
         first, mask = self.first[rows, None], self.mask[rows, : self.width]
         return run_completions(self.model, completions, first, mask, self.cache, self.head)
 
     def _read(self, rows: slice) -> Tensor:
-        """Run some prompts; return the features of their last tokens, of shape (N, F)."""
+        """Encode some prompts; return the features of their last tokens, (N, F)."""
         some, pads_right = self.prompts.select(range(rows.start, rows.stop)), self.pads_right
         begin = 0 if pads_right else self.width - some.ids.shape[1]
         self._place(rows, begin, begin)
@@ -166,7 +165,7 @@ class Session:
         self.cache.rows, self.cache.begin, self.cache.length = rows, begin, length
 
     def _cut(self, widths: tuple[int, ...]) -> Iterator[slice]:
-        """Cut rows of these widths into runs whose padded size stays within `tokens_at_once`."""
+        """Split rows of these widths into slices whose padded size is at most `tokens_at_once`, or of a single row."""
         start, widest = 0, 0
         for row, width in enumerate(widths):
             widest = max(widest, width)

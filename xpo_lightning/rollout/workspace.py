@@ -1,4 +1,4 @@
-"""What decoding steps read and write, in buffers that stay where they are, so that a captured step can be replayed."""
+"""Buffers of decoding steps at fixed addresses, so that a captured step can be replayed."""
 
 import weakref
 from collections.abc import Callable, Hashable
@@ -16,17 +16,17 @@ MakeWritten = Callable[[int, int, torch.device], Written]
 
 
 class Workspace:
-    """Buffers for the rollouts of models of one kind.
+    """Holds the buffers for the rollouts of all models of one kind; see `kind_of`.
 
     Args:
-        rows: Most rows, R.
-        columns: Most tokens of a row, prompt and completion, C.
-        make_written: Makes the buffers for what is written, from R and C.
-        cache_dtype: Type of keys and values; None is the model's own.
-        device: Where the buffers are.
+        rows: Maximum number of rows, R.
+        columns: Maximum number of tokens of a row, prompt and completion, C.
+        make_written: Allocates the buffers for sampled tokens, from R and C.
+        cache_dtype: Dtype of keys and values; None is the model's own.
+        device: Device of the buffers.
     """
 
-    @torch.inference_mode(False)  # Buffers of a validation would be closed to training.
+    @torch.inference_mode(False)  # Training cannot write to inference tensors, which validation would make.
     def __init__(
         self,
         rows: int,
@@ -48,10 +48,10 @@ class Workspace:
         self._user: Callable[[], Any] = lambda: None
 
     def enter(self, user: Any, places: Tensor, lengths: Tensor, mask: Tensor) -> None:
-        """Take the place of whoever works here, who then keeps copies of what is still needed: has a method `rest`.
+        """Give the workspace to a new user; first call `rest` of the previous one, which copies what it still needs.
 
         Args:
-            user: Who works here from now on.
+            user: The new user, which has a method `rest`; held by a weak reference.
             places: See `Session`. (B,)
             lengths: Tokens of each prompt. (B,)
             mask: True on real tokens. (B, at most C)
@@ -69,28 +69,28 @@ class Workspace:
         self.mask[: len(places), : mask.shape[1]] = mask
 
     def leave(self) -> None:
-        """Work here no more."""
+        """Release the workspace."""
         self._user = lambda: None
 
     @torch.inference_mode(False)
     def put_features(self, first: Tensor) -> None:
-        """Start from the features of the prompts' last tokens, (B, F)."""
+        """Set the features that the first step starts from, those of the prompts' last tokens, (B, F)."""
         key = (first.shape[1], first.dtype)
-        if key not in self._features:  # Buffers of other models stay, for their captured steps.
+        if key not in self._features:  # Keep the other buffers: captured steps of other models use them.
             self._features[key] = first.new_zeros(self.rows, first.shape[1])
         self.features = self._features[key]
         self.features[: len(first)] = first
 
     def advance(self, model: nn.Module, head: nn.Linear | None, tokens: Tensor) -> Tensor:
-        """Append a token to each of the first rows, at the step and the column that stand here.
+        """Append a token to each of the first N rows, at the current step and column.
 
         Args:
             model: A model of this kind.
-            head: Its vocabulary head, where it is to be left out.
+            head: Its vocabulary head, to skip it and return hidden states; None returns logits.
             tokens: Token ids. (N,)
 
         Returns:
-            The features that predict the next one. (N, F)
+            The features that predict the next token. (N, F)
         """
         rows, cache = slice(0, len(tokens)), self.cache
         cache.rows, cache.column = rows, self.column
@@ -102,10 +102,10 @@ class Workspace:
 
 
 class Workspaces:
-    """The workspaces of a run, one for each kind of model.
+    """Keeps the workspaces of a run, one for each kind of model.
 
     Args:
-        make_written: Makes the buffers for what is written, from rows and columns.
+        make_written: Allocates the buffers for sampled tokens, from rows and columns.
     """
 
     def __init__(self, make_written: MakeWritten) -> None:
@@ -113,20 +113,20 @@ class Workspaces:
         self._of: dict[Hashable, Workspace] = {}
 
     def find(self, model: nn.Module, rows: int, columns: int, cache_dtype: torch.dtype | None) -> Workspace:
-        """Return the workspace for a model; a larger one in its place, where there is not enough room."""
+        """Return the workspace for a model; replace it by a larger one if it is too small."""
         kind = (kind_of(model), cache_dtype)
         found = self._of.get(kind)
         if found is None or rows > found.rows or columns > found.columns:
             if found is not None:
                 rows, columns = max(rows, found.rows), max(columns, found.columns)
-            found = self._of[kind] = None  # type: ignore[assignment]  # its memory comes back first
+            found = self._of[kind] = None  # type: ignore[assignment]  # free its memory first
             device = next(model.parameters()).device
             self._of[kind] = Workspace(rows, columns, self.make_written, cache_dtype, device)
         return self._of[kind]
 
 
 def kind_of(model: nn.Module) -> Hashable:
-    """Tell models apart whose keys and values differ in shape or type."""
+    """Return a key that differs between models whose keys and values differ in shape or dtype."""
     weight, base = next(model.parameters()), base_of(model)
     device = weight.device.type
     coarse = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

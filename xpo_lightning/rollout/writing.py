@@ -1,4 +1,4 @@
-"""The ways to write completions token by token."""
+"""Ways to decode completions token by token, from the fastest to the one that works for every model."""
 
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -9,7 +9,7 @@ from xpo_lightning.models.forward.unshared import Rows
 
 
 class Memory(Enum):
-    """What a model keeps of the tokens that it has read."""
+    """State that a model carries from one decoding step to the next."""
 
     KEYS_AND_VALUES = "with transformers' cache"
     OWN_STATE = "with the model's own state"
@@ -20,14 +20,15 @@ class Memory(Enum):
 
 @dataclass(frozen=True)
 class Writing:
-    """One way to write.
+    """One way to decode completions.
 
     Args:
         rows: How rows of unequal length go through the model.
-        memory: What the model keeps of them.
-        is_shared: Whether several completions of a prompt go on from one reading of it, and rows leave as they end.
-        cache_dtype: Type of shared keys and values; None is the model's own.
-        is_static: Whether each token is the same step on the same buffers, for a GPU to replay.
+        memory: State that the model carries from one step to the next.
+        is_shared: Whether several completions of a prompt reuse one encoding of it, and rows that have ended leave the
+            batch.
+        cache_dtype: Dtype of the shared KV cache; None is the model's own.
+        is_static: Whether every token runs the same step on the same buffers, so that a GPU can replay it.
     """
 
     rows: Rows
@@ -37,7 +38,7 @@ class Writing:
     is_static: bool = False
 
     def __str__(self) -> str:
-        """Say it in a message."""
+        """Describe this way in a message."""
         shared = "from shared prompts" if self.is_shared else self.memory.value
         dtype = "" if self.cache_dtype is None else f" in {self.cache_dtype}"
         return f"{self.rows} {shared}{dtype}{', a token at a time in one step' if self.is_static else ''}"
@@ -53,19 +54,19 @@ UNSHARED = (
     Writing(Rows.EVEN, Memory.NOTHING),
     Writing(Rows.ALONE, Memory.NOTHING),
 )
-"""The ways without shared prompts, the fastest first; the last is right for whatever a row alone is right for."""
+"""The ways without shared prompts, the fastest first; the last works for every model that can run a single row."""
 
 
 def ways_for(
     cache_dtype: torch.dtype | None, *, has_head: bool, is_fast: bool, is_static: bool = False
 ) -> list[Writing]:
-    """List the ways that a model may write in, the fastest first.
+    """List the ways in which a model may decode, the fastest first.
 
     Args:
-        cache_dtype: The type that keys and values are best kept in, None is the model's own.
-        has_head: Whether the vocabulary head can be left out, as prompts padded on the right need it.
+        cache_dtype: Preferred dtype of the KV cache; None is the model's own.
+        has_head: Whether the vocabulary head can be skipped, which prompts padded on the right require.
         is_fast: Whether prompts may be shared.
-        is_static: Whether steps may be replayed.
+        is_static: Whether a GPU may replay the steps.
     """
     sides = [Rows.PADDED_RIGHT, Rows.PADDED_LEFT] if has_head else [Rows.PADDED_LEFT]
     dtypes = dict.fromkeys([cache_dtype, None])

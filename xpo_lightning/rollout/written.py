@@ -1,4 +1,4 @@
-"""What has been written so far, and how the next token is drawn and put down."""
+"""Buffers for sampled tokens, and the step that draws the next token into them."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,14 @@ from xpo_lightning.rollout.sampling import TokenSampler
 
 
 class Written:
-    """Rows of tokens in buffers made once, in the order of the prompts; nothing here waits for the device.
+    """Holds the sampled tokens in buffers allocated once, with rows in prompt order; no method waits for the device.
 
     Args:
-        rows: Most rows, R.
-        most: Most tokens of a row, T.
-        context: Columns for what penalties on repetition look at, prompts and tokens; 0 where there is no penalty.
+        rows: Maximum number of rows, R.
+        most: Maximum number of new tokens of a row, T.
+        context: Columns of prompt and new tokens that a repetition penalty reads; 0 without a penalty.
         eos: Token ids that end a row.
-        device: Where the buffers are.
+        device: Device of the buffers.
     """
 
     def __init__(self, rows: int, most: int, context: int, eos: Sequence[int], device: torch.device) -> None:
@@ -32,10 +32,10 @@ class Written:
         self.start = torch.zeros(1, dtype=torch.long, device=device)
 
     def begin(self, prompts: Prompts, uniforms: Tensor) -> None:
-        """Start anew.
+        """Reset the buffers for a new rollout.
 
         Args:
-            prompts: B prompts, B at most R; further rows count as ended.
+            prompts: B prompts, B at most R; the remaining rows count as ended.
             uniforms: Random numbers in [0, 1), float64. (B, T)
         """
         count, width = prompts.ids.shape
@@ -44,18 +44,18 @@ class Written:
         self.ended.fill_(True)[:count] = False
         self.uniforms[:count] = uniforms
         if self.context.shape[1]:
-            # Padding must not count as a token of its own, nor what is not written yet.
+            # Padding and columns not yet filled must add no token to the penalty, so they repeat the prompt's last.
             self.context[:count] = prompts.ids[:, -1:]
             self.context[:count, :width] = torch.where(prompts.mask, prompts.ids, prompts.ids[:, -1:])
             self.start.fill_(width)
 
     def draw(self, logits: Tensor, places: Tensor, sampler: TokenSampler) -> Tensor:
-        """Draw a token for each of some rows, and put it down in those that have not ended.
+        """Draw a token for each of N rows, and store it in the rows that have not ended.
 
         Args:
             logits: The model's logits. (N, V)
-            places: The rows. (N,)
-            sampler: Chooses tokens.
+            places: Indices of the rows. (N,)
+            sampler: Draws the tokens.
 
         Returns:
             Token ids. (N,)

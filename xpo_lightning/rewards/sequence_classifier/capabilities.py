@@ -1,4 +1,4 @@
-"""How a reward model scores rows: in the fastest way that gives what it gives for each row alone."""
+"""Chooses the fastest way to score rows whose results match the reward model's on each row alone."""
 
 from transformers import PreTrainedModel
 
@@ -14,7 +14,7 @@ _SHARED, _SEPARATE = "from what they share", "each by itself"
 
 
 class ScoringCapabilities:
-    """The ways that suit one reward model, tried when they are first needed for rows of a length.
+    """Chooses how one reward model scores rows; probes a way when rows of some length first need it.
 
     Args:
         model: A sequence classifier with one label, in eval mode, on its device.
@@ -31,11 +31,11 @@ class ScoringCapabilities:
         self._reach = reach
 
     def rows(self, length: int) -> Rows:
-        """Tell how rows of up to so many tokens go through the model."""
+        """Return how rows of up to `length` tokens go through the model."""
         return self._rows.way(length)
 
     def shares(self, length: int) -> bool:
-        """Tell whether what two rows of up to so many tokens begin with may be read once."""
+        """Return whether the common prefix of two rows of up to `length` tokens may be computed once."""
         if not self._is_sharing_tried:
             self._is_sharing_tried = True
             self._sharing.extend(self._reach)
@@ -51,7 +51,7 @@ class ScoringCapabilities:
 
 
 class _Pairs:
-    """Rows of unequal lengths, pairs of which begin alike, and the score of each alone.
+    """Builds probe rows of unequal lengths, in pairs with a common prefix, and the score of each row alone.
 
     Args:
         model: The classifier.
@@ -61,7 +61,7 @@ class _Pairs:
     def __init__(self, model: PreTrainedModel, reach: int) -> None:
         steps = max(2, min(STEPS, reach // 2))
         begins = draw_rows(model, prompt_lengths(model, reach, steps), seed=0)
-        # Some end right after what they share: a narrow window would not look back to it otherwise.
+        # Some rows end right after the prefix: a narrow attention window would not reach back to it otherwise.
         ends = draw_rows(model, [min(steps, 1 + 2 * (row % 4)) for row in range(2 * len(begins))], seed=1)
         # Encoder-decoders read their score at EOS.
         eos = getattr(model.config, "eos_token_id", None)

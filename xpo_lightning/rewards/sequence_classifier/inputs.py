@@ -1,4 +1,4 @@
-"""Turns a prompt and a completion into a reward model's text, and that into token ids, cut to its context."""
+"""Renders a prompt and a completion as a reward model's input text, and tokenizes it, cut to the model's context."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +15,7 @@ PromptFormat = Literal["auto", "text", "chat"]
 def render(
     prompt: RawPrompt, completion: str, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
 ) -> tuple[str, bool]:
-    """Put one prompt and its completion together.
+    """Join a prompt and its completion into the text that the reward model scores.
 
     Args:
         prompt: Text or chat messages.
@@ -24,7 +24,7 @@ def render(
         prompt_format: "auto" joins text and renders chat messages; "chat" renders both; "text" only takes text.
 
     Returns:
-        The text, and whether it went through the chat template, which writes its own special tokens.
+        The text, and whether the chat template rendered it, which writes its own special tokens.
 
     Raises:
         InputError: The format does not suit the prompt, or there is no chat template, or it refuses the conversation.
@@ -51,11 +51,11 @@ def render(
 
 
 def conversation(prompt: RawPrompt, completion: str) -> Messages:
-    """Write a completion into its conversation.
+    """Append a completion to its conversation.
 
     Args:
         prompt: Text, which becomes one user message, or chat messages.
-        completion: The assistant's message; where the assistant spoke last, the rest of that message.
+        completion: The assistant's message; if the assistant spoke last, the rest of that message.
 
     Returns:
         A new list of messages that ends with the assistant's.
@@ -74,15 +74,15 @@ Truncation = Literal["left", "right", "error"]
 class InputTokenizer:
     """Tokenizes text for a reward model.
 
-    A row that is too long loses tokens of its text. What the tokenizer puts around the text by itself ([CLS], BOS,
-    [SEP]) and an appended EOS stay, since a classifier reads its score there. The special tokens that a chat template
-    wrote are part of the text.
+    A row that is too long loses tokens of its text. The special tokens that the tokenizer puts around a text ([CLS],
+    BOS, [SEP]) and an appended EOS stay, since a classifier reads its score there. The special tokens that a chat
+    template wrote are part of the text.
 
     Args:
         tokenizer: The reward model's tokenizer.
-        max_tokens: Most tokens of a row, special ones included; None where there is no limit.
+        max_tokens: Maximum number of tokens of a row, special ones included; None is no limit.
         truncate: Which end of a longer text to cut: its left, its right, or neither ("error").
-        append_eos: Whether a row that does not end with EOS gets one.
+        append_eos: Whether to append EOS to a row that does not end with it.
         vocabulary: Number of token ids that the model knows.
     """
 
@@ -98,13 +98,13 @@ class InputTokenizer:
         Args:
             text: Prompt and completion.
             is_chat: Whether a chat template wrote the text, special tokens included.
-            row: Its index in the batch, for errors.
+            row: Index of the text in the batch, for errors.
 
         Returns:
             Token ids, at least one and no more than `max_tokens`.
 
         Raises:
-            InputError: The row is empty, or too long for "error", or has ids that the model does not know.
+            InputError: The row is empty, or too long and may not be cut, or has ids that the model does not know.
         """
         head, body, tail = self._parts(text, is_chat)
         ids = [*head, *self._cut(body, len(head) + len(tail), row), *tail]

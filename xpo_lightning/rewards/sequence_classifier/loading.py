@@ -1,4 +1,4 @@
-"""Loads a reward model and its tokenizer, and refuses what cannot score."""
+"""Loads a reward model and its tokenizer, and refuses models that cannot score."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ _TOKENIZER = "model.reward.init_args.tokenizer"
 
 @dataclass(frozen=True)
 class ClassifierSource:
-    """Where a reward model comes from; the fields are `SequenceClassifierReward`'s options of the same names."""
+    """Source of a reward model; the fields are `SequenceClassifierReward`'s options of the same names."""
 
     path: str
     revision: str | None
@@ -31,8 +31,8 @@ class ClassifierSource:
             A model with one label.
 
         Raises:
-            InputError: It cannot be loaded, has another number of labels, has weights that were never trained, or
-                reads its score from padding (XLNet).
+            InputError: The model cannot be loaded, has another number of labels, has weights that were never trained,
+                or reads its score from padding (XLNet).
         """
         name = resolve(self.path, _PATH)
         if is_local(name) and self.revision is not None:
@@ -60,7 +60,7 @@ class ClassifierSource:
         return model
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer: the one set by its own option, or the one beside the model.
+        """Load the tokenizer: the one that the `tokenizer` option names, or else the model's own.
 
         Raises:
             InputError: It cannot be loaded.

@@ -22,9 +22,9 @@ from xpo_lightning.rewards.sequence_classifier.scoring import find_prefix_pairs,
 from xpo_lightning.rewards.validation import as_scores
 
 FEW_ROWS = 16
-"""Rows in one forward on a CPU, where more are no faster."""
+"""Rows per forward pass on a CPU, where more are no faster."""
 TOKENS_TOGETHER = 2**15
-"""Tokens in one forward elsewhere."""
+"""Tokens per forward pass on other devices."""
 _OPTIONS = "model.reward.init_args"
 
 
@@ -32,28 +32,28 @@ class SequenceClassifierReward(Reward):
     """Scores completions with a sequence classifier, decoder or encoder, that has one label.
 
     It reads text through its own tokenizer and chat template, so they need not be the policy's. A row's score does not
-    depend on the rows beside it.
+    depend on the other rows of its batch.
 
     Args:
         path: The reward model: local path, hub id, or `package:name/path`.
         revision: Branch, tag or commit on the hub.
-        dtype: Type of the weights; "auto" keeps the checkpoint's. Scores are float32 whatever it is.
+        dtype: Type of the weights; "auto" keeps the checkpoint's. Scores are always float32.
         attn_implementation: Attention of transformers, for example `sdpa`; its own choice by default.
         trust_remote_code: Whether to run Python code that comes with the model or its tokenizer.
-        tokenizer: Another tokenizer than the one beside the model: local path, hub id, or `package:name/path`.
-        micro_batch_size: Rows in one forward; scores do not depend on it. null is 16 on a CPU, and elsewhere as many
-            of the longest as have 32,768 tokens.
-        max_tokens: Most tokens of prompt and completion together, special tokens included; by default the model's
-            context length, where it has one.
-        truncate: What a longer row loses: its "left" (the completion's end stays), its "right" (the prompt's start
-            stays), or "error" to refuse it. Special tokens that the tokenizer adds to text stay in any case; those that
-            a chat template writes are cut with the text.
-        prompt_format: "auto" joins text prompt and completion, and renders chat messages with the reward model's chat
-            template, the completion being the assistant's message (or the rest of it, where the assistant spoke last);
-            "chat" does so for text prompts too, each being one user message; "text" refuses chat messages.
-        append_eos: Whether to end each row with the reward tokenizer's EOS, where it does not end so already.
-        allow_untrained_head: Whether to accept weights that the checkpoint lacks, such as the head of a base language
-            model, and initialize them at random (always the same). Only good for trying things out.
+        tokenizer: Tokenizer to use instead of the model's own: local path, hub id, or `package:name/path`.
+        micro_batch_size: Rows per forward pass; scores do not depend on it. null is 16 on a CPU, and elsewhere as many
+            rows of the longest length as have 32,768 tokens, at least 16.
+        max_tokens: Maximum number of tokens of prompt and completion together, special tokens included; by default the
+            model's context length, if it has one.
+        truncate: What to do with a longer row: "left" cuts its start (the completion's end stays), "right" cuts its end
+            (the prompt's start stays), "error" refuses it. Special tokens that the tokenizer adds to text always stay;
+            those that a chat template writes are cut with the text.
+        prompt_format: "auto" joins a text prompt and its completion, and renders chat messages with the reward model's
+            chat template, with the completion as the assistant's message (or the rest of it, if the assistant spoke
+            last); "chat" also renders text prompts, each as one user message; "text" refuses chat messages.
+        append_eos: Whether to append the reward tokenizer's EOS to each row that does not end with it.
+        allow_untrained_head: Whether to accept a checkpoint that lacks weights, such as the head of a base language
+            model, and to initialize them at random (always the same). Only good for trying things out.
 
     Raises:
         InputError: An option has an impossible value.
@@ -95,7 +95,7 @@ class SequenceClassifierReward(Reward):
         """Load the model and its tokenizer; a second call does nothing.
 
         Raises:
-            InputError: They cannot be loaded, the model is no reward model, or an option does not suit them.
+            InputError: They cannot be loaded, the model is not a reward model, or an option does not suit them.
         """
         if self.model is not None:
             return
@@ -122,10 +122,10 @@ class SequenceClassifierReward(Reward):
         return super().train(False)
 
     def rows_together(self, longest: int) -> int:
-        """Return how many rows go through the loaded model in one forward.
+        """Return how many rows go through the loaded model in one forward pass.
 
         Args:
-            longest: Tokens of the longest row.
+            longest: Number of tokens of the longest row.
         """
         if self.micro_batch_size is not None:
             return self.micro_batch_size
@@ -133,7 +133,7 @@ class SequenceClassifierReward(Reward):
         return FEW_ROWS if is_on_cpu else max(FEW_ROWS, TOKENS_TOGETHER // max(longest, 1))
 
     def identity(self) -> dict[str, Any]:
-        """Name the model, a fingerprint of its weights once they are loaded, and the options that scores depend on."""
+        """Return the model's source, a fingerprint of its weights once loaded, and the options scores depend on."""
         return {
             "class": recorded_path(type(self)),
             **dataclasses.asdict(self.source),

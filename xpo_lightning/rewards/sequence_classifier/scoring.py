@@ -1,4 +1,4 @@
-"""Scores token rows of unequal length in micro-batches; what two rows begin with alike is computed once."""
+"""Scores token rows of unequal length in micro-batches; computes the common prefix of two rows once."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -27,16 +27,17 @@ def score_rows(
 ) -> Tensor:
     """Score token rows in micro-batches of similar length.
 
-    Decoders read the score at the last token whose id is not `config.pad_token_id`. Where padding is EOS, that would be
-    one token before a real EOS, and without a pad id they refuse batches. So each micro-batch is padded on the right
-    with an id that ends none of its rows, and the config is told. Encoders end their rows with a special token of
-    their own, so they keep their true pad id. Padding on the right moves no position; the mask hides it.
+    Decoders read the score at the last token whose id is not `config.pad_token_id`. If padding is EOS, that is one
+    token before a real EOS, and without a pad id decoders refuse batches. So each micro-batch is padded on the right
+    with an id that ends none of its rows, and `config.pad_token_id` is set to it. Encoders end their rows with a
+    special token of their own, so they keep their true pad id. Padding on the right moves no position; the mask hides
+    it.
 
     Args:
         model: A sequence classifier with one label, in eval mode.
         rows: B rows of token ids, none empty.
-        micro_batch_size: Most rows in one forward.
-        pad_ids: Ids to pad with, best first; None entries are skipped.
+        micro_batch_size: Maximum number of rows per forward pass.
+        pad_ids: Candidate ids for padding, best first; None entries are skipped.
         how: How rows of unequal length go through the model.
 
     Returns:
@@ -47,7 +48,7 @@ def score_rows(
     scores = torch.empty(len(rows), dtype=torch.float32, device=device)
     # Longest first: memory runs out at once or never.
     by_length = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
-    size = min(micro_batch_size, vocabulary - 1)  # more rows could end in every id that there is
+    size = min(micro_batch_size, vocabulary - 1)  # with more rows, every id of the vocabulary could end one
     groups = [by_length]
     if how is not Rows.PADDED_RIGHT:
         groups = group_by_length([len(row) for row in rows], together=how is Rows.EVEN)
@@ -78,11 +79,11 @@ def pad_right(
 
     Args:
         rows: B rows of token ids, none empty; B < vocabulary.
-        pad_ids: Ids to pad with, best first; those that end a row are passed over.
+        pad_ids: Candidate ids for padding, best first; those that end a row are skipped.
         vocabulary: Number of token ids that the model knows.
 
     Returns:
-        Token ids (B, L), the mask, 1 on real tokens (B, L), and the id used on padding.
+        Token ids (B, L), the mask, 1 on real tokens (B, L), and the id used for padding.
     """
     last = {row[-1] for row in rows}
     wanted = [pad_id for pad_id in pad_ids if pad_id is not None and 0 <= pad_id < vocabulary]
@@ -96,11 +97,11 @@ def pad_right(
 
 @contextmanager
 def padded_with(config: PreTrainedConfig, pad_id: int) -> Iterator[None]:
-    """Tell a model's config the pad id for a while.
+    """Set the pad id in a model's config, and restore the old one on exit.
 
     Args:
-        config: The model's config; that of its text part is told too.
-        pad_id: The id on padding.
+        config: The model's config; the config of its text part is set too.
+        pad_id: The id used for padding.
     """
     text_config = config.get_text_config()
     before = [(each, getattr(each, "pad_token_id", None)) for each in (config, text_config)]
@@ -113,10 +114,10 @@ def padded_with(config: PreTrainedConfig, pad_id: int) -> Iterator[None]:
 
 
 WORTH_SHARING = 16
-"""Fewest common tokens that two rows are scored together for."""
+"""Smallest number of common first tokens for which two rows are scored as a pair."""
 Row = Sequence[int]
 PrefixPair = tuple[int, int, int]
-"""Two rows, and how many tokens they share."""
+"""Indices of two rows, and the number of first tokens that they share."""
 
 
 def find_prefix_pairs(rows: Sequence[Row], prompts: Sequence[RawPrompt]) -> tuple[list[PrefixPair], list[int]]:
@@ -127,7 +128,7 @@ def find_prefix_pairs(rows: Sequence[Row], prompts: Sequence[RawPrompt]) -> tupl
         prompts: Their prompts; conversations are equal only if they are the same object.
 
     Returns:
-        The pairs, longest shared part first, and the rows that are left over.
+        The pairs, longest shared prefix first, and the rows that are left over.
     """
     of_prompt: dict[Any, list[int]] = defaultdict(list)
     for row, prompt in enumerate(prompts):
@@ -151,13 +152,13 @@ def score_prefix_pairs(
     micro_batch_size: int,
     pad_ids: Sequence[Any],
 ) -> Tensor:
-    """Score pairs of rows, reading what each pair shares once.
+    """Score pairs of rows, computing the shared prefix of each pair once.
 
     Args:
-        model: A decoder that takes a cache of keys and values.
+        model: A decoder that takes a KV cache.
         rows: All rows.
         twins: N pairs of them.
-        micro_batch_size: Most rows in one forward.
+        micro_batch_size: Maximum number of rows per forward pass.
         pad_ids: See `score_rows`.
 
     Returns:
@@ -174,7 +175,7 @@ def score_prefix_pairs(
 def _score_some(
     model: PreTrainedModel, rows: Sequence[Row], twins: Sequence[PrefixPair], pad_ids: Sequence[Any]
 ) -> Tensor:
-    """Score pairs in two forwards; the first rows come first. (2N,)."""
+    """Score pairs in two forward passes; all first rows come before all second ones. (2N,)."""
     device, vocabulary = next(model.parameters()).device, vocabulary_size(model)
     begins = [rows[first][:shared] for first, _, shared in twins]
     ends = [rows[twin[side]][twin[2] :] for side in (0, 1) for twin in twins]
@@ -200,6 +201,6 @@ def _positions(ids: Tensor) -> Tensor:
 
 
 def _common(first: Row, second: Row) -> int:
-    """Count the tokens that both rows begin with, short of either's last."""
+    """Count the first tokens that both rows share, the last token of either row excluded."""
     most = min(len(first), len(second)) - 1
     return next((place for place in range(most) if first[place] != second[place]), most)

@@ -1,1 +1,1 @@
-"""Completions written by a vLLM server."""
+"""Generates completions on a vLLM server."""

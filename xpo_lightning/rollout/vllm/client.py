@@ -1,4 +1,4 @@
-"""The addresses of a vLLM server, and how they are asked."""
+"""Sends requests to the endpoints of a vLLM server."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,24 +12,24 @@ from xpo_lightning.rollout.vllm.protocol import OPTIONS
 T = TypeVar("T")
 Check = Callable[[], None]
 _MAX_BYTES = 2**26
-_FAREWELL = 10.0  # seconds for what nothing depends on
-_LONGEST_LOOK = 30.0  # seconds for the version and the models, which a server has at hand
-_MOST_LOOKS = 3  # An address that is wrong is to be told soon.
+_FAREWELL = 10.0  # timeout in seconds of requests whose outcome does not matter
+_LONGEST_LOOK = 30.0  # timeout in seconds for the version and the models, which a server answers quickly
+_MOST_LOOKS = 3  # retries for these; a wrong address should be reported soon
 
 
 class VLLMServer:
-    """Asks one vLLM server for JSON; each request is tried again and given up as `HTTPClient` says.
+    """Sends JSON requests to one vLLM server, with the retries of `HTTPClient`.
 
     Args:
-        url: Of the server, without a path.
-        api_key_env: See `HTTPClient`, as for the others.
-        timeout: Seconds.
-        retries: How often a request is tried again.
-        backoff: Seconds before the second try.
-        concurrency: Most requests under way at once.
+        url: URL of the server, without a path; a final `/v1` is removed.
+        api_key_env: Name of the environment variable that holds the API key, see `HTTPClient`; None sends none.
+        timeout: How many seconds one try may take.
+        retries: How often a failed request is tried again.
+        backoff: Seconds before the first retry.
+        concurrency: Maximum number of requests in flight.
 
     Raises:
-        InputError: An option is of no use.
+        InputError: An option is invalid.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class VLLMServer:
         self._endpoint("")
 
     def look(self, path: str, read: Callable[[Any], T], check: Check) -> T:
-        """Read what is at a path.
+        """Get a path, and return the answer as `read` parses it.
 
         Raises:
-            InputError: It cannot be read, or `read` has refused it.
+            InputError: The request failed, or `read` refused the answer.
         """
         key, timeout, retries, *others = self._options
         options = (key, min(timeout, _LONGEST_LOOK), min(retries, _MOST_LOOKS), *others)
@@ -58,7 +58,7 @@ class VLLMServer:
             return self._endpoint(path).post(payloads, read, check)
 
     def tell(self, path: str, payload: Any) -> None:
-        """Post what nothing depends on: once, with little patience, and whatever comes of it."""
+        """Post a request whose outcome does not matter: once, with a short timeout, and ignoring errors."""
         key, timeout, _, *others = self._options
         with suppress(InputError):
             _Endpoint(self.url + path, key, min(timeout, _FAREWELL), 0, *others).post(
@@ -71,10 +71,10 @@ class VLLMServer:
 
 
 class _Endpoint(HTTPClient):
-    """One address. What it answers need not be JSON."""
+    """Sends requests to one URL, whose answers need not be JSON."""
 
     def _result(self, reply: Response, read: Callable[[Any], T]) -> T:
-        """Read an answer; where adapters are loaded a sentence is one."""
+        """Parse an answer; vLLM confirms the loading of an adapter with a sentence in place of JSON."""
         if 200 <= reply.status < 300 and reply.body.startswith(b"Success"):
             return read(reply.body.decode(errors="replace"))
         return super()._result(reply, read)
@@ -82,7 +82,7 @@ class _Endpoint(HTTPClient):
 
 @contextmanager
 def _naming_the_rollout() -> Iterator[None]:
-    """Let the client, which speaks of the reward that it was made for, speak of the rollout."""
+    """Rewrite the client's error messages, which name options of the reward, to name those of the rollout."""
     try:
         yield
     except RequestError as error:

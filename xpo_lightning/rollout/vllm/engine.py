@@ -1,4 +1,4 @@
-"""Completions by a vLLM server, over HTTP: its base model is the reference, and with an adapter it is the policy."""
+"""Generates completions on a vLLM server, over HTTP: its base model is the reference, with an adapter the policy."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,35 +29,36 @@ _COMPLETIONS = "/v1/completions"
 
 
 class VLLMRollout(RolloutEngine):
-    """Has completions written by a vLLM server that holds the base model; needs `model.lora`.
+    """Generates completions on a vLLM server that holds the base model; needs `model.lora`.
 
-    The server's base model is the reference. The policy is an adapter of it, which is written to `adapter_folder` and
-    loaded by the server whenever the policy has changed. Start the server with `--enable-lora`, `--max-lora-rank` at
-    least `model.lora.r`, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment; it must see `adapter_folder`
-    under the same path. `docs/vllm.md` shows how.
+    The server's base model is the reference. The policy is a LoRA adapter of it, which the run saves to
+    `adapter_folder` and has the server load whenever the policy has changed. Start the server with `--enable-lora`,
+    `--max-lora-rank` at least `model.lora.r`, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment; it must see
+    `adapter_folder` under the same path. `docs/vllm.md` shows how.
 
-    Prompts go as token ids and completions come as token ids. `model.rollout_batch_size` then says how many are scored
-    together here. All processes of a run ask the one server.
+    The run sends prompts and receives completions as token ids. `model.rollout_batch_size` then limits how many prompts
+    are scored together in this process. All processes of a run share one server.
 
     Args:
-        url: Of the server, such as http://localhost:8000. It is shown in messages: put no secret there.
+        url: URL of the server, such as http://localhost:8000. Messages show it: put no secret there.
         adapter_folder: Folder for the policy's adapter.
-        model: What the server calls the base model; null takes the only one that it has.
+        model: Name of the base model on the server; null takes the only one that it has.
         api_key_env: Name of the environment variable that holds the API key; null sends none.
         timeout: How many seconds one completion may take, its time in the server's queue included.
-        retries: How often a request is tried again when the server cannot be reached, is too slow or too busy, or
-            answers with an error of its own or with nonsense. 8, which are two minutes of waiting, let a server start
-            anew; whether there is one at all is asked at most 3 times more.
-        backoff: Seconds before the second try; each later wait is twice as long, up to 30 seconds.
-        concurrency: Most completions under way at once, for each process of the run.
-        together: Have the completions of both models under way at the same time. A server on a CPU needs false, and one
-            process: vLLM 0.32 applies the adapter there to what the reference writes beside the policy. A server that
-            does is refused.
-        max_logp_drift: The run ends where the server's log-probabilities differ by more than this from those computed
-            here, in nats a token: it has other weights then. null compares without a limit.
+        retries: How often a request is retried when the server cannot be reached, is too slow or too busy, or answers
+            with a server error or something unusable. 8 retries, two minutes of waiting, let a server restart;
+            requests for the server's version and models are retried at most 3 times.
+        backoff: Seconds before the first retry; each later wait is twice as long, up to 30 seconds.
+        concurrency: Maximum number of completions in flight, for each process of the run.
+        together: Whether to request the completions of both models at the same time. A server on a CPU needs false, and
+            one process: there, vLLM 0.32 applies the adapter also to completions of the reference in the same batch. A
+            server that does so is refused.
+        max_logp_drift: Largest allowed difference, in nats per token, between the server's log-probabilities and those
+            computed here; a larger one means that the server has other weights, and ends the run. null compares without
+            a limit.
 
     Raises:
-        InputError: An option is of no use.
+        InputError: An option is invalid.
     """
 
     needs_adapters = True
@@ -93,7 +94,7 @@ class VLLMRollout(RolloutEngine):
         self._fields = sampling_fields(rollout.sampling, rollout.eos_token_ids)
 
     def sync(self, policy: nn.Module) -> None:
-        """See `RolloutEngine.sync`; the first process loads the adapter, the others wait for its name."""
+        """See `RolloutEngine.sync`; rank 0 has the server load the adapter, and the other ranks wait for its name."""
         mark = mark_of(policy)
         if mark == self._mark:
             return
@@ -112,7 +113,7 @@ class VLLMRollout(RolloutEngine):
         self._adapter, self._mark = all_gather_guarded(name)[0], mark
 
     def write(self, prompts: Prompts, asked: Sequence[GenerationRequest]) -> list[list[Completions]]:
-        """See `RolloutEngine.write`; each completion is a request of its own, because a seed is a request's."""
+        """See `RolloutEngine.write`; send one request per completion, because a seed applies to a request."""
         ids, mask = prompts.ids.cpu(), prompts.mask.cpu()
         self.measured = {}
         rows: list[list[int]] = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
@@ -142,7 +143,7 @@ class VLLMRollout(RolloutEngine):
         )
 
     def _base_model(self) -> BaseModel:
-        """Ask for the server's version and its models, the first time."""
+        """Return the server's base model; at first use, check the server's version and list its models."""
         if self._base is None:
             self.server.look("/version", read_version, self.check)
             models = self.server.look("/v1/models", read_models, self.check)
@@ -157,7 +158,7 @@ class VLLMRollout(RolloutEngine):
         return self._adapter
 
     def _answers(self, payloads: list[dict[str, Any]]) -> list[Answer]:
-        """Have completions written, all of them at once or those of one model after the other's."""
+        """Request completions: all at once, or without `together` those of one model after the other's."""
         answers: dict[int, Answer] = {}
         for name in [None] if self.together else dict.fromkeys(payload["model"] for payload in payloads):
             rows = [row for row, payload in enumerate(payloads) if name in (None, payload["model"])]
@@ -174,14 +175,15 @@ class VLLMRollout(RolloutEngine):
         except RequestError as error:
             if error.status != 404 or adapter is None or adapter not in {payload["model"] for payload in payloads}:
                 raise
-        # It has been started anew, perhaps as another one: every process that meets it says what it is to hold.
+        # The server has restarted, perhaps with another model: each process that notices checks it and loads the
+        # adapter again.
         self._base = None
         self._base_model()
         self._served.load(adapter, self.check)
         return self.server.post(_COMPLETIONS, payloads, read_answer, self.check)
 
     def _check_answer(self, payload: dict[str, Any], answer: Answer) -> None:
-        """Refuse a completion that is not of this prompt, by this model and under these settings."""
+        """Refuse a completion of another prompt, by another model or under other settings."""
         sampling, ends = self.rollout.sampling, self.rollout.eos_token_ids
         said = f"{OPTIONS}.url: the vLLM server at {self.server.url}"
         highest = max(answer.ids)

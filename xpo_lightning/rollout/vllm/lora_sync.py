@@ -1,4 +1,4 @@
-"""Sends the policy to a vLLM server: each state of it as a LoRA adapter under a name of its own."""
+"""Sends the policy to a vLLM server, each state of its weights as a LoRA adapter with a new name."""
 
 import hashlib
 import secrets
@@ -19,23 +19,23 @@ from xpo_lightning.rollout.vllm.protocol import OPTIONS, Answer, BaseModel
 
 Ask = Callable[[list[dict[str, Any]]], list[Answer]]
 ROUNDING = 0.25
-"""Nats a token that log-probabilities may move by when other completions are computed beside them."""
+"""Nats per token by which log-probabilities may change when other completions are computed in the same batch."""
 _PROMPT, _TOKEN, _TOKENS, _BESIDE = [1, 2, 3, 4], 5, 16, 8
 
 
 def keeps_apart(ask: Ask, base: str, adapter: str, context: int | None) -> bool:
-    """Have the base model write the same alone and beside an adapter, and compare.
+    """Compare completions of the base model alone with the same ones requested together with an adapter's.
 
-    vLLM's LoRA kernels for CPUs do not keep them apart (vllm-project/vllm#48421).
+    vLLM's LoRA kernels for CPUs apply the adapter to both (vllm-project/vllm#48421).
 
     Args:
-        ask: Has completions written at once.
+        ask: Requests completions, all at once.
         base: Name of the base model.
         adapter: Name of an adapter that changes it a lot.
-        context: Most tokens of prompt and completion.
+        context: Maximum number of tokens of prompt and completion; None is no limit.
 
     Returns:
-        Whether the log-probabilities are the same but for rounding.
+        Whether the log-probabilities agree except for rounding.
     """
     length = _TOKENS if context is None else min(_TOKENS, context - len(_PROMPT))
     (alone,) = ask([_request(base, length)])
@@ -48,7 +48,7 @@ def _gap(logps: list[float], others: list[float]) -> float:
 
 
 def _request(name: str, length: int) -> dict[str, Any]:
-    """Ask for a completion of one token only, over and over, so that all of them can be compared."""
+    """Build a request for a completion that repeats one token, so that all completions can be compared."""
     forced = {"allowed_token_ids": [_TOKEN], "temperature": 0.0, "repetition_penalty": 1.0, "seed": 0}
     ends = {"max_tokens": length, "ignore_eos": True, "stop": [], "stop_token_ids": []}
     return {"model": name, "prompt": _PROMPT, **forced, **ends, "logprobs": 0, "return_token_ids": True}
@@ -58,13 +58,13 @@ _KEY = "model.rollout.init_args.adapter_folder"
 
 
 class AdapterFolder:
-    """Keeps the adapters that an engine has, each in a folder of its name, in PEFT's format.
+    """Stores the adapters that an engine loads, each in a folder of its name, in PEFT's format.
 
     Args:
-        path: The folder; it is made if it is not there.
+        path: The folder; it is created if it does not exist.
 
     Raises:
-        InputError: There is something else of this name.
+        InputError: The path is empty, or is a file.
     """
 
     def __init__(self, path: str) -> None:
@@ -75,22 +75,22 @@ class AdapterFolder:
             raise InputError(f"{_KEY} must be a folder, but {self.path} is a file")
 
     def save(self, policy: Any, name: str) -> Path:
-        """Write an adapter beside its place, and put it there when it is complete.
+        """Save an adapter to a temporary folder, and rename the folder when it is complete.
 
         Args:
             policy: A PEFT model.
-            name: What the adapter is called, new each time.
+            name: Name of the adapter, new each time.
 
         Returns:
             The folder of the adapter.
 
         Raises:
-            InputError: It cannot be written.
+            InputError: The adapter cannot be written.
         """
         place, beside = self.path / name, self.path / f".{name}.new"
         try:
             beside.mkdir(parents=True)
-            # The embeddings are the base model's own; left to itself, peft asks the hub whether they are.
+            # The embeddings are the base model's own; by default, peft would ask the hub whether they are.
             policy.save_pretrained(str(beside), save_embedding_layers=False)
             beside.rename(place)
         except (OSError, SafetensorError) as error:
@@ -99,7 +99,7 @@ class AdapterFolder:
         return place
 
     def scramble(self, name: str) -> None:
-        """Give an adapter random weights: a fresh one changes nothing, so that nobody could tell where it is used."""
+        """Give an adapter random weights: a fresh one changes nothing, so its use could not be detected."""
         file = self.path / name / "adapter_model.safetensors"
         noise = torch.Generator().manual_seed(0)
         weights = load_file(file)
@@ -108,12 +108,12 @@ class AdapterFolder:
         save_file(weights, file, {"format": "pt"})
 
     def remove(self, name: str) -> None:
-        """Remove an adapter that the engine has no more use for."""
+        """Delete the files of an adapter that the engine no longer needs."""
         shutil.rmtree(self.path / name, ignore_errors=True)
 
 
 def mark_of(policy: nn.Module) -> str:
-    """Hash the adapters' weights, all of them: two states of a policy have two marks."""
+    """Hash all weights of the adapters; two states of a policy have two hashes."""
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(policy.named_parameters(), key=lambda named: named[0]):
         if "lora_" in name:
@@ -123,31 +123,31 @@ def mark_of(policy: nn.Module) -> str:
 
 
 class ServedAdapter:
-    """Has a server load the policy's adapter.
+    """Loads the policy's adapter into a server.
 
-    A server keeps what it has computed of prompts by the name of the adapter, so that no name is used again.
+    A server caches its computations on prompts by the name of the adapter, so each adapter gets a new name.
 
     Args:
         server: The server.
-        folder: Where adapters are handed over.
+        folder: Folder from which the server loads adapters.
     """
 
     def __init__(self, server: VLLMServer, folder: AdapterFolder) -> None:
         self.server, self.folder = server, folder
 
     def replace(self, policy: nn.Module, old: str | None, check: Callable[[], None]) -> str:
-        """Have the server load the policy as it is now, and then forget how it was.
+        """Have the server load the policy's current adapter, and then unload the previous one.
 
         Args:
             policy: A PEFT model.
-            old: The name of the last adapter, if there is one.
+            old: Name of the previous adapter, or None.
             check: See `HTTPClient.post`.
 
         Returns:
-            The name of the new one.
+            Name of the new adapter.
 
         Raises:
-            InputError: It cannot be written, or the server does not load it.
+            InputError: The adapter cannot be written, or the server does not load it.
         """
         name = _new_name()
         self.folder.save(policy, name)
@@ -157,15 +157,15 @@ class ServedAdapter:
         return name
 
     def forget(self, name: str) -> None:
-        """Remove an adapter, from the server as well; a server that is gone, or was started anew, has it no more."""
+        """Unload an adapter from the server and delete its files; ignores errors, as a restarted server lacks it."""
         self.server.tell("/v1/unload_lora_adapter", {"lora_name": name})
         self.folder.remove(name)
 
     def try_beside(self, policy: nn.Module, base: BaseModel, ask: Ask, check: Callable[[], None]) -> None:
-        """Refuse a server that lets an adapter into what the base model writes at the same time.
+        """Refuse a server that applies an adapter to completions of the base model in the same batch.
 
         Raises:
-            InputError: It does; or the adapter of the trial could not be loaded.
+            InputError: The server does so, or a trial adapter could not be saved or loaded.
         """
         name = _new_name()
         self.folder.save(policy, name)
@@ -182,7 +182,7 @@ class ServedAdapter:
             )
 
     def load(self, name: str, check: Callable[[], None]) -> None:
-        """Have the server load an adapter that is in the folder; one that has it already keeps it.
+        """Have the server load an adapter from the folder; does nothing if the server has it already.
 
         Raises:
             InputError: The server does not load it.
@@ -191,7 +191,7 @@ class ServedAdapter:
         try:
             self.server.post("/v1/load_lora_adapter", [wanted], lambda _: None, check)
         except RequestError as error:
-            # Where the answer to the first try was lost, the second finds the adapter there.
+            # If the answer to the first try was lost, the second try finds the adapter loaded.
             if error.status == 400 and "already been loaded" in str(error):
                 return
             self.folder.remove(name)

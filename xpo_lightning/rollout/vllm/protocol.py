@@ -1,4 +1,4 @@
-"""What a vLLM server is asked for and what it answers, without the asking."""
+"""Builds the content of requests to a vLLM server and parses its answers; sends nothing itself."""
 
 import math
 import re
@@ -13,23 +13,23 @@ from xpo_lightning.core.http.client import UnusableError
 from xpo_lightning.rollout.sampling import Sampling
 
 OLDEST, NEWEST = (0, 28), (0, 99)
-"""The first and the last minor version that are let through; `docs/vllm.md` says which were tried."""
+"""Oldest and newest accepted version of vLLM, (major, minor); `docs/vllm.md` says which were tested."""
 LOWEST_TEMPERATURE = 0.01
-"""What vLLM takes for any lower one but 0."""
+"""The temperature that vLLM uses in place of any lower one except 0."""
 OPTIONS = "model.rollout.init_args"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A completion as the server gave it.
+    """A completion as the server returned it.
 
     Args:
-        prompt: Token ids that it read.
-        ids: Token ids that it wrote, at least one.
-        logps: Natural log-probability of each.
-        reason: Why it stopped: `stop` or `length`.
-        stopped_by: The stop string that it stopped at; None where there was none.
-        model: Name of the model that wrote.
+        prompt: Token ids of the prompt, as the server read it.
+        ids: Token ids of the completion, at least one.
+        logps: Natural log-probability of each token of the completion.
+        reason: Why generation stopped: `stop` or `length`.
+        stopped_by: The stop string that ended the completion, or None.
+        model: Name of the model that generated it.
     """
 
     prompt: list[int]
@@ -42,11 +42,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A model that a server holds, as it lists it; adapters are left out.
+    """A base model in a server's list of models, which also has adapters.
 
     Args:
-        name: What it is called in requests.
-        context: Most tokens of prompt and completion; None where the server names no limit.
+        name: Its name in requests.
+        context: Maximum number of tokens of prompt and completion; None if the server states no limit.
     """
 
     name: str
@@ -54,19 +54,19 @@ class BaseModel:
 
 
 def sampling_fields(sampling: Sampling, eos_token_ids: Sequence[int]) -> dict[str, Any]:
-    """Put the settings of sampling into vLLM's words.
+    """Translate the sampling settings into vLLM's request fields.
 
-    All are sent, because a server fills gaps from the generation config of its model.
+    All are sent, because a server fills in missing fields from the generation config of its model.
 
     Args:
         sampling: The settings.
-        eos_token_ids: Token ids that end a completion; no others shall, whatever the server knows of.
+        eos_token_ids: Token ids that end a completion; the server's own EOS tokens are ignored.
 
     Returns:
         Fields of a request to `/v1/completions`.
 
     Raises:
-        InputError: vLLM would sample in another way.
+        InputError: vLLM would sample differently.
     """
     temperature, filtered = sampling.temperature, sampling.min_p > 0 and sampling.top_p < 1
     if 0 < temperature < LOWEST_TEMPERATURE:
@@ -101,25 +101,25 @@ def sampling_fields(sampling: Sampling, eos_token_ids: Sequence[int]) -> dict[st
 
 
 def seeds_of(uniforms: Tensor) -> list[int]:
-    """Turn the randomness of completions into a seed for each.
+    """Derive the seed of each completion from its first random number.
 
-    On a CPU only the lower 32 bits of a seed count, so there are no others.
+    Seeds have 32 bits, because on a CPU only the lower 32 bits of a seed count.
 
     Args:
-        uniforms: Numbers in [0, 1), float64. (B, max_new_tokens)
+        uniforms: Random numbers in [0, 1), float64. (B, max_new_tokens)
 
     Returns:
-        Whole numbers from 0 to 2**32 - 1. Length B.
+        Integers from 0 to 2**32 - 1. Length B.
     """
     seeds: list[int] = (uniforms[:, 0] * 2**32).long().tolist()
     return seeds
 
 
 def read_answer(value: Any) -> Answer:
-    """Read the answer to a request for one completion.
+    """Parse the answer to a request for one completion.
 
     Raises:
-        UnusableError: It is not one.
+        UnusableError: It is not one completion with token ids and log-probabilities.
     """
     try:
         (choice,) = value["choices"]
@@ -138,11 +138,11 @@ def read_answer(value: Any) -> Answer:
 
 
 def read_version(value: Any) -> str:
-    """Read the answer of `/version`, and refuse a server that is too old or too new to be known.
+    """Parse the answer of `/version`, and refuse a version older than `OLDEST` or newer than `NEWEST`.
 
     Raises:
-        UnusableError: It is not a version.
-        InputError: It is out of range.
+        UnusableError: The answer has no version.
+        InputError: The version is out of range.
     """
     version = str(value.get("version")) if isinstance(value, dict) else ""
     found = re.match(r"(\d+)\.(\d+)", version)
@@ -158,10 +158,10 @@ def read_version(value: Any) -> str:
 
 
 def read_models(value: Any) -> list[BaseModel]:
-    """Read the base models in the answer of `/v1/models`.
+    """Parse the base models from the answer of `/v1/models`.
 
     Raises:
-        UnusableError: It is no list of models.
+        UnusableError: The answer has no list of models.
     """
     cards = value.get("data") if isinstance(value, dict) else None
     if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
@@ -171,15 +171,15 @@ def read_models(value: Any) -> list[BaseModel]:
 
 
 def chosen_model(models: Sequence[BaseModel], name: str | None, url: str) -> BaseModel:
-    """Choose the base model.
+    """Choose the base model by the name that the user gave.
 
     Args:
-        models: All that the server holds.
-        name: What the user calls it; None where there is but one.
-        url: Of the server.
+        models: All base models that the server lists; these are names of one model.
+        name: The user's name for it; None takes the only name there is.
+        url: URL of the server, for the error message.
 
     Raises:
-        InputError: It is not there, or it is not clear which it is. All names of one server are of one model.
+        InputError: The server lists no model of this name, or several names while `name` is None.
     """
     names = [model.name for model in models]
     if name is None and len(set(names)) == 1:
