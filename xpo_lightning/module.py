@@ -1,4 +1,4 @@
-"""`XPOLightningModule`: holds the policy, the reference and the reward, and takes them through training."""
+"""`XPOLightningModule`: holds the policy, the reference and the reward, and trains the policy."""
 
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
@@ -66,63 +66,63 @@ from xpo_lightning.training.update_plan import Pairs, UpdatePlan, most_tokens
 class XPOLightningModule(LightningModule):
     """Exploratory Preference Optimization (Xie et al. 2024, arXiv 2405.21046, Algorithm 1) of a language model.
 
-    For each prompt the policy and the frozen reference write a completion each, the reward says which is better, and
-    the policy takes a step on the preference loss of the pair plus `alpha` times the log-probability of the
+    For each prompt, the policy and the frozen reference each generate a completion, the reward decides which is better,
+    and the policy takes a step on the preference loss of the pair plus `alpha` times the log-probability of the
     reference's completion. `docs/configuration.md` shows each option at work.
 
     A batch is a mapping with `prompt`: B texts or chat conversations, and optionally `prompt_ids`: their token ids;
-    its other entries, of length B, reach the reward as columns. A plain list of prompts will do as well.
+    its other entries, of length B, reach the reward as columns. A plain list of prompts works too.
 
     Args:
         policy: Which model to train, and how to load it. The reference starts as the same model.
-        reward: Scores completions, or, being a judge, compares two.
+        reward: Scores completions, or compares two if it is a judge.
         lora: Train low-rank adapters instead of every weight; the reference is then the policy without them.
-        sampling: How completions are sampled. Log-probabilities in the loss are those of the models themselves,
-            whatever is set here.
-        sampler: Who writes the second completion of a pair while the policy trains; null is the reference.
-        candidates: How many completions each side writes for a prompt, and which two become the pair.
-        labels: How scores, or what a judge says, become labels.
-        alpha: Weight of the exploration term: a number, one number an epoch, or a schedule. 0 is online DPO; below 0
-            the reference's samples are imitated, a control.
+        sampling: How completions are sampled. The loss uses the models' own log-probabilities, whatever is set here.
+        sampler: Generates the second completion of each training pair; null is the reference.
+        candidates: How many completions each side generates for a training prompt, and which two become the pair.
+        labels: How scores, or a judge's answers, become labels.
+        alpha: Weight of the exploration term: a number, one number per epoch, or a schedule. 0 is online DPO; below 0
+            the policy imitates the reference's samples, as a control.
         alpha_in_beta: Take alpha in units of beta: the weight is then alpha times beta.
-        beta: Strength of the KL constraint: a number, one number an epoch, or a schedule.
-        preference_loss: Loss of a labelled pair; `SigmoidLoss` (DPO's) where None.
-        bonus_on: Whose log-probability the exploration term is on: that of the `sampler`'s completion, as in Algorithm
-            1, the sum of `both`, or that of the `rejected` one.
+        beta: Strength of the KL constraint: a number, one number per epoch, or a schedule.
+        preference_loss: Loss of a labelled pair; null is `SigmoidLoss` (DPO's).
+        bonus_on: Completion whose log-probability is in the exploration term: the `sampler`'s, as in Algorithm 1, the
+            `rejected` one, or `both`, whose log-probabilities are added.
         bonus_clip: Clips the log-ratio inside the exploration term to this many nats either way; null is off. The
             paper's experiments use 500.
-        entropy_bonus: Weight of the mean entropy of the policy's next token along its own completions, in nats a token,
-            which is maximised; 0 is off.
-        missing_eos_penalty: What a completion that was cut at `max_new_tokens` loses in score; null is off.
+        entropy_bonus: Weight of the mean entropy of the policy's next token along its own completions, in nats per
+            token, which is maximised; 0 is off.
+        missing_eos_penalty: Subtracted from the score of a completion that was cut at `max_new_tokens`; null is off.
         learning_rate: Peak learning rate of AdamW without weight decay; null is 5e-7. Not with `optimizer`.
         optimizer: Another optimizer, called with the trainable parameters.
-        lr_schedule: How the learning rate falls to 0 after the warm-up: `linear`, `cosine`, or `constant`, not at all;
-            null is linear. Not with `lr_scheduler`.
+        lr_schedule: How the learning rate falls to 0 after the warm-up: `linear` or `cosine`; with `constant` it does
+            not fall. null is linear. Not with `lr_scheduler`.
         warmup_ratio: Warm-up as a share of all optimizer steps.
         warmup_steps: Warm-up in optimizer steps, in place of `warmup_ratio`.
         lr_scheduler: Another scheduler, stepped after each optimizer step.
-        max_grad_norm: Gradients are scaled down to this norm; null is off. In place of `trainer.gradient_clip_val`.
+        max_grad_norm: Clips the gradient to this norm; null is off. In place of `trainer.gradient_clip_val`.
         micro_batch_size: Most pairs per forward and backward pass; null sets no limit. Changes memory and speed, not
             the result. In place of `trainer.accumulate_grad_batches`: the batch of the data module is what one rollout
             samples and one optimizer step sees.
-        micro_batch_tokens: Most tokens per forward and backward pass, padding included; null sets no limit. Where both
-            are null, the first step takes 8 pairs at a time; on a GPU it measures how many tokens fit in half of the
-            memory that is free, and later steps take as many.
+        micro_batch_tokens: Most tokens per forward and backward pass, padding included; null sets no limit. If both
+            are null, the first step takes 8 pairs at a time; on a GPU it measures how many tokens fit into half of the
+            free memory, and later steps take that many.
         rollout_batch_size: Most prompts sampled together; null is the whole batch, fewer on a CPU.
         rollout_graphs: On a GPU, replay each token's step as a CUDA graph, and keep the buffers for it; false saves
             their memory. Elsewhere nothing is replayed.
-        rollout: Has a server write the completions, see `docs/vllm.md`; null samples in this process.
+        rollout: Lets a server generate the completions, see `docs/vllm.md`; null samples in this process.
         reference_cache: Keeps the reference's completion of each training prompt, its log-probabilities and its score,
-            and uses them again in later epochs, so that every epoch compares with the same completion of a prompt:
-            `memory`, which a resumed run has from its checkpoint; or a folder, which later runs of the same reference,
-            sampling and reward use as well, whatever their seed. All processes of a run know what each of them has
-            kept. null samples anew each time, and validation and prediction always do.
+            and reuses them in later epochs, so that every epoch compares with the same completion of a prompt:
+            `memory`, which a resumed run gets from its checkpoint; or a folder, which later runs with the same
+            reference, sampling and reward reuse too, whatever their seed. All processes of a run share what each of
+            them has kept. null samples anew each time, as validation and prediction always do.
         reference_refresh: Lets the reference follow the policy; null keeps it frozen, as in Algorithm 1.
-        buffer: Keeps pairs for later updates, as Algorithm 1 does (step 5); null forgets them with their batch.
-        updates_per_rollout: Optimizer steps that share one pass over a batch's pairs, or all that the buffer keeps.
+        buffer: Keeps pairs for later updates, as Algorithm 1 does (step 5); null drops them after their batch.
+        updates_per_rollout: Optimizer steps in each pass over a batch's pairs, or over all pairs that the buffer keeps.
         epochs_per_rollout: Passes over these pairs.
-        max_skipped_steps: Optimizer steps in a row that may be left out because a score, a log-probability, the loss or
-            the gradient is not finite; 0 stops the run at the first. Weights are never updated with such numbers.
+        max_skipped_steps: Most optimizer steps in a row that may be skipped because a score, a log-probability, the
+            loss or the gradient is not finite; 0 stops the run at the first. Weights are never updated with such
+            numbers.
     """
 
     strict_loading = False
@@ -140,7 +140,7 @@ class XPOLightningModule(LightningModule):
         sampler: Sampler | None = None,
         candidates: Candidates = Candidates(),  # noqa: B008
         labels: LabelRule = LabelRule(),  # noqa: B008
-        # The schedule comes first, because of several types the parser gives the reason why the first did not fit.
+        # The schedule comes first, because the parser reports why the first of several types did not fit.
         alpha: Schedule | float | list[float] = 1e-5,
         alpha_in_beta: bool = False,
         beta: Schedule | float | list[float] = 0.1,
@@ -250,13 +250,13 @@ class XPOLightningModule(LightningModule):
         return model if self.lora is None else self.lora.wrap(model)
 
     def setup(self, stage: str) -> None:
-        """Refuse trainer options that do not suit the module."""
+        """Refuse trainer options that the module does not support."""
         watch(self.trainer)
         check_trainer(self.trainer)
         self.run_state.seed = torch.initial_seed()
 
     def on_fit_start(self) -> None:
-        """Open the cache of what the reference writes, and the buffer, and take note of the untrained policy."""
+        """Prepare sampler and reference with the untrained policy, and open the reference cache and the buffer."""
         self.sampler.begin(self.policy)
         self.reference.begin()
         with self._models_whole():
@@ -267,13 +267,13 @@ class XPOLightningModule(LightningModule):
         before_training(self.trainer, lambda: self.run_state.take_up(self.trainer, self.memory))
 
     def on_train_start(self) -> None:
-        """Set the length of the run."""
+        """Apply the configured settings to the optimizer, and set the length of the run."""
         self.optimization.take_settings(self._optimizer.optimizer, self._scheduler)
         if isinstance(self._scheduler, WarmupThenDecay):
             self._scheduler.begin(self._total_steps)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Sample and label pairs for the whole batch, then take the optimizer steps on all that are kept."""
+        """Sample and label one pair per prompt of the batch, then take the optimizer steps on all kept pairs."""
         begin_batch(self.trainer)
         done = batches_done(self.trainer)
         rng = self._rng(Stream.TRAINING, done)
@@ -294,7 +294,7 @@ class XPOLightningModule(LightningModule):
                 callback.on_pairs_collected(self.trainer, self, experience)
 
     def _take_steps(self, experience: Experience, rng: RolloutRNG) -> dict[str, Any]:
-        """Take the optimizer steps of a batch; return what the last was taken with, nothing where it was left out."""
+        """Take the optimizer steps of a batch; return the settings of the last one that was not skipped, or {}."""
         self._stop_noise()
         self.update_averages.reset()
         pairs: Pairs = experience
@@ -310,7 +310,7 @@ class XPOLightningModule(LightningModule):
         return settings
 
     def _optimizer_step(self, pairs: Pairs, micro_batches: list[list[int]], may_stop: bool) -> dict[str, Any]:
-        """Take one optimizer step; return alpha, beta, learning rate and gradient norm, nothing if it is left out."""
+        """Take one optimizer step; return alpha, beta, learning rate and gradient norm, or {} if it was skipped."""
         weights = self._weights()
         learning_rate = self._optimizer.param_groups[0]["lr"]
         self._optimizer.zero_grad()
@@ -338,7 +338,7 @@ class XPOLightningModule(LightningModule):
         return {**weights, "lr": learning_rate, "grad_norm": norm}
 
     def _log_step(self, experience: Experience | None, settings: dict[str, Any]) -> None:
-        """Log what was measured of a batch and of the steps on it; of one that was left out, that it was."""
+        """Log the metrics of a batch and of its optimizer steps; of a skipped batch, only the guard's counts."""
         averages = {}
         if experience is None:
             forget_logged(self.trainer)
@@ -347,19 +347,19 @@ class XPOLightningModule(LightningModule):
             self.rollout_averages.update(rollout_metrics(experience, settings["beta"]))
             averages = {**self.rollout_averages.compute(), **self.update_averages.compute()}
         self.log_dict({**averages, **settings, **self.guard.counts(), "step": float(self.global_step)})
-        if self.rollout is not None:  # how far an engine's log-probabilities were from those here
+        if self.rollout is not None:  # how far the engine's log-probabilities were from ours
             self.log_dict(self.rollout.measured, sync_dist=True)
 
     def on_validation_start(self) -> None:
-        """Let validation not touch the randomness of training, and forget the pairs of the last one."""
+        """Store the random state of training, and reset the averages of the last validation."""
         self.run_state.begin_validation()
         self.eval_averages.reset()
         self.eval_rollout_averages.reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> Experience:  # type: ignore[override]
-        """Sample pairs for held-out prompts, one completion a side and the reference's second, and measure them.
+        """Sample pairs for held-out prompts, one completion each by policy and initial reference, and measure them.
 
-        The randomness is the same each time: two validations differ by the policy alone.
+        Each validation draws the same random numbers, so two validations differ by the policy alone.
         """
         with self._models_whole(), self.guard.together():
             weights = self._weights()
@@ -379,19 +379,19 @@ class XPOLightningModule(LightningModule):
         self.log_dict({**named, "step": float(self.global_step)})
 
     def on_predict_start(self) -> None:
-        """Put models together for all batches: processes may differ in how many they have; sync an engine once."""
+        """Unshard the models for all batches, as ranks may have different batch counts; sync the engine once."""
         self._together.enter_context(self._models_whole())
         if self.rollout is not None:
             with self.guard.together():
                 self.rollout.sync(self.policy)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Experience:
-        """Sample and score pairs for a batch of prompts; no process waits for another."""
+        """Sample and score pairs for a batch of prompts; ranks do not wait for each other."""
         self.guard.stop.check()
         return self._collect(batch, self._rng(Stream.PREDICTION, batch_idx))
 
     def on_predict_end(self) -> None:
-        """Spread the models over processes again."""
+        """Shard the models again."""
         self._together.close()
 
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -399,16 +399,16 @@ class XPOLightningModule(LightningModule):
         return [weight for weight in self.policy.parameters() if weight.requires_grad]
 
     def sample(self, batch: Any) -> Experience:
-        """Sample and label pairs, for a training step of a module that holds this one and takes the steps itself.
+        """Sample and label pairs, for the training step of a module that contains this one and takes its own steps.
 
         Args:
-            batch: B prompts, in any form that a batch of this module may have.
+            batch: B prompts, in any form that this module accepts as a batch.
 
         Returns:
             B labelled pairs, for `losses`.
 
         Raises:
-            InputError: An option is set that acts through this module's own steps; or what goes wrong in a rollout.
+            InputError: An option is set that only this module's own steps implement, or the rollout refuses its input.
         """
         refuse_own_steps(self)
         rng = self._rng(Stream.TRAINING, batches_done(self.trainer))
@@ -416,7 +416,7 @@ class XPOLightningModule(LightningModule):
             return self._collect(batch, rng, training=True)
 
     def losses(self, experience: Experience) -> tuple[Tensor, dict[str, Tensor]]:
-        """Evaluate the objective of pairs with alpha and beta as they are now.
+        """Evaluate the objective of pairs with the current alpha and beta.
 
         Args:
             experience: B labelled pairs, all of which go through the policy at once.
@@ -428,7 +428,7 @@ class XPOLightningModule(LightningModule):
         return self.objective.evaluate(self.policy, experience, **self._weights())
 
     def _stop_noise(self) -> None:
-        """Before the first gradient, when the policy is where it trains: honour a dropout of 0 in every module."""
+        """Apply `dropout: 0` to modules that would still draw random numbers; called before the first gradient."""
         if self._is_quiet or getattr(self.policy_spec, "dropout", None) != 0:
             return
         self._is_quiet = True
@@ -446,11 +446,11 @@ class XPOLightningModule(LightningModule):
         return check_rollout(self.collector.collect(self.policy, prompts, rng, training=training))
 
     def _models_whole(self) -> AbstractContextManager[None]:
-        """Put the weights together that are spread over processes, for rollouts and scores."""
+        """Unshard the models inside the context, for rollouts and scores."""
         return unsharded(self.policy, self.memory.reference, self.reward)
 
     def _weights(self) -> dict[str, float]:
-        """Return alpha and beta now; outside of training, and before it, those of the first step."""
+        """Return the current alpha and beta; those of the first step if no training has begun."""
         if not has_begun(self.trainer):
             return self.objective.weights(FIRST_STEP)
         batches = batches_done(self.trainer)
@@ -472,7 +472,7 @@ class XPOLightningModule(LightningModule):
         return total_steps(self.trainer, self.plan.steps)
 
     def teardown(self, stage: str) -> None:
-        """Let an engine forget the policy."""
+        """Close the engine, which then drops the policy."""
         if self.rollout is not None:
             self.rollout.close()
 
@@ -482,7 +482,7 @@ class XPOLightningModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return what a checkpoint holds of the models: the trained weights; inside of another module as well."""
+        """Return only the policy's trained weights and buffers, also if this module is part of another one."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
         kept = trained_state(state, self.policy, f"{prefix}policy.")
@@ -491,7 +491,7 @@ class XPOLightningModule(LightningModule):
         return state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record which reference the weights were trained against, and all that a resumed run needs."""
+        """Record which reference the weights were trained against, and the state that a resumed run needs."""
         normalize_loop_counters(checkpoint["loops"]["fit_loop"])
         checkpoint["xpo_reference"] = self.reference_identity
         optimization = self.optimization.identity(self.trained_parameters())
@@ -500,7 +500,7 @@ class XPOLightningModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or another reference."""
         self.configure_model()
-        if "state_dict" in checkpoint:  # A strategy that spreads weights has loaded them itself.
+        if "state_dict" in checkpoint:  # A strategy that shards weights has loaded them itself.
             check_trained_state(checkpoint["state_dict"], self.state_dict())
         check_reference(checkpoint.get("xpo_reference"), self.reference_identity)
         if self._trainer is not None and self.trainer.state.fn == "fit" and "xpo_run" in checkpoint:

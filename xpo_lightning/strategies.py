@@ -1,4 +1,4 @@
-"""`FSDP2Strategy`: weights, gradients and optimizer state spread over all processes of a run."""
+"""`FSDP2Strategy`: shards weights, gradients and optimizer state over all ranks of a run."""
 
 from collections.abc import Mapping
 from datetime import timedelta
@@ -14,15 +14,16 @@ from xpo_lightning.checkpointing.sharded_io import load_folder, save_folder
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Fully sharded data parallelism (FSDP2): each process has a part of every weight, and its own prompts.
+    """Fully sharded data parallelism (FSDP2): each process has a shard of every weight, and its own prompts.
 
-    Samples, losses and weights are those of one process. While completions are sampled and scored, each process holds
-    the policy, the reference and the reward whole: processes write completions of their own lengths, and must not wait
-    for each other's layers. In forward and backward passes one layer is whole at a time.
+    Samples, losses and weights are the same as with one process. While completions are sampled and scored, each
+    process holds the policy, the reference and the reward unsharded: processes generate completions of different
+    lengths, and must not wait for each other's layers. In forward and backward passes, one layer is unsharded at a
+    time.
 
     Args:
-        save_distributed_checkpoint: Let each process save its own part, into a folder, rather than gather all of them
-            in one file.
+        save_distributed_checkpoint: Let each process save its own shards into a folder, instead of gathering all of
+            them in one file.
         process_group_backend: Backend of torch.distributed; by default that of the device.
         timeout: How long a process waits for others.
     """
@@ -40,23 +41,23 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """Give all processes to data parallelism."""
+        """Use all processes for data parallelism."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Save a file or a folder, which is replaced by a whole one alone."""
+        """Save a file or a folder; only a complete one replaces an earlier one."""
         if self._save_distributed_checkpoint:
             save_folder(checkpoint, Path(self.broadcast(filepath)))
         else:
             super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a file or a folder, of which nothing may run code."""
+        """Load a file or a folder, without running code that it may hold."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
             return load_folder(path, cast("nn.Module", self.model), self.optimizers)
-        if _without_optimizer_state(path):  # Lightning cannot load that: plain SGD has none.
+        if _without_optimizer_state(path):  # Plain SGD has none, and Lightning cannot load such a checkpoint.
             state: dict[str, Any] = {"state_dict": self.model}
             return _load_checkpoint(path, state, strict=False, weights_only=True)
         return super().load_checkpoint(path, weights_only=True)

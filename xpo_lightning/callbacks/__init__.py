@@ -1,4 +1,4 @@
-"""Callbacks: what a run shows and leaves behind, each on or off in `trainer.callbacks`."""
+"""Callbacks: a run's output on the terminal and in files; `trainer.callbacks` switches each on or off."""
 
 from xpo_lightning.callbacks.baseline import Baseline
 from xpo_lightning.callbacks.checkpoint import RunCheckpoint

@@ -1,4 +1,4 @@
-"""`Baseline`: where training started from."""
+"""`Baseline`: logs the validation of the untrained policy."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -9,9 +9,9 @@ from xpo_lightning.core.errors import InputError
 class Baseline(Callback):
     """Logs the validation of the untrained policy as step 0.
 
-    It is the sanity check before training, whose numbers Lightning drops otherwise, so it costs nothing but needs
-    `trainer.num_sanity_val_steps: -1`: all validation data. A run that is resumed has no baseline of its own, and
-    `trainer.fast_dev_run` has none at all.
+    It logs the metrics of the sanity check before training, which Lightning otherwise drops. So it costs nothing, but
+    needs a sanity check on all validation data (`trainer.num_sanity_val_steps: -1`). A resumed run has no baseline of
+    its own, and `trainer.fast_dev_run` has none at all.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -34,10 +34,10 @@ class Baseline(Callback):
             )
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Send the numbers to the loggers.
+        """Send the metrics to the loggers as step 0.
 
         Raises:
-            InputError: There was nothing to validate on.
+            InputError: There were no validation prompts.
         """
         if trainer.global_step > 0:
             return

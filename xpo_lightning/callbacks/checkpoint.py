@@ -12,9 +12,9 @@ from xpo_lightning.core.trainer_progress import validation_is_due
 class RunCheckpoint(ModelCheckpoint):
     """Saves checkpoints, as `lightning.pytorch.callbacks.ModelCheckpoint` with the same options does.
 
-    It differs where Lightning's leaves a module out that takes its optimizer steps itself: `train_time_interval` is
-    honoured; `every_n_train_steps` also saves where a batch takes several steps and passes over a multiple of it; and a
-    checkpoint that is due together with a validation is saved after it, with what was measured.
+    It differs where Lightning's does not support a module that takes its optimizer steps itself: it honours
+    `train_time_interval`; `every_n_train_steps` also saves if a batch takes several steps and passes a multiple of it;
+    and a checkpoint that is due together with a validation is saved after it, with its metrics.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -23,13 +23,13 @@ class RunCheckpoint(ModelCheckpoint):
         self._waits_for_validation = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember where the batch began."""
+        """Record the number of optimizer steps before the batch."""
         self._steps_before = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, if that is due, or wait for the validation that comes now."""
+        """Save if a checkpoint is due, or wait for a validation that is due now too."""
         if self._is_due(trainer):
             self._last_time_checked = time.monotonic()
             self._waits_for_validation = validation_is_due(trainer)
@@ -37,7 +37,7 @@ class RunCheckpoint(ModelCheckpoint):
                 self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what waited for the validation, or what is due after one."""
+        """Save the checkpoint that waited for the validation, or what Lightning saves after one."""
         if self._waits_for_validation and not trainer.sanity_checking:
             self._waits_for_validation = False
             self._save(trainer)
@@ -45,7 +45,7 @@ class RunCheckpoint(ModelCheckpoint):
             super().on_validation_end(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember that this step has been saved."""
+        """Record that this step has been saved."""
         self._last_global_step_saved = checkpoint["global_step"]
 
     def _is_due(self, trainer: Trainer) -> bool:
@@ -60,7 +60,7 @@ class RunCheckpoint(ModelCheckpoint):
     def _save(self, trainer: Trainer) -> None:
         candidates = self._monitor_candidates(trainer)
         if self.monitor is not None and self.monitor not in candidates:
-            self._waits_for_validation = True  # It has not been measured yet.
+            self._waits_for_validation = True  # The metric has not been logged yet.
         elif not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)

@@ -1,4 +1,4 @@
-"""`CompletionsTable`: what the policy writes, beside the reference, after each validation."""
+"""`CompletionsTable`: shows completions of the policy and the reference side by side after each validation."""
 
 import os
 from pathlib import Path
@@ -27,16 +27,17 @@ PROMPT_TAIL, COMPLETION_HEAD = 120, 400
 class CompletionsTable(FileWriter):
     """Shows the first held-out prompts with both completions and their scores after each validation.
 
-    The file is `completions.jsonl` in the run's folder, one line a prompt and validation. It is only ever appended to;
-    a run that is resumed in its folder first drops the lines after its checkpoint. `step` counts optimizer steps.
+    The file is `completions.jsonl` in the run's folder, with one line per prompt and validation. The callback only
+    appends to it; a run that is resumed in its folder first drops the lines after its checkpoint. `step` counts
+    optimizer steps.
 
     Args:
         every_n_validations: Show the first validation and every n-th after it. The sanity check counts as one if it
-            takes all validation data (`trainer.num_sanity_val_steps: -1`).
+            uses all validation data (`trainer.num_sanity_val_steps: -1`).
         rows: Prompts to show.
         terminal: Print a table.
         file: Append to `completions.jsonl`.
-        logger: Hand a table to each logger that takes one: Weights & Biases and TensorBoard do.
+        logger: Send a table to each logger that supports tables: Weights & Biases and TensorBoard do.
     """
 
     def __init__(
@@ -57,16 +58,16 @@ class CompletionsTable(FileWriter):
 
     @property
     def state_key(self) -> str:
-        """Tell a table that writes the file from one that does not."""
+        """Key of the state in a checkpoint; it tells a table that writes the file from one that does not."""
         return self._generate_state_key(file=self.file)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many validations there were, and how long the file is."""
+        """Return the number of validations so far, and the file's folder and size."""
         size = self._path.stat().st_size if self._path.exists() else 0
         return {"validations": self._validations, "folder": folder_id(self.folder), "bytes": size}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Go on from there in a run that is resumed; a validation or prediction is another run."""
+        """Restore the state in a resumed training run; validation and prediction are runs of their own."""
         state = checkpoint["callbacks"].get(self.state_key)
         if state is None or trainer.state.fn != TrainerFn.FITTING:
             return
@@ -91,16 +92,16 @@ class CompletionsTable(FileWriter):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first rows."""
+        """Keep the pairs of the first prompts."""
         missing = self.rows - len(self._shown)
         if self._due and missing > 0:
             experience: Experience = outputs
             self._shown += pair_rows(experience.select(range(min(missing, len(experience)))))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show them."""
+        """Show the kept pairs."""
         if counts_as_validation(trainer):
-            self._validations += 1  # Not before: a validation that breaks off is run again by a resumed run.
+            self._validations += 1  # Not before: a resumed run repeats an interrupted validation.
         if not self._shown:
             return
         step = trainer.global_step
@@ -120,7 +121,7 @@ class CompletionsTable(FileWriter):
 
 
 def _cut(path: Path, size: int) -> None:
-    """Shorten a file, if it is longer; one without content goes."""
+    """Truncate a file that is longer than `size` bytes; delete it if `size` is 0."""
     with explaining_write_errors(path):
         if path.exists() and path.stat().st_size > size:
             if size:
@@ -154,7 +155,7 @@ def _completion(text: str, ended: bool) -> Text:
 
 
 def _one_line(text: str) -> str:
-    """Show line breaks as ⏎, and control characters, which could drive the terminal, as �."""
+    """Replace line breaks by ⏎, and control characters, which could control the terminal, by �."""
     return printable(text.replace("\n", "⏎"), keep="")
 
 

@@ -1,4 +1,4 @@
-"""`GracefulStop`: a run that is asked to stop saves what it has."""
+"""`GracefulStop`: saves a checkpoint when a run is asked to stop."""
 
 import signal
 import sys
@@ -19,25 +19,25 @@ FILE_NAME = "stopped.ckpt"
 
 
 class GracefulStop(Callback):
-    """Ends a run cleanly on SIGTERM, or when Ctrl-C is pressed: it saves a checkpoint to go on from.
+    """Ends a run cleanly on SIGTERM or Ctrl-C: it saves a checkpoint to resume from.
 
-    A step that has not changed a weight yet is broken off, and taken anew by the run that resumes; a step that has is
-    finished first. On several processes, all stop together, whichever is asked. The checkpoint is `stopped.ckpt`, in
-    the folder of the run's other checkpoints; a run without checkpoints (`trainer.enable_checkpointing: false`) saves
-    none. It is written before any other callback learns of the end. One that fails then, as one that has to write a
-    report on a full disk, is named, and changes nothing. A run of one process that an error ends saves in the same way,
-    if no weight was changed since its last finished batch. The exit status is 143 after SIGTERM and 130 after Ctrl-C.
-    Ctrl-C pressed a second time leaves at once, without saving. The command line adds this callback to every run.
+    It interrupts a step that has not changed a weight yet, which the resumed run takes again; it finishes a step that
+    has. All processes of a run stop together, whichever gets the signal. The checkpoint is `stopped.ckpt`, in the
+    folder of the run's other checkpoints; a run without checkpoints (`trainer.enable_checkpointing: false`) saves none.
+    It is saved before any other callback learns of the end. If one of those then fails, such as a report on a full
+    disk, its name is printed, and nothing else changes. A run of one process that ends with an error saves in the same
+    way, if no weight was changed since its last finished batch. The exit status is 143 after SIGTERM and 130 after
+    Ctrl-C. A second Ctrl-C leaves at once, without saving. The command line adds this callback to every run.
     """
 
     def __init__(self) -> None:
         self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder of the checkpoints, on all processes.
+        """Find the folder of the checkpoints (collective), and put this callback first.
 
         Raises:
-            InputError: Another module, which cannot be stopped in the middle of a step.
+            InputError: The module is another one, which cannot be stopped in the middle of a step.
         """
         if not isinstance(pl_module, XPOLightningModule):
             raise InputError(
@@ -46,29 +46,32 @@ class GracefulStop(Callback):
         self._stop = pl_module.guard.stop
         self._stop.status = None
         self._folder = _checkpoint_folder(trainer) if stage == "fit" and not is_fast_dev_run(trainer) else None
-        # The first to know when the run ends: nothing that only shows may take the time that is left to save.
+        # It comes first when the run ends: callbacks that only show something must not use up the time for saving.
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [self, *(one for one in callbacks if one is not self)]  # type: ignore[attr-defined]
 
-    # Lightning sets its own handlers after `on_fit_start`; theirs wait for other processes, which may be computing.
+    # Lightning sets its own handlers after `on_fit_start`; those wait for other ranks, which may be computing.
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to signals."""
+        """Set the signal handlers."""
         self._listen()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to signals."""
+        """Set the signal handlers."""
         self._listen()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to signals."""
+        """Set the signal handlers."""
         self._listen()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to signals."""
+        """Set the signal handlers."""
         self._listen()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save, if the run was asked to stop; then let the others know, none of which can undo that or hide why."""
+        """Save if the run was asked to stop, or if an error allows it; then call the other callbacks.
+
+        An exception in one of those neither undoes the checkpoint nor hides why the run ended.
+        """
         if isinstance(exception, StopAsked):
             if self._folder is not None and not trainer.sanity_checking:  # Nothing has been trained then.
                 self._save(trainer, self._folder)
@@ -77,17 +80,17 @@ class GracefulStop(Callback):
         listed = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = list(listed)  # type: ignore[attr-defined]
         others = listed[listed.index(self) + 1 :]
-        del listed[listed.index(self) + 1 :]  # Lightning is going through this list.
+        del listed[listed.index(self) + 1 :]  # Lightning is iterating over this list.
         for callback in sorted(others, key=lambda other: not isinstance(other, Checkpoint)):
             try:
                 callback.on_exception(trainer, pl_module, exception)
-            except Exception as error:  # It may be anybody's.
+            except Exception as error:  # Callbacks of users may raise anything.
                 print_line(
                     f"{type(callback).__name__} failed as the run ended: {type(error).__name__}: {one_line(error)}"
                 )
 
     def _can_save_after_error(self, trainer: Trainer, module: Any) -> bool:
-        """Tell whether there is something to save that is of a finished batch, and no other process to wait for."""
+        """Tell whether the weights are those of a finished batch, not saved yet, and no other rank must take part."""
         if self._folder is None or trainer.world_size > 1 or not has_begun(trainer) or not batches_done(trainer):
             return False
         saved = [getattr(one, "_last_global_step_saved", 0) for one in trainer.checkpoint_callbacks]
@@ -96,7 +99,7 @@ class GracefulStop(Callback):
     def _try_to_save(self, trainer: Trainer) -> None:
         try:
             self._save(trainer, cast("Path", self._folder))
-        except Exception as error:  # The one that the run ends with counts.
+        except Exception as error:  # The error that ends the run must not be hidden.
             print_line(f"No checkpoint of step {trainer.global_step}: {one_line(error)}")
 
     def _save(self, trainer: Trainer, folder: Path) -> None:
@@ -106,7 +109,7 @@ class GracefulStop(Callback):
             print_line(f"Stopped at step {trainer.global_step}; --ckpt_path last goes on from {path}")
 
     def _listen(self) -> None:
-        """Set the handlers; Lightning puts back the ones before when the run ends."""
+        """Set the signal handlers; Lightning restores the previous ones when the run ends."""
         signal.signal(signal.SIGTERM, self._on_terminate)
         signal.signal(signal.SIGINT, self._on_interrupt)
 
@@ -127,7 +130,7 @@ class GracefulStop(Callback):
 def _checkpoint_folder(trainer: Trainer) -> Path | None:
     callbacks: list[Any] = trainer.checkpoint_callbacks
     folders = [callback.dirpath for callback in callbacks if isinstance(callback, ModelCheckpoint) and callback.dirpath]
-    folder = run_folder(trainer)  # It asks all processes, so it comes first.
+    folder = run_folder(trainer)  # A collective, so all ranks call it before any returns.
     if not callbacks:
         return None
     return Path(folders[0]) if folders else folder / "checkpoints"

@@ -1,4 +1,4 @@
-"""Pairs as rows for people and files: a prompt, both completions, and what the reward said."""
+"""Converts pairs to rows for tables and files: the prompt, both completions, their scores and the label."""
 
 import json
 from typing import IO, Any
@@ -9,11 +9,11 @@ Row = dict[str, Any]
 
 
 def pair_rows(experience: Experience) -> list[Row]:
-    """Turn B pairs into B rows of plain values.
+    """Convert B pairs to B rows of plain values.
 
     Returns:
         Rows with `prompt` (as the data has it), `policy` and `reference` (the completions), their scores, `label` (the
-        probability that the policy's is better), and whether each ended by itself.
+        probability that the policy's completion is better), and whether each completion ended by itself.
     """
     policy, reference = experience.completions.by_policy, experience.completions.by_sampler
     columns = {
@@ -30,12 +30,12 @@ def pair_rows(experience: Experience) -> list[Row]:
 
 
 def prompt_text(prompt: RawPrompt) -> str:
-    """Show a prompt as text; a conversation as one `role: content` line a message."""
+    """Return a prompt as text; a conversation has one `role: content` line per message."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def append_rows(file: IO[str], rows: list[Row]) -> None:
-    """Write rows as JSON lines. Values that JSON does not know, as dates in a data set's columns, become text."""
+    """Write rows as JSON lines; values without a JSON type, such as dates in a dataset's columns, become text."""
     file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)

@@ -1,4 +1,4 @@
-"""`PolicyExport`: the policy as a folder that transformers loads."""
+"""`PolicyExport`: saves the policy as a folder that transformers can load."""
 
 import math
 import re
@@ -21,16 +21,17 @@ J_BETA = "eval/objective/rlhf_reward"
 class PolicyExport(FileWriter):
     """Saves the policy in Hugging Face format: weights (safetensors), tokenizer, generation config and a model card.
 
-    The folder appears, or is replaced, once all of it is written.
+    The folder appears, or is replaced, only when everything in it is written.
 
     Args:
         folder: Name of the folder inside the run's folder.
-        at: When: at the `end` of training; after each `validation`, where a later one replaces an earlier one; or after
-            validations that are the `best` so far, so that the best iterate stays, as Algorithm 1 of XPO returns it.
-        monitor: What `best` looks at. By default the validation's estimate of J_beta, the score less beta times KL.
+        at: When to save: at the `end` of training; after each `validation`, replacing the earlier export; or after each
+            validation that is the `best` so far, so that the best iterate is kept, as Algorithm 1 of XPO returns it.
+        monitor: Metric that decides what is `best`. By default the validation's estimate of J_beta, the score less beta
+            times KL.
         mode: Whether the best is the `max` or the `min`.
-        merge_adapters: With LoRA, save a full model with the adapters merged in; otherwise save the adapters alone, for
-            `peft`. Training goes on with untouched weights either way.
+        merge_adapters: With LoRA, save a full model with the adapters merged in; otherwise save only the adapters, for
+            `peft`. Training continues with unchanged weights either way.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class PolicyExport(FileWriter):
         self._loaded: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse before training what could not be saved after it.
+        """Refuse, before training, a run whose policy could not be saved.
 
         Raises:
-            InputError: Another module, sharded weights, no validation to save after, or a folder in use.
+            InputError: Another module, an unsupported sharding strategy, no validation to save after, or a folder in
+                use.
         """
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
@@ -81,29 +83,29 @@ class PolicyExport(FileWriter):
         check_replaceable(self.folder / self.export_folder)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse models that could not be saved faithfully, now that they are loaded."""
+        """Refuse a loaded policy that could not be saved faithfully, and restore the best value of a resumed run."""
         check_exportable(pl_module.policy, self.merge_adapters)
         if self._loaded and goes_on_in(self.folder, self._loaded["folder"], trainer):
             self.best = self._loaded["best"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, if that is when."""
+        """Export, if `at` says so for this validation."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if self.at == "validation" or (self.at == "best" and self._is_best(trainer)):
             self._export(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, if that is when."""
+        """Export, if `at` is `end`."""
         if self.at == "end":
             self._export(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value so far, and where the policy of it was saved."""
+        """Return the best value so far, and the run's folder, where its policy was saved."""
         return {"folder": folder_id(self.folder), "best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the best value up in `on_fit_start`, once the checkpoint's place is known."""
+        """Keep the state for `on_fit_start`, when the checkpoint's path is known."""
         self._loaded = state_dict
 
     def _is_best(self, trainer: Trainer) -> bool:
@@ -119,7 +121,7 @@ class PolicyExport(FileWriter):
         return True
 
     def _export(self, trainer: Trainer, module: Any) -> None:
-        metrics = dict(trainer.callback_metrics)  # May be reduced over processes, so all of them ask.
+        metrics = dict(trainer.callback_metrics)  # May be reduced over ranks, so every rank reads them.
         policy = gather_full_model(module.policy, module.new_policy, here=trainer.is_global_zero)
         if policy is None or not trainer.is_global_zero or is_fast_dev_run(trainer):
             return

@@ -1,4 +1,4 @@
-"""`PredictionsWriter`: what `predict` samples, in a file."""
+"""`PredictionsWriter`: writes the pairs that `predict` samples to a file."""
 
 import glob
 import os
@@ -20,13 +20,13 @@ from xpo_lightning.core.errors import InputError
 class PredictionsWriter(BasePredictionWriter):
     """Writes a JSON line for each prompt during `predict`: both completions, their scores and log-probabilities.
 
-    `policy_logp` and `reference_logp` are each writer's log-probability of its own completion in nats, at temperature
-    1. Other columns of the row stand under `columns`. The file gets its name when it is complete; that of a run that
-    broke is called `<file>.partial`.
+    `policy_logp` and `reference_logp` are each model's log-probability of its own completion in nats, at temperature
+    1. Other columns of the row are under `columns`. The file gets its name when it is complete; a run that fails leaves
+    `<file>.partial`.
 
     Args:
-        file: Where to write; a relative path starts in the run's folder. Processes beyond the first put their number
-            into the name: `predictions.rank1.jsonl`.
+        file: Where to write; a relative path starts in the run's folder. Ranks beyond the first add their number to the
+            name: `predictions.rank1.jsonl`.
     """
 
     def __init__(self, file: str = "predictions.jsonl") -> None:
@@ -37,7 +37,7 @@ class PredictionsWriter(BasePredictionWriter):
         self._stream: TextIO | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the path."""
+        """Choose the path for this rank."""
         super().setup(trainer, pl_module, stage)
         path = run_folder(trainer) / self.file
         rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
@@ -62,14 +62,14 @@ class PredictionsWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write a batch."""
+        """Write the rows of a batch."""
         if self._stream is not None:
             with explaining_write_errors(self.path):
                 append_rows(self._stream, _prediction_rows(prediction))
                 self._stream.flush()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the file its name."""
+        """Give the complete file its name."""
         if self._stream is None:
             return
         with explaining_write_errors(self.path):
@@ -78,7 +78,7 @@ class PredictionsWriter(BasePredictionWriter):
         print_line(f"Predictions are in {self.path}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Close the file; what is in it stays as `<file>.partial`."""
+        """Close the file, and keep it as `<file>.partial`."""
         if self._stream is not None:
             with suppress(OSError):
                 self._close(self.path.with_name(f"{self.path.name}.partial"))

@@ -1,4 +1,4 @@
-"""`XPOProgressBar`: the numbers to watch, under short names."""
+"""`XPOProgressBar`: a progress bar with the metrics to watch, under short names."""
 
 import time
 from datetime import timedelta
@@ -21,20 +21,20 @@ SHORT_NAMES = {
 
 
 SPEED = "throughput/tokens_per_second"
-FADING = 0.9  # of what earlier steps count for the speed, at each step
+FADING = 0.9  # weight of all earlier steps in the speed, at each step
 
 
 class XPOProgressBar(RichProgressBar):
     """A progress bar with the win rate, the score margin, the KL divergence, the loss and the last held-out win rate.
 
-    After them come the completion tokens a second (`tok/s`, as `Throughput` counts them; without that callback, of the
-    last ten steps or so) and the time that the whole run has left, validations included (`left`). What a module logs
-    with `prog_bar=True` is shown after them.
+    After them come the completion tokens per second (`tok/s`, as `Throughput` counts them; without that callback, over
+    about the last ten steps) and the time until the end of the run, validations included (`left`). Metrics that a
+    module logs with `prog_bar=True` come last.
 
     Args:
-        refresh_rate: Updates a second; 0 shows no bar.
+        refresh_rate: Updates per second; 0 shows no bar.
         leave: Leave the bar of each finished epoch in the terminal.
-        theme: Colours and number format; Lightning's own where null.
+        theme: Colours and number format; null is Lightning's own.
         console_kwargs: Arguments of the rich console.
     """
 
@@ -57,14 +57,14 @@ class XPOProgressBar(RichProgressBar):
         self._seconds = self._tokens = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember how much there was before the step."""
+        """Record the time and the token count before the step."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._batch_begun, self._tokens_before = time.monotonic(), _tokens(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """See how much there is after it; where `Throughput` has begun a new count, its own number is shown."""
+        """Add the step's tokens and time to the speed, unless `Throughput`, which shows its own, reset the count."""
         written = _tokens(pl_module) - self._tokens_before
         if written > 0:
             self._tokens = FADING * self._tokens + written * trainer.world_size
@@ -74,7 +74,7 @@ class XPOProgressBar(RichProgressBar):
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return what the bar shows, by short name."""
+        """Return the metrics of the bar by short name."""
         metrics = trainer.callback_metrics
         shown: dict[str, Any] = {short: float(metrics[name]) for name, short in SHORT_NAMES.items() if name in metrics}
         shown |= self._speed(trainer, pl_module)
@@ -97,7 +97,7 @@ class XPOProgressBar(RichProgressBar):
         return shown
 
     def _get_train_description(self, current_epoch: int) -> str:
-        """Leave out the number of epochs where there is no limit to it; Lightning would write `0/-2`."""
+        """Leave out the number of epochs if it is unlimited; Lightning would write `0/-2`."""
         if self.trainer.max_epochs == -1:
             return f"{f'Epoch {current_epoch}':{len(self.validation_description)}}"
         return super()._get_train_description(current_epoch)

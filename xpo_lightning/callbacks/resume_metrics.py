@@ -1,4 +1,4 @@
-"""`RunContinuation`: a resumed run leaves the metrics file of one that was never stopped."""
+"""`RunContinuation`: gives a resumed run the same metrics file as a run that was never stopped."""
 
 from typing import Any
 
@@ -18,20 +18,20 @@ Row = tuple[dict[str, Any], int]
 
 
 class RunContinuation(Callback):
-    """Lets a resumed run go on in the metrics file of the run that was stopped.
+    """Lets a resumed run continue the metrics file of the run that was stopped.
 
-    A checkpoint notes how many rows each `ResumableCSVLogger` has written, and holds the row of the step that it was
-    made at, which Lightning logs only afterwards. A run that is resumed in the same folder cuts `metrics.csv` to that:
-    rows of steps that will be done again go. In another folder it begins a new file. What other loggers have sent
-    away cannot be taken back; they are told to send it before each checkpoint.
+    A checkpoint records how many rows each `ResumableCSVLogger` has written, and holds the row of its own step, which
+    Lightning logs only afterwards. A run that is resumed in the same folder cuts `metrics.csv` to these rows, and so
+    drops those of steps that it will take again. In another folder it begins a new file. Metrics that other loggers
+    have already sent cannot be taken back; before each checkpoint, the callback tells them to send what they hold.
 
-    While a run is at work, its folder is locked (`.run.lock`): another does not go on in it.
+    While a run is at work, its folder is locked (`.run.lock`), so that no other run resumes in it.
     """
 
     _lock: FolderLock | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lock the run's folder; who would go on in it looks at that before the run begins."""
+        """Lock the run's folder; another run that would resume in it checks the lock before it begins."""
         folder = run_folder(trainer)
         if is_fast_dev_run(trainer) or is_remote(str(folder)):
             return
@@ -41,11 +41,11 @@ class RunContinuation(Callback):
                 self._lock.take()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Unlock it."""
+        """Unlock the folder."""
         self._unlock()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Unlock it."""
+        """Unlock the folder."""
         self._unlock()
 
     def _unlock(self) -> None:
@@ -53,8 +53,8 @@ class RunContinuation(Callback):
             self._lock.release()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Have the loggers write what they hold, and note how much that is."""
-        row = _row_to_come(trainer)  # May be reduced over processes, so all of them ask.
+        """Let the loggers write what they hold, and record the number of rows in the checkpoint."""
+        row = _row_to_come(trainer)  # May be reduced over ranks, so every rank reads it.
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
@@ -65,7 +65,7 @@ class RunContinuation(Callback):
         ]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Cut the files, if this is a run that goes on in their folder."""
+        """Cut the metrics files to the checkpoint's rows, if this run continues in their folder."""
         if trainer.state.fn != TrainerFn.FITTING or not trainer.is_global_zero:
             return
         for logger, saved in zip(_files(trainer), checkpoint.get(KEY, []), strict=False):
@@ -87,7 +87,7 @@ def _files(trainer: Trainer) -> list[ResumableCSVLogger]:
 
 
 def _row_to_come(trainer: Trainer) -> Row | None:
-    """Read what Lightning is about to log of the batch that ends just now; None in between."""
+    """Return the row that Lightning is about to log for the batch that is ending; None if there is none."""
     connector, epoch_loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
     batches: Any = epoch_loop.batch_progress.current
     ends = trainer.training and batches.completed < batches.processed

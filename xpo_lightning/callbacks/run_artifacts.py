@@ -1,4 +1,4 @@
-"""`RunReport` and `CurvesPlot`: a page and a picture of the run, written when it ends."""
+"""`RunReport` and `LearningCurves`: an HTML page and a picture of the run, written when it ends."""
 
 from abc import abstractmethod
 from pathlib import Path
@@ -15,7 +15,7 @@ from xpo_lightning.reporting.run_files import RunFiles
 
 
 class MadeAtEnd(FileWriter):
-    """Makes a file of `metrics.csv` at the end of training, and when somebody asks for it to stop.
+    """Makes a file from `metrics.csv` at the end of training, and when a run is asked to stop.
 
     Args:
         file: Where to write; a relative path starts in the run's folder.
@@ -42,7 +42,7 @@ class MadeAtEnd(FileWriter):
             path: Where to write.
 
         Raises:
-            InputError: There is nothing to make it of.
+            InputError: The metrics file has nothing to make it from.
         """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -66,11 +66,11 @@ class MadeAtEnd(FileWriter):
         self._metrics = Path(loggers[0].log_dir) / "metrics.csv"
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make it."""
+        """Make the file."""
         self._make(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Make it of what there is, if the training was asked to stop."""
+        """Make the file from the metrics so far, if training was asked to stop."""
         if isinstance(exception, (KeyboardInterrupt, StopAsked)) and trainer.state.fn == "fit":
             self._make(trainer)
 
@@ -80,7 +80,7 @@ class MadeAtEnd(FileWriter):
         path = self.folder / self.file
         try:
             self.make(self._metrics, path)
-        except Exception as error:  # A run that is done must not fail for want of a picture.
+        except Exception as error:  # A finished run must not fail because a picture cannot be drawn.
             known = isinstance(error, InputError)
             print_line(f"No {self.kind}: {'' if known else f'{type(error).__name__}: '}{one_line(error)}")
         else:
@@ -88,13 +88,13 @@ class MadeAtEnd(FileWriter):
 
 
 class LearningCurves(MadeAtEnd):
-    """Draws the learning curves at the end of training, and when somebody asks for it to stop.
+    """Draws the learning curves at the end of training, and when a run is asked to stop.
 
     It reads `metrics.csv`, so it needs a `ResumableCSVLogger` or a `CSVLogger` among the loggers. `xpo plot` draws
     them at any other time.
 
     Args:
-        file: Where to draw; a relative path starts in the run's folder. PNG.
+        file: Path of the PNG file; a relative path starts in the run's folder.
     """
 
     kind, suffix = "learning curves", ".png"
@@ -103,19 +103,19 @@ class LearningCurves(MadeAtEnd):
         super().__init__(file)
 
     def make(self, metrics: Path, path: Path) -> None:
-        """Draw."""
+        """Draw the curves."""
         draw_curves(metrics, path)
 
 
 class RunReport(MadeAtEnd):
-    """Writes a page about the run at the end of training, and when somebody asks for it to stop.
+    """Writes an HTML page about the run at the end of training, and when a run is asked to stop.
 
-    It shows what lies in the run's folder then: curves from `metrics.csv`, for which it needs a `ResumableCSVLogger`
-    or a `CSVLogger` among the loggers, completions where there is a `CompletionsTable`, models and versions where there
-    is a `RunSummary`. `xpo report` writes it at any other time.
+    It shows the files that are in the run's folder then: curves from `metrics.csv`, for which it needs a
+    `ResumableCSVLogger` or a `CSVLogger` among the loggers; completions, if the run has a `CompletionsTable`; models
+    and versions, if it has a `RunSummary`. `xpo report` writes the page at any other time.
 
     Args:
-        file: Where to write; a relative path starts in the run's folder. HTML.
+        file: Path of the HTML file; a relative path starts in the run's folder.
     """
 
     kind, suffix = "report", ".html"
@@ -124,5 +124,5 @@ class RunReport(MadeAtEnd):
         super().__init__(file)
 
     def make(self, metrics: Path, path: Path) -> None:
-        """Write."""
+        """Write the page."""
         write_report(RunFiles(metrics), path)

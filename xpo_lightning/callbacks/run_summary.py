@@ -1,4 +1,4 @@
-"""`RunSummary`: what a run is, where everything is, and what came of it."""
+"""`RunSummary`: prints the run's setup at its start, and its files and results at its end."""
 
 import json
 from pathlib import Path
@@ -19,15 +19,15 @@ HELD_OUT = ("eval/win_rate", "eval/objective/kl")
 
 
 class RunSummary(FileWriter):
-    """Prints what a training run is before it starts, and after it where its files are, and what became better.
+    """Prints the setup of a training run before it starts, and its files and results after it.
 
-    At the start: the models and how much of them is trained, the data, the length of the run, and the memory that a
-    step is expected to take (see `xpo check`). The same goes into `start.json` in the run's folder, with versions and
-    hardware. At the end: files, and how the held-out win rate and KL changed.
+    At the start: the models and how many of their weights are trained, the data, the length of the run, and the memory
+    that a step is expected to take (see `xpo check`). The same goes into `start.json` in the run's folder, with
+    versions and hardware. At the end: the files, and how the held-out win rate and KL changed.
 
     Its place among the callbacks does not matter: it prints the end in `teardown`, which Lightning calls after every
-    callback has seen the end of training. A run that fails or is interrupted has no end; one that is resumed compares
-    with the first validation there ever was.
+    callback has seen the end of training. A run that fails or is interrupted prints no end; a resumed run compares with
+    the first validation of the run that it continues.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class RunSummary(FileWriter):
         self._last: dict[str, str] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the run's folder, on all processes."""
+        """Find the run's folder (collective), and forget the validations of an earlier run."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._first, self._last = {}, {}
@@ -46,11 +46,11 @@ class RunSummary(FileWriter):
         return {"first": self._first, "last": self._last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them up again."""
+        """Restore the first and the last validation."""
         self._first, self._last = state_dict["first"], state_dict["last"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what the run is, before anything is sampled."""
+        """Print the setup of the run, before anything is sampled, and write it to `start.json`."""
         if not trainer.is_global_zero or not isinstance(pl_module, XPOLightningModule):
             return
         lines = opening_lines(trainer, pl_module)
@@ -61,13 +61,13 @@ class RunSummary(FileWriter):
                 json.dump(facts, file, indent=1, ensure_ascii=False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the first and the last validation of the run."""
+        """Record the first and the last validation of the run."""
         if trainer.state.fn == "fit" and counts_as_validation(trainer):
             self._last = {name: text for name in HELD_OUT if (text := _with_error(trainer, name))}
             self._first = self._first or self._last
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Print."""
+        """Print the files and results."""
         if stage != "fit" or not trainer.is_global_zero:
             return
         lines = {"run folder": str(self.folder)}

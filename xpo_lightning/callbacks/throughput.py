@@ -1,4 +1,4 @@
-"""`Throughput`: how fast a run goes, and where the time of a step goes."""
+"""`Throughput`: measures the speed of a run, and the time of each phase of a step."""
 
 from collections import Counter, defaultdict
 from contextlib import ExitStack
@@ -16,14 +16,14 @@ TIMED = ("step", *get_args(Phase))
 
 
 class Throughput(Callback):
-    """Logs prompts and completion tokens a second, and the seconds of a training step and of each of its phases.
+    """Logs prompts and completion tokens per second, and the seconds of a training step and of each of its phases.
 
-    `docs/metrics.md` gives the formulas. A step is what happens between the start and the end of a training batch:
-    loading data, validation and checkpoints are not in it. Each number is an average over all steps since the one that
-    was logged last (`trainer.log_every_n_steps`), and over processes; prompts and tokens are those of all processes.
+    `docs/metrics.md` gives the formulas. A step lasts from the start to the end of a training batch, without loading
+    data, validation and checkpoints. Each number is an average over all steps since the last logged one
+    (`trainer.log_every_n_steps`), and over processes; prompts and tokens are those of all processes.
 
-    On a GPU, where a single step's end on the host says nothing about its end on the device, start and end are marked
-    on the device. Reading the marks waits for the device, which happens at logged steps and before a validation only.
+    On a GPU the host reaches the end of a step before the device does, so start and end are marked on the device.
+    Reading the marks waits for the device, which happens only at logged steps and before a validation.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Throughput(Callback):
         """Find the module's timer.
 
         Raises:
-            InputError: Another module, which has none.
+            InputError: The module is another one, which has no timer.
         """
         if not isinstance(pl_module, XPOLightningModule):
             raise InputError(
@@ -43,7 +43,7 @@ class Throughput(Callback):
         self._timer: PhaseTimer = pl_module.timer
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from 0."""
+        """Reset all times and counts."""
         self._timer.reset()
         self._forget()
 
@@ -55,7 +55,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Mark the end of the step, and log if the trainer does."""
+        """Mark the end of the step, and log the averages if the trainer logs this step."""
         self._step.close()
         if trainer._logger_connector.should_update_logs or is_fast_dev_run(trainer):
             self._keep()
@@ -63,11 +63,11 @@ class Throughput(Callback):
             self._forget()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put aside what was timed in training, because validation goes through the same phases."""
+        """Save the times of training so far, because validation runs the same phases."""
         self._keep()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what was timed in validation."""
+        """Drop the times of validation."""
         self._timer.reset()
 
     def _forget(self) -> None:
@@ -75,7 +75,7 @@ class Throughput(Callback):
         self._counts: Counter[str] = Counter()
 
     def _keep(self) -> None:
-        """Move the timer's numbers here; on a GPU this waits for the device."""
+        """Move the timer's times and counts to this callback; on a GPU this waits for the device."""
         for name, seconds in self._timer.seconds().items():
             self._seconds[name] += seconds
         self._counts.update(self._timer.counts)
@@ -85,7 +85,7 @@ class Throughput(Callback):
         counts = [self._counts["prompts"], self._counts["completion_tokens"]]
         sums = torch.tensor([*counts, *(self._seconds[name] for name in TIMED)], dtype=torch.float32, device=device)
         prompts, tokens, *seconds = torch.as_tensor(trainer.strategy.reduce(sums, reduce_op="sum")).tolist()
-        # Processes wait for each other in each step, so their times are averaged while their work adds up.
+        # Ranks wait for each other in each step, so their times are averaged, and their work is added up.
         timed = dict(zip(TIMED, (total / trainer.world_size for total in seconds), strict=True))
         return {
             "throughput/prompts_per_second": prompts / timed["step"],

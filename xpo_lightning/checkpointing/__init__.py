@@ -1,1 +1,1 @@
-"""A run's folder: whole checkpoints, which of them is meant, and a metrics file that a resumed run goes on with."""
+"""Checkpoints of a run: writing them crash-safe, finding the one to resume from, and a metrics file that continues."""

@@ -11,15 +11,15 @@ from xpo_lightning.core.fault_tolerance.guard import Guard
 
 
 class ConfigFile(SaveConfigCallback):
-    """Writes the config as Lightning does, but as a whole or not at all, and for all processes or none."""
+    """Writes the config as Lightning does, but completely or not at all; if writing fails, all ranks fail."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it.
+        """Write the config.
 
         Raises:
-            InputError: The file system refuses.
+            InputError: The file system refuses the file.
         """
-        folder = trainer.log_dir or trainer.default_root_dir  # It asks all processes.
+        folder = trainer.log_dir or trainer.default_root_dir  # `log_dir` is a collective.
         if is_remote(folder):
             super().setup(trainer, pl_module, stage)
         elif not self.already_saved:

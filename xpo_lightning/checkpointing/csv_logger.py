@@ -1,4 +1,4 @@
-"""`ResumableCSVLogger`: a metrics file that a resumed run goes on with, and that a kill does not harm."""
+"""`ResumableCSVLogger`: a metrics file that a resumed run continues, and that a kill leaves intact."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -15,30 +15,30 @@ from xpo_lightning.core.errors import InputError
 
 
 class ResumableCSVLogger(CSVLogger):
-    """Lightning's `CSVLogger`, with a `metrics.csv` that a resumed run goes on with.
+    """Lightning's `CSVLogger`, with a `metrics.csv` that a resumed run continues.
 
     A run that is resumed in its old folder keeps the rows that its checkpoint counts, through the `RunContinuation`
-    callback; any other run begins a new file, as with `CSVLogger`. The file is whole at any moment: where its columns
-    change, the new file is written beside the old one and then takes its place.
+    callback; any other run begins a new file, as with `CSVLogger`. The file is complete at any moment: when its columns
+    change, the new file is written beside the old one and then replaces it.
     """
 
     @property
     @rank_zero_experiment
     def experiment(self) -> "MetricsFile":
-        """The file."""
+        """The metrics file."""
         if not isinstance(self._experiment, MetricsFile):
             self._experiment = MetricsFile(self.log_dir)
         return self._experiment
 
     @property
     def rows_written(self) -> int:
-        """How many rows of this run are in the file; what `save` has not written yet is not counted. Process 0 only."""
+        """Number of this run's rows in the file, without those that `save` has not written yet. Rank 0 only."""
         rows: int = self.experiment.rows
         return rows
 
     @rank_zero_only
     def keep_rows(self, count: int) -> None:
-        """Go on after the first rows of the file that an earlier process left, and forget the others.
+        """Keep the first rows of the file that an earlier process left, drop the others, and continue after them.
 
         Args:
             count: How many rows. A column that none of them uses is dropped, so that the file is the one that the
@@ -48,21 +48,21 @@ class ResumableCSVLogger(CSVLogger):
 
     @rank_zero_only
     def begin(self) -> None:
-        """Remove the file of another run, unless `keep_rows` was called. The first row that is written does it too."""
+        """Remove the file of another run, unless `keep_rows` was called. Writing the first row does so too."""
         self.experiment.begin()
 
 
 class MetricsFile(ExperimentWriter):
-    """Rows of numbers: a column a metric in alphabetical order, and empty cells where a row lacks it.
+    """Writes rows of metrics: one column per metric in alphabetical order, empty in rows without that metric.
 
     Args:
-        log_dir: The folder of the file, which is made if there is none.
+        log_dir: The folder of the file; created if it does not exist.
 
     Attributes:
-        rows: How many rows of this run are in the file.
+        rows: Number of this run's rows in the file.
 
     Raises:
-        InputError: The folder is not on this machine.
+        InputError: The folder is not on this machine, or cannot be created.
     """
 
     def __init__(self, log_dir: str) -> None:
@@ -78,7 +78,7 @@ class MetricsFile(ExperimentWriter):
         self._begun = False
 
     def begin(self) -> None:
-        """Remove the file of another run, unless it is gone on with."""
+        """Remove the file of another run, unless this run continues it."""
         if self._begun:
             return
         self._begun = True
@@ -88,7 +88,7 @@ class MetricsFile(ExperimentWriter):
                 self._path.unlink()
 
     def keep_rows(self, count: int) -> None:
-        """Go on after the first rows of the file."""
+        """Keep the first rows of the file, drop the others, and continue after them."""
         rows = self._read()[:count]
         if len(rows) < count:
             rank_zero_warn(f"{self._path} has lost {count - len(rows)} rows since the checkpoint was written")
@@ -96,7 +96,7 @@ class MetricsFile(ExperimentWriter):
         self._write(rows)
 
     def save(self) -> None:
-        """Write the rows that have come since the last time."""
+        """Write the rows that were logged since the last call."""
         if not self.metrics:
             return
         self.begin()
@@ -109,7 +109,7 @@ class MetricsFile(ExperimentWriter):
         self.metrics = []
 
     def _check_log_dir_exists(self) -> None:
-        """Leave alone what is there: it is not known yet whether this run is a resumed one."""
+        """Keep an existing file, which the parent class would delete: this run may turn out to be a resumed one."""
 
     def _read(self) -> list[dict[str, str]]:
         if not self._path.exists():
@@ -121,11 +121,11 @@ class MetricsFile(ExperimentWriter):
             raise InputError(
                 f"'{self._path}' is damaged ({error}); move it away, and the run begins another"
             ) from error
-        # Rows that are too long or too short, as a killed process leaves them, lose what has no column, and no more.
+        # A killed process may leave a row that is too long or too short; only its cells without a column are dropped.
         return [{name: cell for name, cell in row.items() if name is not None and cell is not None} for row in rows]
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Put a file with these rows, and the columns that they use, in the place of the present one."""
+        """Replace the file by one with these rows, and the columns that they use."""
         names = sorted({name for row in rows for name, cell in row.items() if cell not in ("", None)})
         if rows:
             with replacing_file(self._path, newline="") as file:

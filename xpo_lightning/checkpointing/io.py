@@ -1,4 +1,4 @@
-"""Checkpoint files that survive kills, full disks and diverged weights, and that are checked before they are read."""
+"""Writes checkpoint files that survive kills, full disks and diverged weights, and checks them before reading."""
 
 import re
 import zipfile
@@ -20,9 +20,9 @@ ADVICE = "give another file, or `--ckpt_path last` for the newest one that is wh
 class CrashSafeCheckpointIO(TorchCheckpointIO):
     """Replaces a checkpoint only by a complete one, and never loads code.
 
-    A local file is written as a hidden part beside its target, synced to the disk, and then renamed: whatever happens
-    meanwhile, the file of before is there. Other places (`s3://` and the like) are left to Lightning, but for web
-    addresses, which are refused.
+    It writes a local file under a hidden name beside its target, syncs it to the disk, and then renames it: whatever
+    happens meanwhile, the previous file stays intact. Remote places (`s3://` and the like) are left to Lightning;
+    loading from a web address is refused.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class CrashSafeCheckpointIO(TorchCheckpointIO):
 
         Args:
             checkpoint: What to save; its `state_dict` must be finite.
-            path: Where to.
+            path: The file to write.
             storage_options: Not supported, as in Lightning.
 
         Raises:
@@ -59,15 +59,15 @@ class CrashSafeCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint of tensors and plain values, once its checksums are found right.
+        """Read a checkpoint of tensors and plain values, after checking a local file's checksums.
 
         Args:
             path: The file.
-            map_location: Where tensors go, as in `torch.load`.
-            weights_only: None or True; what else a file holds is never loaded.
+            map_location: Device of the tensors, as in `torch.load`.
+            weights_only: None or True; objects other than tensors and plain values are never loaded.
 
         Raises:
-            InputError: The file is missing, damaged, on the web, or holds other objects; or they were asked for.
+            InputError: The file is missing, damaged, on the web, or holds other objects; or `weights_only` is false.
         """
         check_safe(path, weights_only)
         if is_remote(path):
@@ -84,10 +84,10 @@ def is_remote(path: str | Path) -> bool:
 
 
 def check_safe(path: str | Path, weights_only: bool | None) -> None:
-    """Refuse to load what could run code or could be an old copy.
+    """Refuse loading that could run code, and web addresses, whose download could be an old copy.
 
     Raises:
-        InputError: A web address, or `weights_only` is false.
+        InputError: The path is a web address, or `weights_only` is false.
     """
     if weights_only is False:
         raise InputError("weights_only=false would run code that a checkpoint holds; leave it out")
@@ -100,11 +100,11 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", *, mmap: bool = False
 
     Args:
         path: The file.
-        map_location: Where tensors go, as in `torch.load`.
-        mmap: Read tensors when they are used.
+        map_location: Device of the tensors, as in `torch.load`.
+        mmap: Read tensors only when they are used.
 
     Raises:
-        InputError: It is missing, damaged, no checkpoint, or holds objects that could run code.
+        InputError: The file is missing, damaged, no checkpoint, or holds objects that could run code.
     """
     if not path.is_file():
         raise InputError(f"there is no checkpoint '{path}'")
@@ -126,10 +126,10 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", *, mmap: bool = False
 
 
 def check_finite(state: dict[str, Any], path: str | Path) -> None:
-    """Refuse to save weights that are not finite; of one that is spread over processes the part of this one counts.
+    """Refuse to save weights that are not finite; each rank checks its own shard of a sharded weight.
 
     Raises:
-        InputError: One is not.
+        InputError: A weight is not finite.
     """
     for name, part in state.items():
         value = part.to_local() if isinstance(part, DTensor) else part
@@ -143,6 +143,6 @@ def check_finite(state: dict[str, Any], path: str | Path) -> None:
 def _is_finite(value: Tensor) -> bool:
     if value.numel() == 0:
         return True
-    # Two numbers tell, without a copy; torch has neither test for its 8-bit floats.
+    # The extremes are enough, and need no copy of the weight. Torch tests no 8-bit floats, so those are converted.
     extremes = torch.stack(torch.aminmax(value.float() if value.element_size() == 1 else value))
     return bool(torch.isfinite(extremes).all())

@@ -1,4 +1,4 @@
-"""Finds the checkpoint that a run goes on from, and the folder that it goes on in."""
+"""Finds the checkpoint that a run resumes from, and the folder that it continues in."""
 
 import re
 import sys
@@ -24,11 +24,11 @@ WORDS = ("best", "last", "hpc")
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint that loads.
+    """A checkpoint that was read without an error.
 
     Args:
-        path: The file.
-        content: What it holds; tensors are read when they are used.
+        path: The file or folder.
+        content: Its content; tensors of a file are read when they are used, those of a folder are left out.
     """
 
     path: Path
@@ -37,31 +37,31 @@ class ResumePoint:
 
 @dataclass(frozen=True)
 class Place:
-    """Folders where a run writes checkpoints: those under `base` that fit `pattern`."""
+    """Folders where a run writes checkpoints: those under `base` that match `pattern`."""
 
     base: str
     pattern: str = "."
 
     def __str__(self) -> str:
-        """Show it as a path with wildcards."""
+        """Return it as a path with wildcards."""
         return str(Path(self.base, self.pattern))
 
     def folders(self) -> Iterator[Path]:
-        """Yield those that exist."""
+        """Yield the folders that exist."""
         base = Path(self.base)
         yield from filter(Path.is_dir, [base] if self.pattern == "." else base.glob(self.pattern))
 
 
 def check_request(verb: str, ckpt_path: str | None, weights_only: bool | None) -> None:
-    """Check what can be checked of `--ckpt_path` before anything is built.
+    """Check `--ckpt_path` as far as possible before anything is built.
 
     Args:
-        verb: What to do: `fit`, `validate` or `predict`.
-        ckpt_path: A file, or a word.
+        verb: The command: `fit`, `validate` or `predict`.
+        ckpt_path: A file, or one of `WORDS`.
         weights_only: The option of that name.
 
     Raises:
-        InputError: The file cannot be used, or the word has no meaning here.
+        InputError: The checkpoint or the value of `weights_only` cannot be used.
     """
     check_safe(ckpt_path or "", weights_only)
     if ckpt_path is None or ckpt_path in WORDS or is_remote(ckpt_path):
@@ -76,18 +76,18 @@ def check_request(verb: str, ckpt_path: str | None, weights_only: bool | None) -
 
 
 def resolve(verb: str, ckpt_path: str | None, trainer: Trainer) -> str | None:
-    """Put a file in the place of `last`, and let a run that goes on from it go on in its folder.
+    """Replace `last` by the newest checkpoint, and let a run that resumes from it continue in its folder.
 
     Args:
-        verb: What to do.
-        ckpt_path: A file, or a word.
-        trainer: Knows where the run writes.
+        verb: The command.
+        ckpt_path: A file, or one of `WORDS`.
+        trainer: The trainer, whose loggers and callbacks tell where the run writes.
 
     Returns:
-        What to hand to Lightning.
+        The `ckpt_path` for Lightning.
 
     Raises:
-        InputError: There is nothing to go on from.
+        InputError: No checkpoint can be used, `best` was asked for, or another run is at work in the folder.
     """
     if ckpt_path == "hpc" and not any(Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")):
         raise InputError(
@@ -115,10 +115,10 @@ def resolve(verb: str, ckpt_path: str | None, trainer: Trainer) -> str | None:
 
 
 def checkpoint_places(trainer: Trainer) -> list[Place]:
-    """Tell where runs of this config write checkpoints, whatever their version number.
+    """Return the places where runs of this config write checkpoints, whatever their version number.
 
     Raises:
-        InputError: Not on this machine.
+        InputError: A place is not on this machine.
     """
     folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks] or [None]
     places = dict.fromkeys(_default_place(trainer) if folder is None else Place(str(folder)) for folder in folders)
@@ -129,14 +129,14 @@ def checkpoint_places(trainer: Trainer) -> list[Place]:
 
 
 def newest_checkpoint(verb: str, places: list[Place]) -> ResumePoint | None:
-    """Find the newest checkpoint that can be used; damaged ones are named on standard error.
+    """Find the newest checkpoint that can be used, and name the ones passed over on standard error.
 
     Args:
-        verb: What to use it for.
+        verb: The command that will use it.
         places: Where to look.
 
     Raises:
-        InputError: There are some, and none can be used.
+        InputError: There are checkpoints, but none can be used.
     """
     folders = {folder for place in places for folder in place.folders()}
     files = {file for folder in folders for file in folder.glob("*.ckpt")}
@@ -175,7 +175,7 @@ def _read_usable(verb: str, path: Path) -> dict[str, Any]:
 
 
 def _default_place(trainer: Trainer) -> Place:
-    """Tell where `ModelCheckpoint` writes if it is not told."""
+    """Return the place where `ModelCheckpoint` writes without a `dirpath`."""
     if not trainer.loggers:
         return Place(trainer.default_root_dir, "checkpoints")
     logger = trainer.loggers[0]
@@ -201,20 +201,20 @@ VersionedLogger = CSVLogger | TensorBoardLogger
 
 
 def make_resumable(trainer: Trainer) -> None:
-    """Let Lightning's own CSV loggers go on with their file, as `ResumableCSVLogger` does; they would delete it."""
+    """Make Lightning's own CSV loggers `ResumableCSVLogger`s, which continue a file that they would delete."""
     for logger in trainer.loggers:
         if type(logger) is CSVLogger and "://" not in logger.root_dir:
             logger.__class__ = ResumableCSVLogger  # It has the same attributes, and no experiment yet.
 
 
 def continue_run(trainer: Trainer, checkpoint: Path) -> None:
-    """Let the loggers go on in the version folder that a checkpoint is in, if it is in one of theirs.
+    """Let the loggers continue in the version folder of a checkpoint, if it is one of theirs.
 
     Lightning restores the state of `ModelCheckpoint` (which file is the best, and which to remove next) only there.
 
     Args:
-        trainer: Its loggers have not begun.
-        checkpoint: The file.
+        trainer: The trainer, whose loggers have not begun.
+        checkpoint: The checkpoint's file or folder.
     """
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
     folder = checkpoint.parent.parent.name
@@ -225,6 +225,6 @@ def continue_run(trainer: Trainer, checkpoint: Path) -> None:
 
 
 def version_folder(logger: VersionedLogger) -> str | None:
-    """Name the folder of the version that the config asks for; asking the logger would give it a new one."""
+    """Return the version folder that the config asks for, or None; the logger's own property would pick a new one."""
     version = logger._version
     return f"version_{version}" if isinstance(version, int) else version

@@ -1,4 +1,4 @@
-"""A lock on a run's folder, so that no other run goes on in it at the same time."""
+"""Locks a run's folder, so that no other run resumes in it at the same time."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ FILE_NAME = ".run.lock"
 
 
 class FolderLock:
-    """Says which process a folder belongs to; the lock of one that is gone counts for nothing.
+    """Records which process uses a folder; the lock of a process that has ended is ignored.
 
-    Processes on other machines cannot be looked for, so theirs count for nothing either: a run whose machine was taken
-    away goes on elsewhere at once.
+    Processes on other machines cannot be checked, so their locks are ignored too: a run whose machine was taken away
+    can resume elsewhere at once.
 
     Args:
         folder: The run's folder.
@@ -23,10 +23,10 @@ class FolderLock:
         self._file = folder / FILE_NAME
 
     def check(self) -> None:
-        """Refuse to go on in the folder while another run is at work in it, whose files this one would cut.
+        """Refuse to resume in the folder while another run is at work in it, whose files this one would truncate.
 
         Raises:
-            InputError: There is one.
+            InputError: Another run is at work in the folder.
         """
         other = self._owner()
         if other is not None:
@@ -36,22 +36,22 @@ class FolderLock:
             )
 
     def take(self) -> None:
-        """Take the folder, unless another run that began there is at work.
+        """Lock the folder, unless another run is at work in it.
 
         Raises:
-            InputError: The file system refuses.
+            InputError: The file system refuses the lock's file.
         """
         if self._owner() is None:
             with replacing_file(self._file) as file:
                 file.write(str(this_process()))
 
     def release(self) -> None:
-        """Give the folder back, if it is this process's."""
+        """Unlock the folder, if this process locked it."""
         if self._read() == this_process():
             remove(self._file)
 
     def _owner(self) -> Owner | None:
-        """Return the process that is at work in the folder, if it is another and there is one."""
+        """Return the other process that is at work in the folder, or None."""
         owner = self._read()
         return None if owner is None or owner == this_process() or not owner.is_here() else owner
 

@@ -1,4 +1,4 @@
-"""What a run is made of beside weights, optimizer and Lightning's counters: written down, and taken up again."""
+"""Saves and restores the state of a run besides weights, optimizer and Lightning's counters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,18 +19,18 @@ from xpo_lightning.training.persistent_state import PersistentState
 
 @dataclass
 class RunState:
-    """Keeps what a resumed run needs in order to go on as the run that was never stopped.
+    """Keeps the state that lets a resumed run continue exactly like a run that was never stopped.
 
     Args:
-        guard: Counts the steps that were left out.
+        guard: Counts the skipped steps.
 
     Attributes:
-        seed: Seed of all noise.
-        tokens_together: Most tokens of a micro-batch, where that was measured.
-        validated: How many batches had been done at the last validation.
-        changed: The batch in which weights were changed last; None where there is none.
-        random: The global random state before the step or the validation that is under way; None between those.
-        loaded: What a checkpoint held, until `take_up`.
+        seed: Seed of every `RolloutRNG` of the run.
+        tokens_together: Most tokens of a micro-batch, if that was measured.
+        validated: How many batches were finished at the last validation; -1 before the first one.
+        changed: The last batch in which the weights changed; None before the first one.
+        random: The global random state before the current step or validation; None between those.
+        loaded: The state from a checkpoint, until `take_up`.
     """
 
     guard: Guard
@@ -43,10 +43,10 @@ class RunState:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Take a step: if it breaks off, the random state to save is the one before it.
+        """Run a training step inside; if it is interrupted, checkpoints get the random state from before it.
 
         Raises:
-            RuntimeError: In place of a StopIteration, which would end Lightning's training loop without a word.
+            RuntimeError: In place of a StopIteration, which would silently end Lightning's training loop.
         """
         self.random = random_state()
         try:
@@ -57,15 +57,15 @@ class RunState:
         self.random = None
 
     def is_settled(self, trainer: Trainer) -> bool:
-        """Tell whether the weights are those after the last batch that was finished."""
+        """Tell whether the weights are those after the last finished batch."""
         return self.changed is None or self.changed < batches_done(trainer)
 
     def begin_validation(self) -> None:
-        """Remember the random state, which validation must not change."""
+        """Store the random state, which validation must not change."""
         self.random = random_state()
 
     def end_validation(self, trainer: Trainer) -> None:
-        """Put the random state back, before any callback can save it."""
+        """Restore the random state, before any callback can save it."""
         if self.random is not None:
             set_random_state(self.random)
         self.random = None
@@ -73,12 +73,12 @@ class RunState:
             self.validated = batches_done(trainer)
 
     def state(self, trainer: Trainer, memory: PersistentState, optimization: dict[str, Any]) -> dict[str, Any]:
-        """Read the state; all processes must call it.
+        """Return the state for a checkpoint (collective).
 
         Args:
             trainer: The trainer.
-            memory: What the run remembers of batches.
-            optimization: What must be the same again, from `Optimization.identity`.
+            memory: The run's state from batch to batch.
+            optimization: Settings that a resumed run must share, from `Optimization.identity`.
 
         Returns:
             Plain values and tensors.
@@ -98,10 +98,10 @@ class RunState:
         }
 
     def load(self, state: dict[str, Any], trainer: Trainer, optimization: dict[str, Any]) -> None:
-        """Keep what a checkpoint held for `take_up`.
+        """Keep the state from a checkpoint for `take_up`.
 
         Raises:
-            InputError: It cannot be gone on with under the present settings.
+            InputError: A run with the present settings cannot resume from it.
         """
         changed = differences(state["optimization"], optimization)
         if changed:
@@ -118,7 +118,7 @@ class RunState:
         self.loaded = state
 
     def take_up(self, trainer: Trainer, memory: PersistentState) -> None:
-        """Put everything back, and make up for a validation that was due; does nothing where nothing was loaded."""
+        """Restore the loaded state, and catch up on a validation that was due; do nothing if nothing was loaded."""
         state, self.loaded = self.loaded, None
         if state is None:
             return

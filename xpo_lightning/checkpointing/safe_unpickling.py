@@ -1,4 +1,4 @@
-"""Reading what torch.distributed.checkpoint has written, without running what a file may hold beside tensors."""
+"""Reads files of torch.distributed.checkpoint without running code that they may hold."""
 
 import io
 import pickle
@@ -27,10 +27,10 @@ _PLAIN = {
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Read what the tensors are and where they lie.
+    """Read the metadata of a folder: its tensors, and the files that hold them.
 
     Raises:
-        InputError: It is damaged, could run code, or leads out of the folder.
+        InputError: It is damaged, could run code, or names a file outside of the folder.
     """
     try:
         metadata = _Plain(io.BytesIO((path / METADATA).read_bytes())).load()
@@ -48,10 +48,10 @@ def read_metadata(path: Path) -> Metadata:
 
 
 class PlainReader(FileSystemReader):
-    """Reads a folder as torch does, but for the metadata, which could hold code."""
+    """Reads a folder as torch does, except for its metadata, which is unpickled safely."""
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
-        """Read what is vetted; see `StorageReader.read_metadata`."""
+        """Read the metadata without running code; see `StorageReader.read_metadata`."""
         metadata = read_metadata(Path(self.path))
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
@@ -61,7 +61,7 @@ class PlainPlanner(DefaultLoadPlanner):
     """Loads as torch does, but unpickles nothing that could run code."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        """Hand on a pickle of our own of the plain values in this one; see `LoadPlanner.load_bytes`."""
+        """Load the plain values safely, and give torch a new pickle of them; see `LoadPlanner.load_bytes`."""
         copy = io.BytesIO()
         torch.save(torch.load(value, weights_only=True), copy)
         copy.seek(0)
@@ -69,11 +69,11 @@ class PlainPlanner(DefaultLoadPlanner):
 
 
 class _ForeignError(Exception):
-    """Something else than a description of tensors is named."""
+    """A file names something that is not part of a description of tensors."""
 
 
 class _Plain(pickle.Unpickler):
-    """Reads what torch writes about tensors, and nothing else."""
+    """Unpickles torch's descriptions of tensors, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Refuse all but the classes that describe tensors and files."""

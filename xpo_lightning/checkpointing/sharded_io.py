@@ -1,7 +1,7 @@
-"""Distributed checkpoints: folders in which each process has saved its own part of the tensors.
+"""Distributed checkpoints: folders in which each rank has saved its own shards of the tensors.
 
-Beside torch's files (`__<rank>_<number>.distcp`, `.metadata`) and Lightning's (`meta.pt`) there are the checksums of
-all of them. A folder appears under its name once it is whole, and is read once every byte is found right.
+Besides torch's files (`__<rank>_<number>.distcp`, `.metadata`) and Lightning's (`meta.pt`), a folder holds the
+checksums of all of them. It appears under its name only when complete, and is loaded only if every byte is right.
 """
 
 import hashlib
@@ -46,14 +46,14 @@ Checksums = dict[str, str]
 
 
 def save_folder(checkpoint: dict[str, Any], target: Path) -> None:
-    """Write a distributed checkpoint, or leave everything as it was; all processes must call it.
+    """Write a distributed checkpoint, or leave everything as it was (collective).
 
     Args:
-        checkpoint: What to save. Of `state_dict` and `optimizer_states` each process has its own part.
-        target: The folder, the same in all processes.
+        checkpoint: What to save. Each rank has its own shards of `state_dict` and `optimizer_states`.
+        target: The folder, the same on all ranks.
 
     Raises:
-        InputError: A weight is not finite, or the file system refuses.
+        InputError: A weight is not finite, or the file system refuses a file.
     """
     guard, first = Guard(), torch.distributed.get_rank() == 0
     part = all_gather(part_of(target))[0]
@@ -88,10 +88,10 @@ def save_folder(checkpoint: dict[str, Any], target: Path) -> None:
 
 
 def read_folder(path: Path) -> dict[str, Any]:
-    """Read what a distributed checkpoint holds beside tensors, and check every byte of it.
+    """Check every byte of a distributed checkpoint, and return its content except the tensors.
 
     Raises:
-        InputError: It is not whole, or not safe.
+        InputError: It is incomplete, damaged, or could run code.
     """
     if not (path / METADATA).is_file():
         raise InputError(f"'{path}' is no checkpoint, or a distributed one that is not whole: it has no {METADATA}")
@@ -102,18 +102,18 @@ def read_folder(path: Path) -> dict[str, Any]:
 
 
 def load_folder(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """Load a distributed checkpoint; all processes must call it.
+    """Load a distributed checkpoint into a sharded model and its optimizers (collective).
 
     Args:
         path: The folder.
-        model: Whose weights are replaced, spread over processes.
-        optimizers: Whose states are replaced.
+        model: The sharded model, whose weights are replaced.
+        optimizers: The optimizers, whose states are replaced.
 
     Returns:
-        What it holds beside tensors.
+        The checkpoint's content except the tensors.
 
     Raises:
-        InputError: It is not whole, not safe, or not of this model.
+        InputError: It is incomplete, damaged, could run code, or is not of this model.
     """
     with Guard().together():
         content = read_folder(path)
@@ -134,7 +134,7 @@ def load_folder(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -
 
 
 def _write(spread: dict[str, Any], others: dict[str, Any] | None, part: Path, target: Path) -> None:
-    """Write all but the checksums; what is no tensor is written by the process that has it."""
+    """Write all files but the checksums; the one rank that is given `others` writes them to `meta.pt`."""
     writer = FileSystemWriter(part)
     writer.fs = _SinkFiles()
     try:
@@ -151,7 +151,7 @@ def _write(spread: dict[str, Any], others: dict[str, Any] | None, part: Path, ta
 class _SinkFiles(FileSystem):
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        """Open a file that torch may write to on a full disk."""
+        """Open a file that reports errors of writing, such as a full disk, unchanged; see `TorchSink`."""
         with super().create_stream(path, mode) as file:
             sink = TorchSink(cast("IO[bytes]", file))
             yield sink
@@ -159,12 +159,12 @@ class _SinkFiles(FileSystem):
 
 
 def _reason(error: CheckpointException) -> str:
-    """Say what one of the processes met; torch gives the traceback of each."""
+    """Return the error of the first rank that failed; torch's own text has the traceback of every rank."""
     return next((f"process {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items())), str(error))
 
 
 def _writer_of(name: str) -> int:
-    """Return the process that has written a file, and that looks at it before it counts."""
+    """Return the rank that wrote a file, and therefore computes its checksum."""
     return int(name.removeprefix("__").partition("_")[0]) if name.startswith("__") else 0
 
 
@@ -185,7 +185,7 @@ def _check_bytes(path: Path) -> None:
     """Compare all files of a folder with their checksums.
 
     Raises:
-        InputError: One is missing, too many, or another than was written.
+        InputError: A file is missing, was added, or was changed.
     """
     damaged = f"'{path}' is no checkpoint, or a damaged one"
     try:

@@ -1,4 +1,4 @@
-"""A file that torch writes tensors to, on a disk that may be full."""
+"""A file object that lets torch's writer meet a full disk safely."""
 
 from typing import IO, Any
 
@@ -6,10 +6,10 @@ from typing import IO, Any
 class TorchSink:
     """Takes the bytes that torch writes, and keeps the first error for `flush`.
 
-    Raised through torch's C++ writer, an error comes out as another one, and may end the process.
+    An error raised through torch's C++ writer comes out as another one, and may end the process.
 
     Args:
-        file: A file that is open for bytes.
+        file: A file open for writing bytes.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -17,7 +17,7 @@ class TorchSink:
         self._error: BaseException | None = None
 
     def write(self, data: Any) -> int:
-        """Write bytes, or leave it."""
+        """Write bytes; after an error, discard them."""
         if self._error is None:
             try:
                 self._file.write(data)
@@ -26,19 +26,19 @@ class TorchSink:
         return len(data)
 
     def flush(self) -> None:
-        """Raise what went wrong; torch calls it from Python, after it has written a tensor."""
+        """Raise the first error, if there was one; torch calls it from Python, after it has written a tensor."""
         if self._error is not None:
             raise self._error
 
     def tell(self) -> int:
-        """Return the place in the file."""
+        """Return the position in the file."""
         return self._file.tell()
 
     def fileno(self) -> int:
-        """Return the number of the file, all that was written handed to the system."""
+        """Return the file descriptor, after handing all written bytes to the operating system."""
         self.flush()
         self._file.flush()
         return self._file.fileno()
 
     def close(self) -> None:
-        """Leave the file open: who has opened it closes it."""
+        """Leave the file open: the code that opened it closes it."""

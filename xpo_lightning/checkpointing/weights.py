@@ -1,4 +1,4 @@
-"""What a checkpoint holds: the trained weights, and the identity of the reference they were trained against."""
+"""Selects the trained weights for a checkpoint, and checks a checkpoint against the model and its reference."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from xpo_lightning.core.errors import InputError
 
 
 def trained_state(state: dict[str, Tensor], policy: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """Keep what a checkpoint needs: the policy's own entries, less its frozen weights.
+    """Return the entries that a checkpoint needs: the policy's, without its frozen weights.
 
     Args:
-        state: State of the whole module.
+        state: State dict of the Lightning module.
         policy: The policy.
-        prefix: What the policy's entries begin with.
+        prefix: Prefix of the policy's entries.
 
     Returns:
         The entries of the policy's trained weights and of its buffers.
@@ -21,7 +21,7 @@ def trained_state(state: dict[str, Tensor], policy: nn.Module, prefix: str) -> d
     # Tied weights have several names, and each is in the state.
     weights = policy.named_parameters(remove_duplicate=False)
     frozen = {prefix + name for name, weight in weights if not weight.requires_grad}
-    # Quantized weights have what belongs to them under their own names.
+    # The quantization state of a weight has entries below the weight's name.
     belonging = tuple(f"{name}." for name in frozen)
     own = {name: value for name, value in state.items() if name.startswith(prefix) and name not in frozen}
     return {name: value for name, value in own.items() if not name.startswith(belonging)}
@@ -49,7 +49,7 @@ def check_trained_state(state: dict[str, Tensor], expected: dict[str, Tensor]) -
 
 
 def check_reference(saved: dict[str, Any] | None, current: dict[str, Any]) -> None:
-    """Refuse to go on with another reference than the one that the checkpoint was trained against.
+    """Refuse to resume with another reference than the one that the checkpoint was trained against.
 
     Raises:
         InputError: The reference's weights differ.

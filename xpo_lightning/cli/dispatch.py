@@ -1,4 +1,4 @@
-"""From `xpo VERB ...` to the function of that name, and what can be answered without loading what training needs."""
+"""Runs the function of `xpo VERB ...`, and answers `--help` and the like without importing torch."""
 
 import inspect
 from collections.abc import Callable
@@ -17,7 +17,7 @@ RUNS = {
     "predict": "write completions of both sides to a file",
     "check": "look for what would stop a run before it is started",
 }
-"""What LightningCLI does; each takes the options of a run."""
+"""Verbs that LightningCLI runs, each with its description; they take the options of a run."""
 VERBS = {
     "recipes": "list the configs that come with the package, or copy one",
     "compare": "say how often one policy beats another, with a confidence interval",
@@ -27,19 +27,19 @@ VERBS = {
     "plot": "draw the learning curves of runs",
     "report": "write a page about a run",
 }
-"""Each verb, and what it does, as `xpo --help` says it."""
+"""The other verbs, each with its description in `xpo --help`."""
 LIGHT = ("recipes", "env", "plot", "report")
-"""Verbs that need no models, and start at once."""
+"""Verbs that need no models, and so start at once."""
 
 BY_PLACE = inspect.Parameter.POSITIONAL_ONLY
 
 
 class VerbParser(OneLineErrors, ArgumentParser):
-    """The parser of a verb."""
+    """Parses the arguments of a verb."""
 
 
 def overview() -> str:
-    """Write what `xpo --help` says."""
+    """Return the text of `xpo --help`."""
     width = max(map(len, (*RUNS, *VERBS)))
 
     def listed(verbs: dict[str, str]) -> str:
@@ -56,13 +56,13 @@ def overview() -> str:
 
 
 def is_answered(words: list[str]) -> bool:
-    """Answer what asks for nothing but words: help, the version, a verb that there is not.
+    """Handle `--help`, `--version` and unknown verbs without importing torch.
 
     Args:
         words: The command line.
 
     Returns:
-        Whether that was all.
+        Whether the command line was handled.
     """
     if not words or words[0] in ("-h", "--help"):
         print(overview())
@@ -81,7 +81,7 @@ def run(verb: str, args: list[str]) -> None:
 
     Args:
         verb: One of `VERBS`.
-        args: What was given after it.
+        args: The arguments after the verb.
     """
     function = getattr(import_module(f"xpo_lightning.cli.commands.{verb}"), verb)
     parser = parser_of(function)
@@ -99,14 +99,14 @@ def run(verb: str, args: list[str]) -> None:
 def parser_of(function: Callable[..., Any]) -> VerbParser:
     """Build the parser of a verb from its signature and docstring.
 
-    What may only be given by position is given by position on the command line too, and may be left out if it has a
-    default; an option that is False by default is a flag.
+    A positional-only parameter is positional on the command line too, and optional if it has a default; an option that
+    is False by default is a flag.
     """
     description = (function.__doc__ or "").partition("\n\n    Args:")[0]
     parser = VerbParser(prog=f"xpo {function.__name__}", description=inspect.cleandoc(description))
     parser.add_function_arguments(function, as_positional=True, fail_untyped=True)
     for group in parser._action_groups:
-        if group.title and description.startswith(group.title):  # It would be said twice.
+        if group.title and description.startswith(group.title):  # The description says it already.
             group.title = "arguments"
     parameters = inspect.signature(function).parameters
     for action in parser._actions:
@@ -123,7 +123,7 @@ def parser_of(function: Callable[..., Any]) -> VerbParser:
 
 
 def _take_several(parser: ArgumentParser) -> None:
-    """Let a list of texts without a default be given as `RUN [RUN ...]`; jsonargparse would want brackets."""
+    """Accept a list of strings without a default as `RUN [RUN ...]`; jsonargparse would require brackets."""
     for action in parser._actions:
         if not action.option_strings and getattr(action, "_typehint", None) == list[str]:
             vars(action).update(nargs="+", _typehint=str, metavar=action.dest.removesuffix("s").upper())

@@ -1,4 +1,4 @@
-"""Errors as a person at the command line sees them: one line, and the option that it is about."""
+"""Turns errors into one line for the command line, which names the option that is wrong."""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from xpo_lightning.core.errors import InputError, input_error_in
 
 @contextmanager
 def explaining_trainer_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn what Lightning says of its options into an `InputError`; other kinds of errors too, where they are given."""
+    """Turn Lightning's errors about its options, and errors of the given kinds, into an `InputError`."""
     handled: tuple[type[Exception], ...] = (MisconfigurationException, *kinds)
     try:
         yield
@@ -21,7 +21,7 @@ def explaining_trainer_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def refuse_nulls(parser: Any, config: Any) -> None:
-    """Refuse null where an option has no meaning for it; jsonargparse takes it everywhere.
+    """Refuse null for options that do not allow it; jsonargparse accepts it everywhere.
 
     Raises:
         InputError: An option is null.
@@ -35,15 +35,15 @@ def refuse_nulls(parser: Any, config: Any) -> None:
 
 
 def refuse_values_for_groups(parser: Any, config: Any, file: str = "") -> None:
-    """Refuse a value where a group of options belongs; what sets one of its options would take its place unseen.
+    """Refuse a value in place of a group of options, which a later option of the group would silently replace.
 
     Args:
         parser: The parser of a run.
-        config: What it has parsed.
-        file: The file that this is in, if any.
+        config: The parsed config.
+        file: The file of the config, if any.
 
     Raises:
-        InputError: There is such a value.
+        InputError: A group has a value instead of options.
     """
     names = [action.dest for action in parser._actions]
     for action in parser._actions:
@@ -58,6 +58,6 @@ def refuse_values_for_groups(parser: Any, config: Any, file: str = "") -> None:
 
 
 def reason(error: Exception) -> str:
-    """Say why a config cannot be built: of all that the parser tried, the class that was named and refused, if any."""
+    """Return why a config cannot be built: the error of the given `class_path`, if there is one, else the full text."""
     problem = re.search(r"Problem with given class_path ('[^']+'):\s*(.+)", str(error))
     return f"{problem[1]}: {problem[2]}" if problem else str(error)

@@ -1,4 +1,4 @@
-"""The command line `xpo`: runs assembled from YAML by LightningCLI."""
+"""The command line `xpo`: builds runs from YAML with LightningCLI."""
 
 import os
 import sys
@@ -35,7 +35,7 @@ from xpo_lightning.data import PromptDataModule
 from xpo_lightning.models.forward.cpu import limit_threads
 from xpo_lightning.module import XPOLightningModule
 
-# Short class paths in a config are those of subclasses that are loaded.
+# A config can name only imported classes by their short names, so all public classes are imported here.
 for _name in xpo_lightning.__all__:
     getattr(xpo_lightning, _name)
 
@@ -52,15 +52,15 @@ _TRAINER_KEYS_OF_THE_MODULE = {
 
 
 class XPOParser(OneLineErrors, LightningArgumentParser):
-    """The parser of a run, which knows recipes by their names."""
+    """Parses the options of a run; accepts recipes by name."""
 
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
-        """Put the files of recipes in the place of their names, then parse."""
+        """Replace the names of recipes by their files, then parse."""
         words, OneLineErrors.config_files = with_config_files(list(sys.argv[1:] if args is None else args))
         return super().parse_args(words, *others, **options)
 
     def parse_string(self, content: str, path: Any = "", *others: Any, **options: Any) -> Any:
-        """Parse a config, which is refused here if later options would hide what is wrong with it."""
+        """Parse a config; refuse it here if later options would hide an error in it."""
         parsed = super().parse_string(content, path, *others, **options)
         refuse_values_for_groups(self, parsed, str(path))
         return parsed
@@ -102,7 +102,7 @@ class XPOCLI(LightningCLI):
             raise InputError(f"--config: the file is not valid UTF-8 ({error}); save it as UTF-8") from error
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a checkpoint that does not load, and trainer options whose work the module does itself."""
+        """Refuse options that have no effect or no meaning here, and a checkpoint that does not load."""
         config = self.config[self.subcommand]
         refuse_values_for_groups(self._parser(self.subcommand), config)
         refuse_nulls(self._parser(self.subcommand), config)
@@ -119,14 +119,14 @@ class XPOCLI(LightningCLI):
                 raise InputError(f"trainer.{key} has no effect here; set {instead} instead")
 
     def instantiate_classes(self) -> None:
-        """Build everything, and say in one line what the config has that cannot be built."""
+        """Build everything; an error names in one line what cannot be built."""
         try:
             super().instantiate_classes()
-        except (TypeError, ValueError) as error:  # A number where a group of options belongs, say.
+        except (TypeError, ValueError) as error:  # For example, a number in place of a group of options.
             raise (input_error_in(error) or InputError(f"the config cannot be used: {reason(error)}")) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer, and name it where Lightning refuses its options."""
+        """Build the trainer; errors of Lightning about its options name `trainer`."""
         with explaining_trainer_errors(ValueError, TypeError, OSError):
             trainer = super().instantiate_trainer(plugins=self._plugins(), **kwargs)
         make_resumable(trainer)
@@ -144,12 +144,12 @@ class XPOCLI(LightningCLI):
         return super()._instantiate_trainer(config, [*callbacks, *(one for one in added if type(one) not in kinds)])
 
     def after_instantiate_classes(self) -> None:
-        """Find the checkpoint that is meant by `last`; the trainer knows where to look."""
+        """Replace `last` by the newest checkpoint; this needs the trainer, which knows where to look."""
         config = self.config_init[self.subcommand]
         config.ckpt_path = resume_point.resolve(str(self.subcommand), config.ckpt_path, self.trainer)
 
     def before_validate(self) -> None:
-        """Refuse to validate on nothing."""
+        """Refuse to validate without validation prompts."""
         self.datamodule.require_validation()
 
     def before_predict(self) -> None:
@@ -161,7 +161,7 @@ class XPOCLI(LightningCLI):
             self.config_init.predict.return_predictions = False
 
     def _plugins(self) -> list[Any]:
-        """Add crash-safe checkpoints to the trainer's plugins, unless the config has its own way to write them."""
+        """Add crash-safe checkpoints to the trainer's plugins, unless the config has its own checkpoint plugin."""
         config = self.config_init[self.subcommand].trainer
         plugins: list[Any] = config.plugins if isinstance(config.plugins, list) else [config.plugins]
         plugins = [plugin for plugin in plugins if plugin is not None]
@@ -169,7 +169,7 @@ class XPOCLI(LightningCLI):
         return plugins if has_own else [*plugins, CrashSafeCheckpointIO()]
 
     def _parse_ckpt_path(self) -> None:
-        """Take nothing from a checkpoint: the settings of a run are those of its config and command line."""
+        """Read no settings from a checkpoint: those of a run come from its config and command line."""
 
 
 def main(args: ArgsType = None) -> None:
@@ -180,7 +180,7 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Arguments in place of `sys.argv`, without the program's name.
     """
-    # Lightning 2.6 warns of its own use of torch; nothing that a user could change.
+    # Lightning 2.6 warns about its own use of torch, which a user cannot change.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     limit_threads()
     try:
@@ -202,7 +202,7 @@ def main(args: ArgsType = None) -> None:
         raise SystemExit(130) from None
     except Exception as error:
         message, origin = explanation(error), origin_of(error)
-        if origin is not None and not origin.is_here:  # That process says it.
+        if origin is not None and not origin.is_here:  # The process with the error prints it.
             if speaks_for_host(origin.host):
                 write_line(str(error))
             raise SystemExit(1 if message is None else 2) from None

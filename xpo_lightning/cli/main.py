@@ -1,4 +1,4 @@
-"""Where `xpo` starts: what needs no models is answered before the libraries are loaded that take seconds."""
+"""Entry point of `xpo`: runs verbs that need no models without importing the libraries that take seconds to load."""
 
 import logging
 import sys
@@ -10,7 +10,7 @@ from xpo_lightning.core.errors import InputError, exit_with_error
 
 def main() -> None:
     """Run the command line."""
-    # bitsandbytes, which peft loads wherever it is installed, warns at each start of an optional speed-up for CPUs.
+    # peft imports bitsandbytes if it is installed, which warns at each start about an optional speed-up for CPUs.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.msg)
     words = sys.argv[1:]
     if dispatch.is_answered(words):

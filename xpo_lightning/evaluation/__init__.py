@@ -1,1 +1,1 @@
-"""Two policies on the same prompts: who writes the better completions, and how sure that is."""
+"""Compares two policies on the same prompts, with a confidence interval of the win rate."""

@@ -22,11 +22,11 @@ from xpo_lightning.rollout.sampling import Sampling
 
 @dataclass(frozen=True)
 class TokenizedPrompts:
-    """B prompts as one writer takes them.
+    """B prompts, tokenized for one policy.
 
     Args:
-        ids: Token ids of each.
-        raw: Each as the row gave it.
+        ids: Token ids of each prompt.
+        raw: Each prompt as its row has it.
         columns: The rows' other columns, each of length B.
     """
 
@@ -38,16 +38,16 @@ class TokenizedPrompts:
 def tokenize_for(
     encoders: Sequence[PromptTokenizer], rows: Sequence[LocatedRow], encoding: PromptPreprocessor, name: str
 ) -> list[TokenizedPrompts]:
-    """Tokenize rows for several writers, and keep those that all of them take.
+    """Tokenize rows for several policies, and keep those that suit all of them.
 
     Args:
-        encoders: One for each writer.
+        encoders: One tokenizer of prompts for each policy.
         rows: The rows.
-        encoding: The column of the prompts, and the limits on their length.
-        name: What to call the rows in messages.
+        encoding: Gives the column of the prompts, and the limits on their length.
+        name: Name of the rows in messages.
 
     Raises:
-        InputError: A row cannot be used, or no row suits all writers.
+        InputError: A row cannot be used, or no row suits all policies.
     """
     kept = [
         {place: (row, ids) for place, row, ids in replace(encoding, encoder=encoder).encode(rows, name, report=False)}
@@ -65,14 +65,14 @@ def tokenize_for(
 
 @dataclass(frozen=True)
 class Comparison:
-    """How two writers are compared.
+    """Generates the completions of policies that are to be compared.
 
     Args:
-        sampling: How they write.
-        samples: K, completions of a prompt by each.
-        seed: Of their randomness.
-        device: Where.
-        at_once: Most prompts that one writes for together; None is what suits the device.
+        sampling: How completions are sampled.
+        samples: K, the completions of a prompt by each policy.
+        seed: Seed of the random numbers.
+        device: Device of the policies.
+        at_once: Most prompts that are sampled together; None chooses a number for the device.
     """
 
     sampling: Sampling
@@ -82,15 +82,15 @@ class Comparison:
     at_once: int | None = None
 
     def write(self, writer: NamedPolicy, encoded: TokenizedPrompts, place: int) -> list[Completions]:
-        """Let one writer write for all prompts.
+        """Generate one policy's completions of all prompts.
 
         Args:
-            writer: Who.
-            encoded: B prompts, tokenized for this writer.
-            place: 0 or 1: the two write with different noise, whoever they are.
+            writer: The policy.
+            encoded: B prompts, tokenized for this policy.
+            place: 0 or 1: the two policies draw different random numbers, even if they are the same model.
 
         Returns:
-            B completions, K times, on the CPU.
+            K entries of B completions each, on the CPU.
         """
         ids, mask = left_pad(encoded.ids, self.device)
         prompts = Prompts(ids, mask, encoded.raw, encoded.columns)
@@ -102,25 +102,25 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of it.
+    """The result of a comparison.
 
     Args:
-        wins: For each prompt and comparison, 1 where the first writer's completion is the better one, 0.5 for a tie, 0
-            where it is the worse; NaN where a judge had no answer. (B, C)
-        scores: Mean score of each writer, None for a judge.
+        wins: For each prompt and comparison, 1 if the first policy's completion is better, 0.5 for a tie, 0 if it is
+            worse; NaN if a judge gave no answer. (B, C)
+        scores: Mean score of each policy; None for a judge.
     """
 
     wins: Tensor
     scores: Pair[float] | None
 
     def exchanged(self) -> "Outcome":
-        """Return the same with the writers exchanged."""
+        """Return the result with the policies exchanged."""
         scores = None if self.scores is None else Pair(self.scores.by_sampler, self.scores.by_policy)
         return Outcome(1 - self.wins, scores)
 
     @property
     def by_prompt(self) -> Tensor:
-        """The share that the first writer won of each prompt's comparisons; prompts without an answer are left out."""
+        """The share of each prompt's comparisons that the first policy won, without prompts that have no answer."""
         shares = self.wins.nanmean(1)
         return shares[~shares.isnan()]
 
@@ -131,17 +131,17 @@ def compare_completions(
     encoded: TokenizedPrompts,
     completions: Pair[list[Completions]],
 ) -> Outcome:
-    """Ask the reward or the judge.
+    """Compare the completions of two policies by a reward or a judge.
 
-    With a reward, each of the first writer's K completions of a prompt is compared with each of the second's, K * K
-    comparisons; a judge is asked about K pairs. Two completions of the same text that ended alike are a tie, whatever
-    rounding makes of their scores.
+    With a reward, each of the first policy's K completions of a prompt is compared with each of the second's, K * K
+    comparisons; a judge compares K pairs. Two completions with the same text that ended alike are a tie, even if
+    rounding gives them different scores.
 
     Args:
         feedback: The reward or the judge, loaded.
-        missing_eos_penalty: What a completion that was cut loses in score; None is off. Not for judges.
+        missing_eos_penalty: Subtracted from the score of a completion that was cut; None is off. Not for judges.
         encoded: B prompts.
-        completions: K times B of each writer.
+        completions: For each policy, K entries of B completions.
     """
     ids, mask = left_pad(encoded.ids)
     prompts = Prompts(ids, mask, encoded.raw, encoded.columns)

@@ -1,4 +1,4 @@
-"""Policies that write, by the names that a person gives them: folders, hub ids, checkpoints, `reference`."""
+"""Finds and loads the policies that a command line names: folders, hub ids, checkpoints, `reference`."""
 
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -30,25 +30,25 @@ from xpo_lightning.rollout.sampling import Sampling
 
 REFERENCE = "reference"
 AT_ONCE = 256
-"""Prompts that a GPU writes for at once, where nobody says how many."""
+"""Most prompts that a GPU samples together by default."""
 
 
 @dataclass
 class NamedModel(CausalLMSource):
-    """A model that a person names: a folder, a hub id, a GGUF file or `package:name/path`."""
+    """A model named on the command line: a folder, a hub id, a GGUF file or `package:name/path`."""
 
     key: ClassVar[str] = "model"
 
 
 @dataclass(frozen=True)
 class NamedPolicy:
-    """Somebody who writes completions; nothing is loaded yet.
+    """A policy named on the command line; nothing is loaded yet.
 
     Args:
-        name: What the person called it.
-        source: Where its tokenizer and config are.
+        name: The name on the command line.
+        source: Loads its tokenizer and config.
         load: Loads its weights.
-        mixed: Whether its layers compute in bfloat16, whatever its weights are; as `SavedRun.mixed`.
+        mixed: Whether its layers compute in bfloat16, whatever the type of its weights; see `RunConfig.mixed`.
     """
 
     name: str
@@ -64,16 +64,16 @@ class NamedPolicy:
         return tokenizer
 
     def encoder(self, sampling: Sampling) -> PromptTokenizer:
-        """Return what tokenizes prompts for it, and knows how long they may be."""
+        """Return its prompt tokenizer, which knows how long prompts may be."""
         return PromptTokenizer(self.tokenizer, prompt_limit(self.source.load_config(), sampling.max_new_tokens))
 
     def seated(self, sampling: Sampling, device: torch.device, at_once: int | None = None) -> "LoadedPolicy":
-        """Load it, ready to write.
+        """Load the policy, ready to sample.
 
         Args:
-            sampling: How.
-            device: Where.
-            at_once: Most prompts that it writes for together; None is what suits the device.
+            sampling: How completions are sampled.
+            device: Device of the model.
+            at_once: Most prompts that are sampled together; None chooses a number for the device.
         """
         keep_memory()
         with _naming(self.name):
@@ -88,11 +88,11 @@ class NamedPolicy:
 
 @dataclass(frozen=True)
 class LoadedPolicy:
-    """A writer whose weights are loaded.
+    """A policy whose weights are loaded.
 
     Args:
-        model: Its model.
-        rollout: Samples from it.
+        model: The policy's model.
+        rollout: Samples completions from the model.
         mixed: See `NamedPolicy`.
     """
 
@@ -101,11 +101,11 @@ class LoadedPolicy:
     mixed: bool = False
 
     def write(self, prompts: Prompts, uniforms: Sequence[Tensor]) -> list[Completions]:
-        """Write completions.
+        """Sample completions.
 
         Args:
             prompts: B prompts.
-            uniforms: Randomness in [0, 1) of each completion of a prompt, float64. (B, max_new_tokens) each
+            uniforms: Random numbers in [0, 1) for each completion of a prompt, float64. (B, max_new_tokens) each
 
         Returns:
             B completions for each entry of `uniforms`.
@@ -115,14 +115,14 @@ class LoadedPolicy:
 
 
 def find_policy(name: str, run: RunConfig | None) -> NamedPolicy:
-    """Find out what a name means.
+    """Find the policy that a name stands for.
 
     Args:
-        name: `reference`, a checkpoint, or what `model.policy.path` takes.
-        run: The run of a checkpoint or of the reference; None where no config is given.
+        name: `reference`, a checkpoint, or anything that `model.policy.path` accepts.
+        run: The run of a checkpoint or of the reference; None if no config is given.
 
     Raises:
-        InputError: It cannot be used, or needs a config.
+        InputError: The checkpoint does not exist, or the name needs a config.
     """
     if name == REFERENCE:
         given = _needed(run, "the reference is the model that a run started from")
@@ -153,10 +153,10 @@ def trained_policy(path: Path, module: XPOLightningModule) -> tuple[nn.Module, d
         module: The run's module.
 
     Returns:
-        The policy, with adapters if the run has them, and what else the checkpoint holds.
+        The policy, with adapters if the run has them, and the checkpoint's content.
 
     Raises:
-        InputError: The checkpoint is missing, damaged, distributed, or not of such a run.
+        InputError: The checkpoint is missing, damaged, distributed, or not one of this run.
     """
     if path.is_dir():
         raise InputError(
@@ -178,10 +178,10 @@ def trained_policy(path: Path, module: XPOLightningModule) -> tuple[nn.Module, d
 
 
 def device_named(name: str) -> torch.device:
-    """Return the device of a name; `auto` is a GPU where there is one.
+    """Return the device of a name; `auto` is a GPU if there is one.
 
     Raises:
-        InputError: There is no such device.
+        InputError: The device does not exist or cannot be used.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -193,7 +193,7 @@ def device_named(name: str) -> torch.device:
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Say first what the person called it; the keys of a config are not what they gave."""
+    """Prefix errors with the name on the command line, because the keys of a config were not given there."""
     try:
         yield
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Reads the config that a run has saved, and lays sampling settings of a command line over it."""
+"""Reads the config that a run has saved, and overrides its sampling settings from the command line."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ PARTS = {"model": XPOLightningModule, "data": PromptDataModule}
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a config says of models and prompts.
+    """The module and the data module that a config describes.
 
     Args:
         module: The module; nothing is loaded yet.
@@ -33,7 +33,7 @@ class RunConfig:
 
 
 class _PartsParser(OneLineErrors, ArgumentParser):
-    """The parser of a run's parts."""
+    """Parses the groups `model` and `data` of a config."""
 
 
 def read_run_config(config: str) -> RunConfig:
@@ -43,7 +43,7 @@ def read_run_config(config: str) -> RunConfig:
         config: The `config.yaml` in the run's folder, the file that it was started with, or the name of a recipe.
 
     Raises:
-        InputError: It is no config of a run, or what it says cannot be built.
+        InputError: It is not a config of a run, or its module or data module cannot be built.
     """
     path = config_file(config)
     OneLineErrors.config_files = [path]
@@ -76,18 +76,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 class _SamplingParser(OneLineErrors, ArgumentParser):
-    """The parser of sampling settings."""
+    """Parses sampling settings."""
 
 
 def override_sampling(sampling: Sampling, changes: dict[str, Any] | None) -> Sampling:
-    """Change some settings.
+    """Return sampling settings with some of them changed.
 
     Args:
-        sampling: The settings to begin with.
+        sampling: The settings to start from.
         changes: Settings by name, as `--sampling.temperature 0.7` gives them.
 
     Raises:
-        InputError: A value is out of range. A name or type that is wrong ends the program with one line.
+        InputError: A value is out of range. A wrong name or type ends the program with one line instead.
     """
     if not changes:
         return sampling

@@ -1,4 +1,4 @@
-"""A confidence interval of a mean win rate over prompts, ties and several completions a prompt included."""
+"""Computes a confidence interval of a mean win rate over prompts, with ties and several completions per prompt."""
 
 import math
 from functools import cache
@@ -10,22 +10,22 @@ from xpo_lightning.core.errors import InputError
 
 
 def win_rate_interval(wins: Tensor, level: float) -> tuple[float, float]:
-    """Give an interval of the expected win rate, prompts being drawn independently.
+    """Return a confidence interval of the expected win rate, for independently drawn prompts.
 
     It is Wilson's (1927) score interval, which holds its level near 0 and 1 and never leaves [0, 1], with two changes.
-    A prompt counts as less than one coin toss where its value varies less than a coin's: the design effect, variance of
-    the values over p (1 - p), divides the number of prompts (Korn and Graubard 1998). And since that is estimated, the
-    quantile is Student's.
+    A prompt counts as more than one coin toss if its value varies less than a coin's: the number of prompts is divided
+    by the design effect, the variance of the values over p (1 - p) (Korn and Graubard 1998). And since that is
+    estimated, the quantile is Student's.
 
     Args:
-        wins: Of each prompt, the share of comparisons won, ties as half a win; in [0, 1]. (B,)
-        level: Probability that the interval covers the truth, in (0, 1).
+        wins: For each prompt, the share of comparisons won, ties as half a win; in [0, 1]. (B,)
+        level: Probability that the interval covers the true win rate, in (0, 1).
 
     Returns:
-        Its ends.
+        The lower and the upper end.
 
     Raises:
-        InputError: The level is out of range, or there are less than two prompts.
+        InputError: The level is out of range, or there are fewer than two prompts.
     """
     check_level(level)
     count = len(wins)
@@ -41,20 +41,20 @@ def win_rate_interval(wins: Tensor, level: float) -> tuple[float, float]:
 
 
 def check_level(level: float) -> None:
-    """Refuse what is no level of confidence."""
+    """Refuse a confidence level outside of (0, 1)."""
     if not 0 < level < 1:
         raise InputError(f"--level must be above 0 and below 1, but is {level}")
 
 
 def design_effect(wins: Tensor) -> float:
-    """Say how much a prompt's value varies, in units of a coin with the same mean.
+    """Return the variance of a prompt's value, relative to that of a coin with the same mean.
 
     Args:
         wins: As in `win_rate_interval`. (B,)
 
     Returns:
-        At most 1, which no value in [0, 1] exceeds; 1 where all are won or all lost, since nothing is known of the
-        spread; and at least that of one win and one loss beyond those seen, so that ties alone do not make for
+        At most 1, since no values in [0, 1] vary more; 1 if all prompts are won or all lost, since the spread is then
+        unknown; and at least that of B ties with one more win and one more loss, so that ties alone do not give
         certainty.
     """
     values = wins.double()

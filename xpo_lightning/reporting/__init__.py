@@ -1,1 +1,1 @@
-"""A run as people see it: its files are found and read, its curves drawn, and a page written of it."""
+"""Reports about a run: finds and reads its files, draws its curves, and writes an HTML page and a model card."""

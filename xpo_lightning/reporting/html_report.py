@@ -1,4 +1,4 @@
-"""Writes a page about a run: one HTML file that needs nothing else and loads nothing."""
+"""Writes an HTML page about a run: one self-contained file that loads nothing."""
 
 import base64
 import hashlib
@@ -44,13 +44,13 @@ HELD_OUT = {
 
 @dataclass(frozen=True)
 class Value:
-    """A number with its standard error, where that was logged."""
+    """A number with its standard error, if that was logged."""
 
     number: float
     error: float | None = None
 
     def __str__(self) -> str:
-        """Write it with three digits after the point."""
+        """Return it with three digits after the decimal point."""
         number = f"{self.number:z.3f}".replace("-", "−")
         return number if self.error is None else f"{number} ± {self.error:.3f}"
 
@@ -60,10 +60,10 @@ class Change:
     """A held-out metric over a run.
 
     Args:
-        title: What it is.
-        note: What it means.
+        title: Name of the metric.
+        note: Meaning of the metric.
         steps: The steps of the validations that are compared: the first and the last, or the only one.
-        values: What was measured at each.
+        values: The metric at each of these steps.
     """
 
     title: str
@@ -73,7 +73,7 @@ class Change:
 
 
 def headlines(metrics: Metrics) -> list[Change]:
-    """Return the numbers that stand above all others, as far as they were logged."""
+    """Return the headline metrics of the page, as far as they were logged."""
     changes = (_change(metrics, name, title, note) for name, (title, note) in HEADLINES.items())
     return [change for change in changes if change]
 
@@ -85,7 +85,7 @@ def held_out(metrics: Metrics) -> list[Change]:
 
 
 def timings(metrics: Metrics) -> dict[str, str]:
-    """Return the medians of what `Throughput` logged."""
+    """Return the median of each metric that `Throughput` logged."""
     facts = {}
     for name, series in metrics.items():
         values = [value for value in series.values if math.isfinite(value)]
@@ -98,7 +98,7 @@ def timings(metrics: Metrics) -> dict[str, str]:
 
 
 def last_step(metrics: Metrics) -> int:
-    """Return the last step of which anything was logged."""
+    """Return the last step that any metric was logged for."""
     return max((series.steps[-1] for series in metrics.values()), default=0)
 
 
@@ -120,10 +120,10 @@ def write_report(run: RunFiles, path: Path) -> None:
 
     Args:
         run: The run.
-        path: Where the page goes.
+        path: Path of the page.
 
     Raises:
-        InputError: The run has no metrics that the page could show, or one of its files is not what it should be.
+        InputError: The run has no metric that the page could show, or one of its files is damaged.
     """
     page = report_of(run)
     with replacing_file(path) as file:
@@ -131,10 +131,10 @@ def write_report(run: RunFiles, path: Path) -> None:
 
 
 def report_of(run: RunFiles) -> str:
-    """Compose the page about a run from what lies in its folder.
+    """Return the page about a run, made from the files in its folder.
 
-    Whatever comes from the run is text, and stays text: the template escapes it all, and the page's security policy
-    lets no script run but its own.
+    Text of the run cannot become markup or code: the template escapes all of it, and the page's security policy allows
+    no script but the page's own.
     """
     metrics = read_metrics(run.metrics) if run.metrics.is_file() else {}
     charts = {panel.title: chart.chart_of(panel, metrics) for panel in PANELS}
@@ -168,13 +168,13 @@ def report_of(run: RunFiles) -> str:
 
 
 def readable(text: Any) -> str:
-    """Replace what a page cannot hold: control characters but line breaks and tabs, and halves of characters."""
+    """Replace what a page cannot hold: lone surrogates, and control characters except line breaks and tabs."""
     whole = str(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return "".join(c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else "�" for c in whole)
 
 
 def _start(run: RunFiles) -> dict[str, dict[str, str]]:
-    """Read what `RunSummary` wrote; nothing where there was none."""
+    """Read the file of `RunSummary`; return {} if there is none."""
     try:
         groups: dict[str, dict[str, str]] = json.loads(run.text(START) or "{}")
         return {title: dict(facts) for title, facts in groups.items()}
@@ -183,5 +183,5 @@ def _start(run: RunFiles) -> dict[str, dict[str, str]]:
 
 
 def _hash(script: str) -> str:
-    """Name a script as the page's security policy does."""
+    """Return a script's hash as the page's content security policy writes it."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

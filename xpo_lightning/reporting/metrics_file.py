@@ -1,4 +1,4 @@
-"""Metrics as series: from a run's metrics file to the values of each metric over steps."""
+"""Reads a run's metrics file into one series of values per metric."""
 
 import csv
 import math
@@ -16,13 +16,13 @@ class Series:
     values: list[float]
 
     def cut(self, step: int) -> None:
-        """Forget the values of this step and later ones."""
+        """Drop the values of this step and of later ones."""
         while self.steps and self.steps[-1] >= step:
             self.steps.pop()
             self.values.pop()
 
     def at(self, step: int) -> float | None:
-        """Return the value at a step; None where there is none."""
+        """Return the value at a step; None if there is none."""
         return self.values[self.steps.index(step)] if step in self.steps else None
 
 
@@ -34,15 +34,15 @@ def read_metrics(csv_path: Path) -> Metrics:
     """Read the metrics of a run.
 
     Args:
-        csv_path: What `CSVLogger` wrote: a column a metric, a row each time something was logged, cells empty where a
-            metric was not.
+        csv_path: A file of `CSVLogger`: a column per metric, a row per logging call, and empty cells for metrics that
+            were not logged.
 
     Returns:
-        The series of each metric that was logged at least once. Where a metric goes back to an earlier step, a run was
-        taken up from there, and what all metrics had from that step on no longer counts.
+        The series of each metric that was logged at least once. If a metric goes back to an earlier step, a run was
+        resumed from there, and the values of all metrics from that step on are replaced.
 
     Raises:
-        InputError: The file is no such file.
+        InputError: The file is not a metrics file of a run.
     """
     try:
         return _read(csv_path)
@@ -84,7 +84,7 @@ def _number(cell: str, csv_path: Path, line: int, column: str) -> float:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Average each value with those before it: a tenth of the series, at most 50 values, without those not finite."""
+    """Average each value with those before it, over a tenth of the series, at most 50 values; skip non-finite ones."""
     width = min(max(len(values) // 10, 1), 50)
     averages = []
     for end in range(1, len(values) + 1):
@@ -94,11 +94,11 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def thin(series: Series, most: int = 400) -> Series:
-    """Keep the lowest and the highest value of each stretch of a long series, and both ends: its outline stays.
+    """Thin out a long series, but preserve its outline: keep both ends, and each section's lowest and highest value.
 
     Args:
         series: The series.
-        most: About how many values are kept.
+        most: Approximate number of values to keep.
     """
     count = len(series.values)
     if count <= most:

@@ -1,4 +1,4 @@
-"""The README of an exported policy: what it is, and how it came about."""
+"""Writes the README of an exported policy: its base model, training and evaluation."""
 
 import json
 import re
@@ -26,16 +26,16 @@ EVALUATED = {
 def model_card(
     module: XPOLightningModule, facts: dict[str, str], metrics: Mapping[str, Tensor], is_adapter: bool
 ) -> str:
-    """Write the card.
+    """Write the model card.
 
     Args:
         module: The module, with its settings.
-        facts: What else is known of its training, see `training_facts`.
-        metrics: What was measured last; those under `eval/` are shown.
-        is_adapter: True where the folder holds adapters alone.
+        facts: Further facts of its training, see `training_facts`.
+        metrics: The latest metrics; those under `eval/` are shown.
+        is_adapter: Whether the folder holds only adapters.
 
     Returns:
-        Markdown with a YAML header. The licence is left out: it is the base model's, and nobody here knows it.
+        Markdown with a YAML header. It names no licence: that is the base model's, and is not known here.
     """
     base = module.policy_spec.path
     parts = [
@@ -59,17 +59,17 @@ def _header(base: str, is_adapter: bool) -> str:
 
 
 def facts_of_trainer(trainer: Trainer) -> dict[str, str]:
-    """Return what a trainer knows, with its data module and optimizer."""
+    """Return the training facts that a trainer, its data module and its optimizer know."""
     groups = trainer.optimizers[0].param_groups if trainer.optimizers else []
     return training_facts(trainer.global_step, groups, trainer.datamodule)  # type: ignore[attr-defined]
 
 
 def training_facts(steps: int, groups: Sequence[Mapping[str, Any]], data: Any) -> dict[str, str]:
-    """Say how long, how fast and on what a policy was trained.
+    """Return the optimizer steps, the peak learning rate and the prompts of a training run, as far as they are known.
 
     Args:
         steps: Optimizer steps.
-        groups: The optimizer's parameter groups, without parameters or with; may be empty.
+        groups: The optimizer's parameter groups, with or without parameters; may be empty.
         data: The data module, or None.
     """
     facts = {"optimizer steps": str(steps)}

@@ -1,4 +1,4 @@
-"""Which metrics are drawn: six small plots."""
+"""Defines the six panels of the learning curves, and their metrics."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ class Panel:
 
     Args:
         title: What is plotted, with its unit.
-        lines: Name in the legend of each training metric; the same under `eval/` goes with it.
-        level: Where a dashed line marks no difference.
+        lines: Name in the legend of each training metric; its counterpart under `eval/` is drawn with it.
+        level: Value of a dashed line that marks no difference; None for no such line.
         share: True for shares, whose axis runs from 0 to 1.
     """
 
@@ -22,7 +22,7 @@ class Panel:
     share: bool = False
 
     def logged(self, metrics: Metrics) -> set[str]:
-        """Tell which of its lines a run has, of training or of validation."""
+        """Return the panel's metrics that a run has logged, in training or in validation."""
         return {line for line in self.lines if line in metrics or f"eval/{line}" in metrics}
 
 

@@ -1,4 +1,4 @@
-"""Learning curves: from the metrics files of one run or several to a picture."""
+"""Draws the learning curves of one run or several from their metrics files."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ HELD_OUT = {"linewidth": 2, "marker": "o", "markersize": 3.5}
 
 @dataclass(frozen=True)
 class Style:
-    """How a metric of a run looks.
+    """Style of a metric's lines.
 
     Args:
-        color: Its colour.
-        dash: Its line style.
-        label: What it is called in the legend of its panel; None keeps it out of there.
+        color: The colour.
+        dash: The line style.
+        label: Name in the legend of the panel; None keeps the lines out of the legend.
     """
 
     color: str
@@ -38,19 +38,19 @@ class Style:
     label: str | None = ""
 
     def called(self, kind: str) -> str | None:
-        """Name a line of a kind: training, or held out."""
+        """Return the legend's name of a line of this kind: training, or held out."""
         return None if self.label is None else f"{self.label}, {kind}" if self.label else kind
 
 
 def draw_curves(csv_path: Path | Mapping[str, Path], png_path: Path) -> None:
-    """Draw the learning curves of a run, or those of several over each other.
+    """Draw the learning curves of one run, or of several runs in the same panels.
 
     Args:
-        csv_path: Its metrics file; or several, each under the name of its run.
-        png_path: Where the picture goes.
+        csv_path: The run's metrics file, or the metrics files of several runs by name.
+        png_path: Path of the PNG file.
 
     Raises:
-        InputError: A metrics file does not exist, is no such file, or has none of the metrics that are drawn.
+        InputError: A metrics file does not exist, is not a metrics file, or has none of the metrics that are drawn.
     """
     files = csv_path if isinstance(csv_path, Mapping) else {"": csv_path}
     figure = figure_of({name: _drawable(path) for name, path in files.items()})
@@ -60,7 +60,7 @@ def draw_curves(csv_path: Path | Mapping[str, Path], png_path: Path) -> None:
 
 
 def figure_of(runs: Mapping[str, Metrics]) -> Figure:
-    """Draw a run, or several over each other, each under its name."""
+    """Draw one run, or several runs by name in the same panels."""
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         if len(runs) == 1:
@@ -76,7 +76,7 @@ def figure_of(runs: Mapping[str, Metrics]) -> Figure:
 
 
 def draw_panel(axes: Axes, panel: Panel, metrics: Metrics) -> None:
-    """Draw a panel of one run: its lines differ by colour, and the legend tells what they are."""
+    """Draw a panel of one run: its lines differ by colour, and the legend names them."""
     for (name, label), color in zip(panel.lines.items(), COLORS, strict=False):
         if raw := metrics.get(name):
             axes.plot(raw.steps, raw.values, color=color, alpha=0.15, linewidth=0.8)
@@ -87,7 +87,7 @@ def draw_panel(axes: Axes, panel: Panel, metrics: Metrics) -> None:
 
 
 def run_colors(count: int) -> list[str]:
-    """Choose a colour for each of so many runs, all different."""
+    """Return a different colour for each of `count` runs."""
     if count <= len(COLORS):
         return list(COLORS[:count])
     return [to_hex(colormaps["turbo"](0.05 + 0.9 * number / (count - 1))) for number in range(count)]
@@ -101,7 +101,7 @@ def _drawable(csv_path: Path) -> Metrics:
 
 
 def _overlay(axes: Axes, panel: Panel, runs: Mapping[str, Metrics]) -> None:
-    """Draw a panel of several runs: they differ by colour, what it is of by the line."""
+    """Draw a panel of several runs: colours tell the runs apart, line styles the metrics."""
     for (line, writer), dash in zip(panel.lines.items(), ("-", "--"), strict=False):
         for metrics, color in zip(runs.values(), run_colors(len(runs)), strict=True):
             _draw_line(axes, metrics, line, Style(color, dash, None))
@@ -116,7 +116,7 @@ def _overlay(axes: Axes, panel: Panel, runs: Mapping[str, Metrics]) -> None:
 
 
 def _lacking(panel: Panel, runs: Mapping[str, Metrics]) -> list[str]:
-    """Name the runs without something that others have: the whole panel, or the line that stands in brackets."""
+    """Name the runs that lack what others logged: all of the panel, or the lines in brackets."""
     logged = {name: panel.logged(metrics) for name, metrics in runs.items()}
     texts = []
     for name, lines in logged.items():

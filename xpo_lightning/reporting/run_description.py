@@ -1,4 +1,4 @@
-"""Describes a run before its first step: models, data, and what a step consists of."""
+"""Describes a run before its first step: models, data, length and expected memory."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ from xpo_lightning.reporting.memory.run_plan import count, memory_inputs, reward
 
 
 def models_of(module: XPOLightningModule) -> Iterator[tuple[str, str]]:
-    """Describe the models of a module, which are loaded: a subject and what there is to say of it, each."""
+    """Yield a label and a description for each model of a module, whose models are loaded."""
     weights = sum(weight.numel() for weight in module.trained_parameters())
     total = count(module.policy)
     trained = "all trained" if weights == total else f"{weights:,} trained ({weights / total:.2%})"
@@ -29,11 +29,11 @@ def models_of(module: XPOLightningModule) -> Iterator[tuple[str, str]]:
 
 
 def estimate_text(whole: MemoryEstimate, there: int | None = None) -> str:
-    """Say what a step takes, and what it is made of.
+    """Return a line about a step's memory and its parts.
 
     Args:
         whole: The estimate.
-        there: Bytes that the device has, if they are known.
+        there: Bytes of memory on the device, if known.
     """
     parts = {
         "models": whole.policy + whole.reference + whole.reward + whole.copies,
@@ -48,7 +48,7 @@ def estimate_text(whole: MemoryEstimate, there: int | None = None) -> str:
 
 
 def size_text(size: float) -> str:
-    """Write a number of bytes for people."""
+    """Return a number of bytes in GiB or MiB."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
@@ -57,7 +57,7 @@ def _types(model: nn.Module) -> str:
 
 
 def opening_lines(trainer: Trainer, module: XPOLightningModule) -> dict[str, str]:
-    """Describe a run whose models are loaded and whose loaders are not: models, data, length and expected memory."""
+    """Describe a run whose models are loaded, but not its data loaders: models, data, length and expected memory."""
     lines = dict(models_of(module))
     data = getattr(trainer, "datamodule", None)
     if isinstance(data, PromptDataModule):
@@ -96,7 +96,7 @@ def _length(trainer: Trainer) -> str:
 
 
 def _memory(trainer: Trainer, module: XPOLightningModule, data: PromptDataModule) -> str | None:
-    """Estimate a step's memory; nobody can for unknown architectures, spread weights, and prompts of any length."""
+    """Estimate a step's memory; None for unknown architectures, sharded weights, and prompts of unknown length."""
     prompts = data.prompts.get("training")
     longest = max(prompts.lengths) if isinstance(prompts, PromptDataset) else data.encoding.max_tokens
     if longest is None or is_sharded(module.policy) or not trainer.optimizers:

@@ -1,4 +1,4 @@
-"""The files that a run leaves: their names, and how a run is found by its folder."""
+"""Names the files that a run leaves, and finds a run by its folder."""
 
 import re
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ METRICS, CONFIG, COMPLETIONS, START = "metrics.csv", "config.yaml", "completions
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run that has logged something.
+    """The files of a run that has logged something.
 
     Args:
-        metrics: Its metrics file; the others lie beside it.
+        metrics: The run's metrics file; the other files are in the same folder.
     """
 
     metrics: Path
@@ -26,23 +26,23 @@ class RunFiles:
 
     @property
     def name(self) -> str:
-        """What to call the run: the last two parts of its folder, since the last is often a version alone."""
+        """Name of the run: the last two parts of its folder, since the last one is often only a version."""
         return "/".join(part for part in self.folder.resolve().parts[-2:] if part != "/")
 
     def text(self, file: str) -> str | None:
-        """Read a file of the run as text; None where there is none."""
+        """Return a file of the run as text; None if it does not exist."""
         path = self.folder / file
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 def find_run(run: str) -> RunFiles:
-    """Find the run that is meant on the command line.
+    """Find the run that an argument of the command line names.
 
     Args:
-        run: A run's folder, the folder of its versions (the newest is meant), or its metrics file.
+        run: A run's folder, the folder of its versions (the newest is taken), or its metrics file.
 
     Raises:
-        InputError: There is no run.
+        InputError: There is no such run.
     """
     path = Path(run)
     if path.is_file():
@@ -68,10 +68,10 @@ def find_run(run: str) -> RunFiles:
 
 
 def find_runs(runs: list[str]) -> dict[str, RunFiles]:
-    """Find several runs, and give each the shortest name that tells it from the others.
+    """Find several runs, and give each the shortest name that distinguishes it from the others.
 
     Raises:
-        InputError: There is no such run, or one is given twice.
+        InputError: A run does not exist, or is given twice.
     """
     found = [find_run(run) for run in runs]
     places = [files.metrics.resolve() for files in found]
@@ -82,7 +82,7 @@ def find_runs(runs: list[str]) -> dict[str, RunFiles]:
 
 
 def _short_names(places: list[Path]) -> list[str]:
-    """Leave out what the paths have in common at the beginning and at the end, but of none the whole."""
+    """Strip the common beginning and end of the paths, but leave at least one part of each."""
     if len(places) == 1:
         return [RunFiles(places[0]).name]
     same_file = len({place.name for place in places}) == 1

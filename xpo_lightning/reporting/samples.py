@@ -1,4 +1,4 @@
-"""What a policy wrote for the same prompts before and after: from `completions.jsonl` to samples side by side."""
+"""Puts a policy's completions before and after training side by side, from `completions.jsonl`."""
 
 import json
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ _KINDS: list[tuple[str, Any]] = [
     *(("policy", str), ("reference", str), ("policy_score", float), ("reference_score", float), ("label", float)),
     *(("policy_ended", bool), ("reference_ended", bool)),
 ]
-"""What each column of `completions.jsonl` holds, beside `step` and `prompt`."""
+"""Type of each column of `completions.jsonl` besides `step` and `prompt`."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A completion.
+    """A completion with its score and verdict.
 
     Args:
-        writer: Who wrote it, and when.
-        text: What.
-        score: What the reward said of it.
-        verdict: How it did against the reference's: `won`, `lost`, `tie`, or the probability that it is better;
-            nothing for the reference's own.
+        writer: The model that wrote it, and at which step.
+        text: The completion's text.
+        score: Its score by the reward.
+        verdict: Its result against the reference's: `won`, `lost`, `tie`, or the probability that it is better; empty
+            for the reference's own.
         ended: Whether it ended by itself.
     """
 
@@ -36,11 +36,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and what was written for it.
+    """A prompt and its completions.
 
     Args:
         prompt: Messages as role and text; a plain prompt is one message without a role.
-        written: The policy's completions, the first one first, and the reference's.
+        written: The policy's completions in order of steps, then the reference's.
     """
 
     prompt: list[tuple[str, str]]
@@ -48,15 +48,15 @@ class Sample:
 
 
 def samples_of(lines: str) -> list[Sample]:
-    """Put what was written at the first validation and at the last one beside each other.
+    """Collect the completions of the first and the last validation for each prompt.
 
-    A prompt that is missing in one of them, since another number of rows was shown then, has only the other.
+    A prompt that one of them lacks, because the number of shown rows was changed, has only those of the other.
 
     Args:
         lines: The content of `completions.jsonl`.
 
     Raises:
-        InputError: A line is not one of `CompletionsTable`.
+        InputError: A line was not written by `CompletionsTable`.
     """
     validations = _validations(lines)
     if not validations:
@@ -70,7 +70,7 @@ def samples_of(lines: str) -> list[Sample]:
 
 
 def _validations(lines: str) -> dict[int, dict[tuple[str, int], Row]]:
-    """Group rows by step, then by prompt and its number among equal ones; of what was redone, the last counts."""
+    """Group rows by step, then by prompt and its number among equal prompts; a repeated step replaces earlier rows."""
     validations: dict[int, dict[tuple[str, int], Row]] = {}
     step_before = -1
     for number, line in enumerate(lines.split("\n"), 1):
@@ -87,7 +87,7 @@ def _validations(lines: str) -> dict[int, dict[tuple[str, int], Row]]:
 
 
 def _row(line: str, number: int) -> Row | None:
-    """Read a line; the last one may be broken off, when a process was killed while it wrote."""
+    """Read a line; return None for an incomplete one, which a process killed while writing may leave."""
     try:
         row: Row = json.loads(line)
         return {"step": int(row["step"]), "prompt": row["prompt"], **{name: kind(row[name]) for name, kind in _KINDS}}
@@ -101,7 +101,7 @@ def _written(rows: dict[int, Row]) -> list[Completion]:
     several = len(rows) > 1
     policy = [_completion(row, "policy", f"Policy, step {step}") for step, row in rows.items()]
     texts = {row["reference"] for row in rows.values()}
-    if several and len(texts) == 1:  # Validation draws the same random numbers each time, so this is the rule.
+    if several and len(texts) == 1:  # The usual case: every validation draws the same random numbers.
         return [*policy, _completion([*rows.values()][-1], "reference", "Reference, both times")]
     return [*policy, *(_completion(row, "reference", f"Reference, step {step}") for step, row in rows.items())]
 

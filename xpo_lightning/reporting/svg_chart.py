@@ -1,4 +1,4 @@
-"""Learning curves as vector graphics: where each line, mark and label of a panel goes."""
+"""Draws learning curves as SVG: computes the positions of each panel's lines, marks and labels."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -22,11 +22,11 @@ class Line:
     Args:
         kind: `raw`, `training` or `held-out`.
         color: Number of its colour.
-        name: What it is called; nothing for raw values, which go with the smoothed ones.
+        name: Its label; empty for raw values, which share that of the smoothed ones.
         series: Its values, thinned out if there are many.
-        path: The line, as SVG writes it.
-        marks: Where dots go.
-        band: The outline of one standard error either way.
+        path: The line as an SVG path.
+        marks: Positions of dots.
+        band: Outline of one standard error either way, as an SVG path.
     """
 
     kind: str
@@ -40,16 +40,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A panel, drawn.
+    """A drawn panel.
 
     Args:
         title: What is plotted.
         lines: The lines.
-        steps: Labels of the horizontal axis and where they go.
-        values: Labels of the vertical axis and where they go.
-        level: Where a dashed line marks no difference.
+        steps: Positions and labels of the horizontal axis.
+        values: Positions and labels of the vertical axis.
+        level: Height of the dashed line that marks no difference; None for no such line.
         summary: The chart in words.
-        data: What the script needs to show values under the pointer.
+        data: Data with which the script shows values under the pointer.
     """
 
     title: str
@@ -62,7 +62,7 @@ class Chart:
 
 
 def chart_of(panel: Panel, metrics: Metrics) -> Chart | None:
-    """Draw a panel of a run; None where it has logged nothing of it, or nothing finite."""
+    """Draw a panel of a run; return None if the run logged no finite value of its metrics."""
     series = dict(_series(panel, metrics))
     shown = [value for one in series.values() for value in one.values if math.isfinite(value)]
     if not shown:
@@ -121,7 +121,7 @@ def _band(series: Series, errors: Series, across: Span, up: Span) -> str:
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
-    """Write a line as an SVG path, which breaks where a value is not finite."""
+    """Return a line as an SVG path, with a gap at each value that is not finite."""
     parts, pen_down = [], False
     for x, y in points:
         if math.isfinite(y):
@@ -131,7 +131,7 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _span(values: Sequence[float], level: float | None) -> Span:
-    """Choose an axis: all values and the level, with some air above and below where there is a level to see."""
+    """Return the range of an axis: all values and the level, with a margin of 5 % unless all values are integers."""
     shown = [*values, *([] if level is None else [level])]
     low, high = min(shown), max(shown)
     air = 0.0 if all(isinstance(value, int) for value in values) else 0.05 * (high - low)
@@ -148,14 +148,14 @@ def _across(step: float, span: Span) -> float:
 
 
 def _up(value: float, span: Span) -> float:
-    """Return the height of a value, cut at the edges of the chart."""
+    """Return the vertical position of a value, clipped just outside the chart's edges; NaN if it is not finite."""
     if not math.isfinite(value):
         return math.nan
     return min(max(BOTTOM - (BOTTOM - TOP) * (value - span[0]) / (span[1] - span[0]), TOP - 8), BOTTOM + 8)
 
 
 def _plain(series: Series) -> list[float | None]:
-    """Write numbers as JSON can hold them."""
+    """Return the values as JSON can hold them: five digits, and None for those that are not finite."""
     return [float(f"{value:.5g}") if math.isfinite(value) else None for value in series.values]
 
 

@@ -1,4 +1,4 @@
-"""From prompts to labelled pairs: both sides write, the reward or judge speaks, and two completions become the pair."""
+"""Turns prompts into labelled pairs: generates completions, scores them, chooses two of each prompt and labels them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,25 +25,25 @@ from xpo_lightning.rollout.samplers import ReferenceSampler, Sampler
 from xpo_lightning.training.persistent_state import PersistentState
 
 Written = tuple[Pair[list[Completions]], Pair[Tensor]]
-"""K completions of B prompts a side, and the reference's log-probabilities of them (K, B) a side."""
+"""For each side, K completions of B prompts, and the reference's log-probabilities of them, (K, B)."""
 
 COMPARED = 8
-"""Completions of the policy in a batch that an engine's log-probabilities are compared for."""
+"""Most of the policy's completions per batch for which the engine's log-probabilities are compared with ours."""
 
 
 @dataclass
 class Collector:
-    """Collects the pairs of a batch of prompts.
+    """Collects one labelled pair for each prompt of a batch.
 
     Args:
-        rollout: Samples completions.
-        memory: The reference; the sampler, which writes the second completion while the policy trains; and what the
-            reference wrote in earlier epochs.
-        candidates: How many completions a side writes then, and which become the pair.
-        scorer: Says which completion is better.
-        label_rule: Turns that into labels.
+        rollout: Samples completions with the models of this process.
+        memory: Holds the reference, the sampler, which writes the second completion in training, and the cache of the
+            reference's completions.
+        candidates: How many completions each side writes in training, and which become the pair.
+        scorer: Scores completions with the reward or judge.
+        label_rule: Turns the scores into labels.
         timer: Times the phases.
-        engine: Writes the policy's and the reference's completions in place of `rollout`, where there is one.
+        engine: Generates the policy's and the reference's completions in place of `rollout`, if it is not None.
     """
 
     rollout: LocalRollout
@@ -56,14 +56,14 @@ class Collector:
 
     @torch.no_grad()
     def collect(self, policy: nn.Module, prompts: Prompts, rng: RolloutRNG, *, training: bool = False) -> Experience:
-        """Sample completions of each prompt, and label a pair of them.
+        """Sample completions of each prompt, and label one pair of them.
 
         Args:
             policy: The policy, on the device of the prompts.
             prompts: B prompts.
-            rng: Source of the samples' randomness, and of the labels'.
-            training: Whether the policy trains on the pairs. Otherwise each is one completion by the policy and one by
-                the first reference, not one from the cache, and labels have no randomness.
+            rng: Source of randomness for samples and labels.
+            training: Whether the policy trains on the pairs. If not, each pair is one completion by the policy and one
+                by the initial reference, which is not taken from the cache, and labels are not random.
 
         Returns:
             B labelled pairs.
@@ -73,7 +73,7 @@ class Collector:
         cache = self.memory.cache if training else None
         kept = [None] * len(prompts) if cache is None else cache.get(prompts)
         lend = partial(self.memory.reference.lent, first=not training)
-        # The sampler goes first, so that the same noise gives the same samples of it, whatever the policy writes.
+        # The sampler's numbers are drawn first: the same RNG gives it the same samples, whatever the policy writes.
         of_sampler, of_policy = (
             [self.rollout.uniforms(prompts, rng) for _ in range(candidates.count)] for _ in range(2)
         )
@@ -118,21 +118,21 @@ class Collector:
         )
 
     def open_cache(self, where: str | None, reference: dict[str, Any], trainer: Trainer) -> None:
-        """Open the cache of what this reference writes with this sampling, scored by this reward.
+        """Open the cache of the reference's completions and their scores.
 
         Args:
-            where: "memory", or a folder; None is no cache.
+            where: "memory", or a folder; None for no cache.
             reference: The identity of the reference.
-            trainer: Knows the precision, and the number of the process.
+            trainer: Gives the precision and the rank of this process.
 
         Raises:
-            InputError: The folder cannot be used, or holds what was made otherwise.
+            InputError: The folder cannot be used, or was filled with another reference, sampling, reward or precision.
         """
         if where is None:
             self.memory.cache = None
             return
         sampling = {**asdict(self.rollout.sampling), "eos_token_ids": sorted(self.rollout.eos_token_ids)}
-        # Earlier versions kept texts, and scores of them, that were decoded without their prompts.
+        # Tells these caches from those of earlier versions, which decoded (and so scored) texts without their prompts.
         sampling["texts"] = "decoded behind their prompts"
         model = {"policy": reference, "sampling": sampling, "reward": self.scorer.feedback.identity()}
         made_by = {"model": model, "trainer": {"precision": str(trainer.precision)}}
@@ -144,10 +144,10 @@ class Collector:
 
 
 def check_rollout(experience: Experience) -> Experience:
-    """Refuse pairs with scores or log-probabilities that are not finite; give them back otherwise.
+    """Return the pairs if all of their scores and log-probabilities are finite; refuse them otherwise.
 
     Raises:
-        NonFiniteError: Some are not finite.
+        NonFiniteError: A score or log-probability is not finite.
     """
     scores, completions = experience.scores, experience.completions
     values = [
@@ -162,7 +162,7 @@ def check_rollout(experience: Experience) -> Experience:
 
 
 def _written(context: RolloutContext, sampler: Sampler, uniforms: Pair[list[Tensor]]) -> Written:
-    """Let both sides write, and the reference score what it has not written itself."""
+    """Generate both sides' completions, and score with the reference those that it did not sample itself."""
     by_sampler = sampler.write(context, uniforms.by_sampler)
     completions = Pair(context.generate_with_policy(uniforms.by_policy), by_sampler)
     if sampler.is_reference:
@@ -175,7 +175,7 @@ def _written(context: RolloutContext, sampler: Sampler, uniforms: Pair[list[Tens
 def _by_engine(
     engine: RolloutEngine, context: RolloutContext, sampler: Sampler, uniforms: Pair[list[Tensor]]
 ) -> Pair[list[Completions]]:
-    """Let an engine write for all prompts on a context, what it can write of the sampler's side in the same breath."""
+    """Generate completions for all prompts of a context; one call serves both sides, if the engine has the sampler."""
     asked = [GenerationRequest("policy", uniforms.by_policy)]
     if sampler.is_policy or sampler.is_reference:
         asked.append(GenerationRequest("policy" if sampler.is_policy else "reference", uniforms.by_sampler))
@@ -191,13 +191,13 @@ def _scored(
     completions: Pair[list[Completions]],
     groups: Sequence[list[int]],
 ) -> Pair[Tensor]:
-    """Let the reference score what an engine wrote, (K, B) a side, and see that it was the right models that wrote."""
+    """Score an engine's completions with the reference, (K, B) per side, and check that it used the right weights."""
     both = [*completions.by_policy, *completions.by_sampler]
     parts = [torch.stack(open_context(rows).reference_logps([some.select(rows) for some in both])) for rows in groups]
     logps = Pair(*torch.cat(parts, 1)[:, order_of(groups)].chunk(2))
     if sampler.is_reference:
         engine.compare("reference", completions.by_sampler, logps.by_sampler)
-    # Scoring all of them would cost a pass that nothing else needs.
+    # Only this check needs the policy's log-probabilities, so a few completions are enough.
     rows = groups[0][:COMPARED]
     some = [candidate.select(rows) for candidate in completions.by_policy[:1]]
     engine.compare("policy", some, torch.stack(open_context(rows).policy_logps(some)))
@@ -205,7 +205,7 @@ def _scored(
 
 
 def _together(parts: Sequence[Written], groups: Sequence[Sequence[int]]) -> Written:
-    """Put what was written for groups of prompts into the order of the prompts."""
+    """Join the completions and log-probabilities of groups of prompts, in the order of the prompts."""
     order = order_of(groups)
 
     def completions(sides: list[list[Completions]]) -> list[Completions]:

@@ -1,4 +1,4 @@
-"""Refuses options of the trainer and of the module that do not go together, before anything is loaded."""
+"""Refuses unsupported combinations of options of the trainer and the module, before anything is loaded."""
 
 import warnings
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from xpo_lightning.training.replay_buffer.buffer import BufferOptions
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Refuse what would touch more than the policy, and silence what Lightning cannot know to be meant.
+    """Refuse unsupported trainer options, and silence Lightning's warnings about what the module does on purpose.
 
     Raises:
         InputError: `trainer.precision` would convert the reward's weights as well, or a checkpoint callback has an
@@ -41,7 +41,7 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 class Options(Protocol):
-    """What is looked at; `XPOLightningModule` has it."""
+    """The options that are checked; `XPOLightningModule` has them."""
 
     reward: Feedback
     sampler: Sampler
@@ -56,10 +56,10 @@ class Options(Protocol):
 
 
 def refuse_combinations(options: Options) -> None:
-    """Refuse options of which one would make the other wrong, or without effect.
+    """Refuse pairs of options where one would make the other wrong or ineffective.
 
     Raises:
-        InputError: There are such; the message names both.
+        InputError: Two options exclude each other; the message names both.
     """
     judged, several = isinstance(options.reward, Judge), options.candidates.count > 1
     cached, refreshed = options.reference_cache is not None, options.reference_refresh is not None
@@ -139,10 +139,10 @@ def refuse_combinations(options: Options) -> None:
 
 
 def refuse_sharding(options: Options) -> None:
-    """Refuse options that need all of a policy's weights while they are spread over processes.
+    """Refuse options that need an unsharded policy, in a run that shards it.
 
     Raises:
-        InputError: There is one; the message names it.
+        InputError: Such an option is set; the message names it.
     """
     refused = {
         "model.sampler=PreviousPolicySampler": isinstance(options.sampler, PreviousPolicySampler),
@@ -159,13 +159,13 @@ def refuse_sharding(options: Options) -> None:
 
 
 def refuse_own_steps(options: Any) -> None:
-    """Refuse options that act through the module's own steps, where another module takes the steps.
+    """Refuse options that only `XPOLightningModule`'s own steps implement, if another module takes the steps.
 
     Args:
         options: An `XPOLightningModule`.
 
     Raises:
-        InputError: There is one; the message names it.
+        InputError: Such an option is set; the message names it.
     """
     inert = {
         "model.buffer": options.buffer_options is not None,

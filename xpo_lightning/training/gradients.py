@@ -1,4 +1,4 @@
-"""The gradient of an optimizer step, added up micro-batch by micro-batch."""
+"""Accumulates the gradient of an optimizer step over its micro-batches."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ CONSEQUENCE = "no step was taken on them, and no weight was changed"
 
 
 class Trained(Protocol):
-    """What `add_gradients` needs of a module; `XPOLightningModule` has it."""
+    """Interface that `add_gradients` needs of a module; `XPOLightningModule` has it."""
 
     objective: Objective
     optimization: Optimization
@@ -33,7 +33,7 @@ class Trained(Protocol):
 
     @property
     def trainer(self) -> Trainer:
-        """The trainer, which knows the processes."""
+        """The trainer, which knows the strategy and the world size."""
 
     def manual_backward(self, loss: Tensor) -> None:
         """Run the backward pass."""
@@ -44,21 +44,21 @@ class Trained(Protocol):
 
 @dataclass(frozen=True)
 class Summands:
-    """What was added up in this process.
+    """Metrics and prompts of the pairs that this rank added to the gradient.
 
     Args:
         numbers: The metrics of each micro-batch.
-        prompts: The prompts, in the same order.
+        prompts: The prompts of the micro-batches, in the same order.
     """
 
     numbers: list[dict[str, Tensor]] = field(default_factory=list)
     prompts: list[RawPrompt] = field(default_factory=list)
 
     def check(self, norm: Tensor) -> Tensor:
-        """Refuse losses or a gradient that are not finite; give its norm back otherwise.
+        """Return the gradient's norm if it and the losses are finite; refuse them otherwise.
 
         Raises:
-            NonFiniteError: Some are not; the message shows their prompts.
+            NonFiniteError: A loss or the norm is not finite; the message shows the prompts.
         """
         losses = torch.cat([measured["loss/total"] for measured in self.numbers])
         check_finite([("the loss", losses)], self.prompts, CONSEQUENCE)
@@ -73,30 +73,30 @@ class Summands:
 def add_gradients(
     module: Trained, pairs: Pairs, micro_batches: list[list[int]], weights: dict[str, float], stop: Stop | None
 ) -> Summands:
-    """Add up the gradient of the mean objective of some pairs, over micro-batches and processes.
+    """Accumulate the gradient of the mean objective of some pairs, over micro-batches and ranks (collective).
 
-    Processes wait for each other inside, so it must not be given to the guard. The result is to be checked once the
-    gradient is clipped, for which they wait for each other too.
+    Ranks wait for each other inside, so it must not run under the guard. Check the result after `clip_gradient`, which
+    is a collective too.
 
     Args:
-        module: What is trained.
-        pairs: Where the pairs are.
-        micro_batches: Their rows, as many at once as fit.
+        module: The module that is trained.
+        pairs: Source of the pairs.
+        micro_batches: The rows of each micro-batch.
         weights: Alpha and beta.
-        stop: Looked at between micro-batches, unless it is None.
+        stop: Checked between micro-batches if the run has one process; None for no check.
 
     Returns:
-        What was added up here.
+        Metrics and prompts of this rank's pairs.
 
     Raises:
-        StopAsked: The run is asked to stop.
+        StopAsked: The run has been asked to stop.
     """
     timer, trainer = module.timer, module.trainer
     count, most = sum(map(len, micro_batches)), len(micro_batches)
-    if is_sharded(module.policy):  # Each pass gathers weights, so all processes must take as many.
+    if is_sharded(module.policy):  # Each pass gathers weights, so all ranks must run equally many.
         most = max(all_gather(most))
     added = Summands()
-    # A process alone must not break off between gradients that all processes add up.
+    # With several ranks, one must not stop by itself: the others would wait for its gradient.
     alone = trainer.world_size == 1
     for place in range(most):
         if stop is not None and alone:
@@ -106,7 +106,7 @@ def add_gradients(
         device = experience.labels.device
         with for_any_shape(device), timer("policy_forward", device):
             losses, measured = module.objective.evaluate(module.policy, experience, **weights)
-        # Layers may be computed again in here.
+        # The backward pass may recompute layers, so it runs under `for_any_shape` too.
         together = _together(module.policy, trainer, place == most - 1)
         with for_any_shape(device), timer("backward", device), together:
             module.manual_backward(losses.sum() / count * counts)
@@ -117,10 +117,10 @@ def add_gradients(
 
 
 def clip_gradient(module: Trained) -> Tensor:
-    """Scale the gradient down to the largest norm that is allowed; all processes must call it.
+    """Clip the gradient to `max_grad_norm` (collective).
 
     Returns:
-        The norm before that, the same on all processes.
+        The norm before clipping, the same on all ranks.
     """
     trained = module.trained_parameters()
     with module.timer("optimizer", trained[0].device):
@@ -128,7 +128,7 @@ def clip_gradient(module: Trained) -> Tensor:
 
 
 def _together(policy: nn.Module, trainer: Trainer, is_last: bool) -> AbstractContextManager[Any]:
-    """Let processes add up their gradients with the last micro-batch only: they may differ in how many they have."""
+    """Synchronise gradients on the last micro-batch only; ranks may have different micro-batch counts."""
     if is_sharded(policy):
         return gradients_together(policy, is_last=is_last)
     strategy = trainer.strategy

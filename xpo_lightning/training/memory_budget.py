@@ -1,9 +1,9 @@
-"""How many tokens a GPU can take forward and backward together, measured in the first step."""
+"""Measures, in the first step, how many tokens of a micro-batch fit on a GPU."""
 
 import torch
 
 COUNTING = {"cuda"}
-"""Kinds of devices that count their memory."""
+"""Types of devices that report how much memory is allocated on them."""
 SHARE = 0.5
 """Share of the free memory that a micro-batch may take."""
 MOST = 2**15
@@ -11,15 +11,15 @@ MOST = 2**15
 
 
 def counts_memory(device: torch.device) -> bool:
-    """Tell whether a device counts what is allocated on it."""
+    """Tell whether a device reports how much memory is allocated on it."""
     return device.type in COUNTING
 
 
 class MemoryBudget:
-    """Measures what a step's micro-batches take, and what is left beside them.
+    """Measures the memory that a step's micro-batches take, to find how large they may become.
 
     Args:
-        device: Where the models are; its memory must be counted.
+        device: The models' device, one of which `counts_memory` is true.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,18 +27,18 @@ class MemoryBudget:
         torch.cuda.reset_peak_memory_stats(device)
 
     def after_gradients(self) -> None:
-        """Note what the micro-batches took beyond the gradient, which stays."""
+        """Record the peak memory of the micro-batches beyond what stays allocated, such as the gradient."""
         stays = torch.cuda.memory_allocated(self.device)
         self._taken = torch.cuda.max_memory_allocated(self.device) - stays
 
     def tokens(self, tokens: int) -> int:
-        """Return how many tokens a micro-batch may have from now on; to be asked when the optimizer has its state.
+        """Return how many tokens a micro-batch may have from now on; call it once the optimizer has its state.
 
         Args:
-            tokens: Those of the largest micro-batch of this step.
+            tokens: Tokens of the largest micro-batch of this step.
 
         Returns:
-            A power of two, so that a run and one like it find the same; as many as in this step at least.
+            A power of two, so that similar runs get the same number, or `tokens` if that is more.
         """
         free, _ = torch.cuda.mem_get_info(self.device)
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)

@@ -1,4 +1,4 @@
-"""What is measured of a batch of pairs, and how batches and processes are averaged."""
+"""Computes the metrics of pairs, and averages them over batches and ranks."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ WITH_ERRORS = ("win_rate", "objective/kl")
 
 
 def rollout_metrics(experience: Experience, beta: float) -> dict[str, Tensor]:
-    """Measure what was sampled; `docs/metrics.md` gives each formula.
+    """Compute the metrics of newly sampled pairs; `docs/metrics.md` gives each formula.
 
     A tie is half a win.
 
@@ -20,7 +20,7 @@ def rollout_metrics(experience: Experience, beta: float) -> dict[str, Tensor]:
         beta: Strength of the KL constraint.
 
     Returns:
-        One number a pair for each metric. (B,) each
+        Each metric, one number per pair (B,).
     """
     scores, reference_logps = experience.scores, experience.reference_logps
     policy, sampler = experience.completions.by_policy, experience.completions.by_sampler
@@ -48,18 +48,18 @@ def rollout_metrics(experience: Experience, beta: float) -> dict[str, Tensor]:
 
 
 def update_metrics(experience: Experience, loss: XPOLoss, policy_logps: Pair[Tensor], beta: float) -> dict[str, Tensor]:
-    """Measure the pairs of an update; `docs/metrics.md` gives each formula.
+    """Compute the metrics of the pairs of an update; `docs/metrics.md` gives each formula.
 
-    For a label between 0 and 1, `chosen` and `rejected` are means of both completions, weighted by it.
+    For a label between 0 and 1, `chosen` and `rejected` are means of both completions, weighted by the label.
 
     Args:
         experience: B labelled pairs.
         loss: Their losses.
-        policy_logps: The policy's log-probability of each completion, summed over tokens, in nats. (B,) a side
+        policy_logps: The policy's log-probability of each completion, summed over tokens, in nats. (B,) per side
         beta: Strength of the KL constraint.
 
     Returns:
-        One number a pair for each metric. (B,) each
+        Each metric, one number per pair (B,).
     """
     labels = experience.labels
     chosen_rewards = beta * _mix(loss.log_ratios, labels)
@@ -81,7 +81,7 @@ def update_metrics(experience: Experience, loss: XPOLoss, policy_logps: Pair[Ten
 
 
 class PairAverages(Metric):
-    """Means over pairs of numbers that are measured of each, over batches and processes.
+    """Averages metrics over the pairs of all batches and ranks.
 
     Sums are kept in float64, so that the order of batches hardly matters.
     """
@@ -100,7 +100,7 @@ class PairAverages(Metric):
         self.set_dtype(torch.float64)
 
     def update(self, values: dict[str, Tensor]) -> None:
-        """Add a batch: one number a pair for each metric, the same metrics each time, of shape (B,) each."""
+        """Add a batch: each metric's numbers per pair (B,); all batches must have the same metrics."""
         self.names = list(values)
         stacked = torch.stack(list(values.values())).to(self.count.device, torch.float64)  # (metrics, B)
         if not len(self.sums):
@@ -121,5 +121,5 @@ class PairAverages(Metric):
 
 
 def _mix(pair: Pair[Tensor], labels: Tensor) -> Tensor:
-    """Take the policy's side where the label is 1, the reference's where it is 0, and the mean of both for a tie."""
+    """Return the mean of both sides weighted by the label: the policy's side at 1, the sampler's side at 0."""
     return labels * pair.by_policy + (1 - labels) * pair.by_sampler

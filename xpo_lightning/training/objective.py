@@ -1,4 +1,4 @@
-"""The XPO objective of labelled pairs under a policy, with weights that may change as a run goes on."""
+"""Evaluates the XPO objective of labelled pairs; alpha and beta may follow schedules."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from xpo_lightning.training.metrics import update_metrics
 
 @dataclass(frozen=True)
 class ObjectiveTerms:
-    """What the objective is made of besides alpha and beta; the fields are `XPOLightningModule`'s options.
+    """Options of the objective besides alpha and beta; the fields are `XPOLightningModule`'s options.
 
     Raises:
         InputError: A value is out of range.
@@ -48,10 +48,10 @@ class Objective:
         self.terms = terms
 
     def weights(self, progress: Progress) -> dict[str, float]:
-        """Return alpha and beta at some point of a run.
+        """Return alpha (times beta, if `alpha_in_beta`) and beta at this point of the run.
 
         Raises:
-            InputError: The schedule of beta gives what is not above 0.
+            InputError: The schedule of beta gives a value that is not above 0.
         """
         alpha, beta = self.alpha(progress), self.beta(progress)
         if beta <= 0:
@@ -61,7 +61,7 @@ class Objective:
     def evaluate(
         self, policy: nn.Module, experience: Experience, *, alpha: float, beta: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Evaluate.
+        """Compute the objective and the metrics of each pair.
 
         Args:
             policy: The policy.
@@ -70,7 +70,7 @@ class Objective:
             beta: Strength of the KL constraint.
 
         Returns:
-            The objective of each pair, with gradient where enabled (B,), and each metric, without (B,) each.
+            The objective of each pair (B,), with gradient if enabled, and each metric (B,), without gradient.
         """
         terms, entropies = self.terms, None
         if terms.entropy_bonus:

@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate over steps, and the length of a run."""
+"""Builds the optimizer and its learning-rate schedule, and counts the optimizer steps of a run."""
 
 import json
 import math
@@ -26,7 +26,7 @@ DEFAULT_LEARNING_RATE = 5e-7
 
 @dataclass
 class Optimization:
-    """How weights are updated; the fields are `XPOLightningModule`'s options of the same names.
+    """Builds the optimizer and its schedule; the fields are `XPOLightningModule`'s options of the same names.
 
     Raises:
         InputError: A value is out of range, or two options exclude each other.
@@ -58,14 +58,14 @@ class Optimization:
     def build(self, trained: list[nn.Parameter]) -> tuple[Optimizer, LRScheduler]:
         """Build the optimizer and its schedule.
 
-        The default is AdamW without weight decay, which would confound exploration: it pulls towards the uniform
-        policy.
+        The default is AdamW without weight decay: decay pulls towards the uniform policy, which would confound
+        exploration.
 
         Args:
             trained: The weights to train.
 
         Raises:
-            InputError: The scheduler needs a metric.
+            InputError: The optimizer or the scheduler is not supported, or refuses its arguments.
         """
         rate = DEFAULT_LEARNING_RATE if self.learning_rate is None else self.learning_rate
         with _naming("model.optimizer"):
@@ -82,10 +82,11 @@ class Optimization:
         return optimizer, scheduler
 
     def identity(self, trained: list[nn.Parameter]) -> dict[str, Any]:
-        """Tell what must be the same when a run is resumed, because the saved state has no meaning without it.
+        """Return the settings that must not change when a run is resumed, because the saved state depends on them.
 
-        A scheduler other than the built-in one keeps its settings, and those of the optimizer that it changes, in its
-        state, where they would win over the configuration; so all of them are in it.
+        A scheduler of `model.lr_scheduler` saves its own settings, and the optimizer's settings that it changes, in
+        its state, and loading that state overrides the configuration; so with such a scheduler all settings are
+        returned.
         """
         optimizer, scheduler = self.build(trained)
         own = isinstance(scheduler, WarmupThenDecay)
@@ -98,9 +99,9 @@ class Optimization:
         return {"model": json.loads(as_json(named))}
 
     def take_settings(self, optimizer: Optimizer, scheduler: LRScheduler) -> None:
-        """Give an optimizer whose state was loaded the settings of the configuration: it has those of the checkpoint.
+        """Set an optimizer's settings to the configured ones, which loading its state replaced by the checkpoint's.
 
-        The learning rate is left to the scheduler.
+        The scheduler sets the learning rate. With a scheduler of `model.lr_scheduler`, the checkpoint's settings stay.
         """
         if not isinstance(scheduler, WarmupThenDecay):
             return
@@ -109,12 +110,12 @@ class Optimization:
             group.update(_settings(configured))
 
     def clip(self, trained: list[nn.Parameter]) -> Tensor:
-        """Scale gradients down to `max_grad_norm` and return their norm before that."""
+        """Clip the gradient to `max_grad_norm` and return its norm before clipping."""
         return full_tensor(clip_grad_norm_(trained, math.inf if self.max_grad_norm is None else self.max_grad_norm))
 
 
 def _settings(group: dict[str, Any], flags_only: bool = False) -> dict[str, Any]:
-    """Return the settings of a group of weights, its learning rate left out."""
+    """Return a parameter group's settings except its learning rate; with `flags_only`, the booleans among them."""
     left_out = {"params", "lr"}
     return {
         name: value
@@ -132,13 +133,13 @@ def _naming(key: str) -> Iterator[None]:
 
 
 class WarmupThenDecay(LambdaLR):
-    """The learning rate of `learning_rate_factor`, for a run whose length is known only once it starts.
+    """Applies `learning_rate_factor` in a run whose length is known only once it starts.
 
-    Asking the trainer for its length while optimizers are configured would set up the data loaders too early for a
-    resume, so the length is given by `begin`, before the first step.
+    `begin` sets the length before the first step: asking the trainer for it while optimizers are configured would set
+    up the data loaders too early for a resume.
 
     Args:
-        optimizer: Its groups' learning rates are the peak.
+        optimizer: The optimizer; the learning rates of its parameter groups are the peak.
         shape: How the rate falls after the warm-up.
         warmup_ratio: Warm-up as a share of the run.
         warmup_steps: Warm-up in optimizer steps, in place of a share.
@@ -152,22 +153,22 @@ class WarmupThenDecay(LambdaLR):
         super().__init__(optimizer, self.factor)
 
     def factor(self, step: int) -> float:
-        """Return the share of the peak learning rate that this step takes."""
+        """Return the factor of the peak learning rate at this step."""
         return learning_rate_factor(step, self.shape, self.warmup_ratio, self.warmup_steps, self.total_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of steps taken, and nothing that the configuration says: a resumed run may change that."""
+        """Return the number of steps taken, without the schedule's options: a resumed run may change them."""
         return {"last_epoch": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the number of steps taken."""
+        """Restore the number of steps taken."""
         self.last_epoch = state_dict["last_epoch"]
 
     def begin(self, total_steps: int | None) -> None:
-        """Set the length of the run, in optimizer steps, and with it the rate of the next step.
+        """Set the length of the run, in optimizer steps, and the learning rate of the next step.
 
         Raises:
-            InputError: The run has no known end, and the rate depends on it.
+            InputError: The learning rate depends on the length of the run, which is not known.
         """
         depends = self.shape != "constant" or (self.warmup_steps is None and self.warmup_ratio > 0)
         if total_steps is None and depends:
@@ -185,11 +186,11 @@ def total_steps(trainer: Trainer, steps_per_batch: int) -> int | None:
     """Count the optimizer steps of a run that has started.
 
     Args:
-        trainer: The trainer, its loaders set up.
+        trainer: The trainer, with its data loaders set up.
         steps_per_batch: Optimizer steps taken for each batch.
 
     Returns:
-        The number of steps, or None where neither the data nor the trainer ends the run.
+        The number of steps, or None if neither the data nor the trainer ends the run.
     """
     lengths = [trainer.max_steps] if trainer.max_steps > 0 else []
     epochs = trainer.max_epochs if trainer.max_epochs is not None else -1

@@ -1,4 +1,4 @@
-"""What a run remembers of the batches that it has finished, beside the weights that it trains."""
+"""The state that a run carries from batch to batch, besides the weights that it trains."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +14,13 @@ from xpo_lightning.training.replay_buffer.buffer import Buffer
 
 @dataclass
 class PersistentState:
-    """Holds all that checkpoints must have of it.
+    """Holds the parts of a run that have state, and saves and restores them for checkpoints.
 
     Args:
-        reference: May have been refreshed.
-        sampler: May know earlier states of the policy.
-        cache: What the reference wrote; None where it is not kept.
-        buffer: Pairs of earlier batches; None where they are not kept.
+        reference: The reference, which may have been refreshed.
+        sampler: The sampler, which may keep earlier versions of the policy.
+        cache: Cache of the reference's completions; None for no cache.
+        buffer: Replay buffer of earlier batches' pairs; None for no buffer.
     """
 
     reference: Reference
@@ -29,12 +29,13 @@ class PersistentState:
     buffer: Buffer | None = None
 
     def after_batch(self, batches: int, policy: nn.Module, *, taken: bool) -> None:
-        """Take note that a batch is finished.
+        """Update each part after a finished batch.
 
         Args:
             batches: Batches that the run has finished.
-            policy: The policy, as it is now.
-            taken: Whether an optimizer step was taken on it; what came of one that was left out is not kept.
+            policy: The policy after this batch.
+            taken: Whether an optimizer step was taken on the batch; the pairs and completions of a skipped one are not
+                kept.
         """
         if self.buffer is not None and taken:
             self.buffer.settle()
@@ -44,14 +45,14 @@ class PersistentState:
         self.reference.after_batch(batches)
 
     def of_process(self) -> dict[str, Any]:
-        """Return what is this process's own: plain values and tensors."""
+        """Return the state that each rank has for itself: plain values and tensors."""
         return {
             "cache": None if self.cache is None else self.cache.state(),
             "buffer": None if self.buffer is None else self.buffer.state(),
         }
 
     def shared(self) -> dict[str, Any]:
-        """Return what is the same in every process, as the weights of earlier policies: plain values and tensors."""
+        """Return the state that all ranks share, such as the weights of earlier policies: plain values and tensors."""
         refreshed = self.reference.refreshed
         return {
             "sampler": self.sampler.state(),
@@ -60,10 +61,10 @@ class PersistentState:
         }
 
     def load(self, own: dict[str, Any], shared: dict[str, Any]) -> None:
-        """Go back to what `of_process` and `shared` returned.
+        """Restore the states that `of_process` and `shared` returned.
 
         Raises:
-            InputError: Something that is needed is not there, or cannot be gone on with.
+            InputError: The checkpoint was made with other options, or lacks something that is needed.
         """
         if self.cache is not None and own["cache"] is not None:
             self.cache.load_state({**own["cache"], **shared.get("cache", {})})

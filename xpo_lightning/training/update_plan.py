@@ -1,4 +1,4 @@
-"""Which pairs go into which optimizer step, and which of those go through the models together."""
+"""Assigns pairs to optimizer steps, and the pairs of a step to micro-batches."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,30 +10,30 @@ from xpo_lightning.core.rng import RolloutRNG
 
 
 class Pairs(Protocol):
-    """Pairs that updates go over: an `Experience`, or what a buffer keeps."""
+    """Source of the pairs of an update: an `Experience`, or a view of the replay buffer."""
 
     @property
     def sizes(self) -> Sequence[tuple[int, int]]:
         """Tokens of each prompt, and of the longer one of its completions."""
 
     def select(self, rows: Sequence[int]) -> Experience:
-        """Return these pairs."""
+        """Return the pairs of these rows."""
 
 
 FEW_PAIRS = 8
-"""Most pairs of a micro-batch where no option limits it and nothing has been measured."""
+"""Most pairs in a micro-batch while neither an option nor a measurement limits it."""
 
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """Which pairs of a batch go into which optimizer step, and which of those into which micro-batch.
+    """Assigns the pairs of an update to optimizer steps and micro-batches.
 
     Args:
-        micro_batch_size: Most pairs in a forward and backward pass; None is no limit.
-        micro_batch_tokens: Most tokens in it, padding included; a pair of more is a micro-batch by itself. None is no
-            limit. Where both are None, see `within`.
-        updates_per_rollout: Steps that share one pass over a batch's pairs.
-        epochs_per_rollout: Passes over a batch's pairs.
+        micro_batch_size: Most pairs in a micro-batch; None for no limit.
+        micro_batch_tokens: Most tokens in a micro-batch, padding included; a longer pair is a micro-batch by itself.
+            None for no limit. If both are None, see `within`.
+        updates_per_rollout: Optimizer steps in each pass over the pairs.
+        epochs_per_rollout: Passes over the pairs.
     """
 
     micro_batch_size: int | None
@@ -48,7 +48,7 @@ class UpdatePlan:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps a batch that has at least as many pairs."""
+        """Optimizer steps per batch, if an update has at least `updates_per_rollout` pairs."""
         return self.updates_per_rollout * self.epochs_per_rollout
 
     @property
@@ -57,18 +57,18 @@ class UpdatePlan:
         return self.micro_batch_size is None and self.micro_batch_tokens is None
 
     def within(self, tokens: int | None) -> "UpdatePlan":
-        """Return the plan with the most tokens that were found to fit; an option goes before that."""
+        """Return the plan with this limit of tokens per micro-batch, unless an option already limits micro-batches."""
         return replace(self, micro_batch_tokens=tokens) if self.is_open else self
 
     def most_pairs(self, prompt: int, completion: int) -> int:
-        """Return how many pairs a micro-batch has at most, at least one, given the longest tokens of either part."""
+        """Return the most pairs of a micro-batch, at least 1, given the tokens of the longest prompt and completion."""
         tokens = tokens_of_pair(prompt, completion)
         pairs = FEW_PAIRS if self.is_open else self.micro_batch_size
         limits = [pairs, None if self.micro_batch_tokens is None else self.micro_batch_tokens // tokens]
         return max(1, min(limit for limit in limits if limit is not None))
 
     def __call__(self, pairs: Pairs, noise: RolloutRNG) -> Iterator[list[list[int]]]:
-        """Yield the micro-batches of each optimizer step; several steps a pass share the pairs out at random."""
+        """Yield the micro-batches of each optimizer step; several steps per pass get the pairs in random order."""
         sizes = pairs.sizes
         for _ in range(self.epochs_per_rollout):
             rows = list(range(len(sizes)))
@@ -110,7 +110,7 @@ def most_tokens(sizes: Sequence[tuple[int, int]], micro_batches: Sequence[Sequen
 
     Args:
         sizes: Tokens of each prompt, and of the longer one of its completions.
-        micro_batches: The pairs of each.
+        micro_batches: The rows of each micro-batch.
     """
 
     def tokens(rows: Sequence[int]) -> int:

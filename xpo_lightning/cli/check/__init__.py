@@ -1,1 +1,1 @@
-"""The parts of `xpo check`: what is looked at, what is measured, and what is said of it."""
+"""The parts of `xpo check`, which tries a run out, measures it and reports what it finds."""

@@ -1,4 +1,4 @@
-"""What a run could do, and had better not."""
+"""Warns of settings that a run accepts, but that are probably mistakes."""
 
 from collections.abc import Iterator
 
@@ -11,12 +11,12 @@ from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.rewards.base import Judge
 
 FAR_BELOW = 100
-"""Alpha should be this many times Adam's eps, or a gradient of its size is lost beside eps (a rule of thumb)."""
-_BFLOAT16_HALF_STEP = 2**-9  # of a bfloat16's size: a smaller change is rounded away
+"""Alpha should be at least this many times Adam's eps: a gradient near eps is lost beside it (a rule of thumb)."""
+_BFLOAT16_HALF_STEP = 2**-9  # relative to a bfloat16 number: a smaller change is rounded away
 
 
 def warnings_of(module: XPOLightningModule, found: Findings) -> list[str]:
-    """Say what is likely not meant, a line each."""
+    """Return one line for each setting that is probably a mistake."""
     parts = (_data(module, found), _samples(module, found), _optimizer(module, found), _resources(found))
     return [line for part in parts for line in part]
 
@@ -115,7 +115,7 @@ def _constant(*scores: Tensor) -> bool:
 
 
 def _rounded_away(weights: list[torch.nn.Parameter], rate: float) -> float:
-    """Return the share of weights that a step of Adam, about the learning rate, does not change in their type."""
+    """Return the share of weights for which bfloat16 rounds away a step of Adam, which is about the learning rate."""
     if not any(weight.dtype == torch.bfloat16 for weight in weights):
         return 0.0
     still = sum(

@@ -1,4 +1,4 @@
-"""`xpo check`: looks at a run before it is started, without training and without leaving a file."""
+"""`xpo check`: tries a run out before it is started, without training and without leaving a file."""
 
 from lightning.pytorch import Trainer
 
@@ -24,11 +24,11 @@ from xpo_lightning.reporting.memory.run_plan import memory_inputs, rewards_with_
 from xpo_lightning.training.optimizer import WarmupThenDecay, total_steps
 
 SAMPLES = 256
-"""Prompts that reward models' tokenizers look at: the longest, and others from everywhere in the data."""
+"""Prompts to check with reward models' tokenizers: the longest, and others spread evenly over the data."""
 
 
 class CheckingTrainer(Trainer):
-    """Lightning's trainer, which can also look at a run before it is started."""
+    """Lightning's trainer, which can also check a run before it is started."""
 
     def check(
         self,
@@ -37,16 +37,17 @@ class CheckingTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Look for what would stop a run, without training and without leaving a file.
+        """Look for problems that would stop a run, without training and without leaving a file.
 
         It reads all prompts, loads all models, and takes a few prompts through a step up to its gradient. Then it
-        prints what a run will need, and what is likely not meant. One process does so, however many there will be.
+        prints what the run will need, and which settings are probably mistakes. One process does so, however many the
+        run will have.
 
         Args:
             model: The module.
-            datamodule: Its prompts.
-            ckpt_path: Must be null: a run is looked at as it starts from its beginning.
-            weights_only: Has no meaning without a checkpoint.
+            datamodule: The data module.
+            ckpt_path: Must be null: the check covers a run that starts from its beginning.
+            weights_only: Has no effect without a checkpoint.
 
         Raises:
             InputError: The run cannot be started, or would be stopped by its first step.
@@ -63,7 +64,7 @@ class CheckingTrainer(Trainer):
 
 
 def check_run(trainer: Trainer, module: XPOLightningModule, data: PromptDataModule) -> Findings:
-    """Do all that a run does before its first optimizer step; leave nothing behind but loaded models.
+    """Do everything that a run does before its first optimizer step; leave nothing behind but loaded models.
 
     Raises:
         InputError: The run cannot be started, or would be stopped by its first step.

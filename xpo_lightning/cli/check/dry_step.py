@@ -1,4 +1,4 @@
-"""A few prompts through all of a step but its end: completions, scores, the gradient, and no step of the optimizer."""
+"""Takes a few prompts through a training step without its end: completions, scores and gradient, no optimizer step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +21,12 @@ from xpo_lightning.training.gradients import add_gradients, clip_gradient
 
 @dataclass(frozen=True)
 class DryStep:
-    """What came of it.
+    """The result of a dry step.
 
     Args:
         experience: The pairs.
-        micro_batch: Pairs of the largest micro-batch.
-        seconds: Of each phase.
+        micro_batch: Number of pairs in the largest micro-batch.
+        seconds: Seconds of each phase.
     """
 
     experience: Experience
@@ -35,20 +35,20 @@ class DryStep:
 
 
 def prompts_wanted(module: XPOLightningModule) -> int:
-    """Return how many prompts a dry step takes; a human is asked once."""
+    """Return how many prompts a dry step takes: 4, or 1 if a human judges them."""
     return 1 if any(isinstance(part, HumanJudge) for part in module.reward.modules()) else 4
 
 
 def dry_step(module: XPOLightningModule, trainer: Trainer, samples: Sequence[Sample]) -> DryStep:
-    """Sample and label a pair of completions for each prompt, and take the gradient of the objective.
+    """Sample and label a pair of completions for each prompt, and compute the gradient of the objective.
 
     Args:
-        module: Its models are on the trainer's device.
+        module: The module, with its models on the trainer's device.
         trainer: The trainer.
         samples: B prompts, as the data module gives them.
 
     Raises:
-        InputError: What a training step would raise, for the same reasons.
+        InputError: For the same reasons as in a training step.
     """
     noise = RolloutRNG(module.run_state.seed, Stream.CHECK)
     prompts = as_prompts(collate(samples), module.prompt_encoder, module.device)
@@ -70,7 +70,7 @@ def dry_step(module: XPOLightningModule, trainer: Trainer, samples: Sequence[Sam
 
 
 def plan_of_dry_step(plan: MemoryInputs, step: DryStep) -> MemoryInputs:
-    """Describe the dry step: few prompts, its own completions, and an optimizer that has not begun."""
+    """Return the memory inputs of the dry step: its few prompts, and an optimizer that has no state yet."""
     pairs = step.experience
     return replace(
         plan,

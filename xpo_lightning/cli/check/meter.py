@@ -1,4 +1,4 @@
-"""Seconds and memory of what is tried out."""
+"""Measures the seconds and the memory of the parts of a check."""
 
 import time
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ class Meter:
     """Measures parts of a check.
 
     Args:
-        device: Where the models are, or will be.
+        device: Device that the models are on, or will be.
 
     Attributes:
-        seconds: Of each part.
-        peaks: The most memory of each part since `start`, in bytes above what there was then; a part is missing where
-            the system does not tell. Memory of the process on a CPU, of tensors on a GPU.
+        seconds: Seconds of each part.
+        peaks: Peak memory of each part after `start`, in bytes above the memory at `start`; without parts for which the
+            system gives no number. It is the memory of the process on a CPU, of tensors on a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,7 +34,7 @@ class Meter:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Measure what happens inside."""
+        """Measure the time and the peak memory of the code inside."""
         self._forget_peak()
         begun = time.perf_counter()
         yield
@@ -53,7 +53,7 @@ class Meter:
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            with suppress(OSError):  # Without it, the peak is that of the whole process: too high rather than too low.
+            with suppress(OSError):  # Without it, the peak is that since the process began: too high, not too low.
                 _RESET.write_text("5")
 
     @property
@@ -62,7 +62,7 @@ class Meter:
 
 
 def memory_of(device: torch.device) -> int | None:
-    """Return how many bytes a device has in all: a GPU its own, a CPU what is not in use; None where nobody knows."""
+    """Return a device's memory in bytes: all of a GPU's, or the machine's available memory; None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return _field(Path("/proc/meminfo"), "MemAvailable")

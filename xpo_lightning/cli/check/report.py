@@ -1,4 +1,4 @@
-"""Collects what `xpo check` finds, and prints it."""
+"""Collects the findings of `xpo check`, and formats its report."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ from xpo_lightning.reporting.run_description import estimate_text, models_of, si
 
 @dataclass(frozen=True)
 class Findings:
-    """What a check has found.
+    """The findings of a check.
 
     Args:
-        survey: The data.
-        steps: Optimizer steps of the run; None where it has no known end.
-        processes: Processes of the run; one was tried out.
-        reward_rows: What each reward model reads.
+        survey: The prompts of the run.
+        steps: Optimizer steps of the run; None if it has no known end.
+        processes: Number of processes of the run, of which one was tried out.
+        reward_rows: For each reward model, how many prompts are too long.
         optimizer: The optimizer, which has taken no step.
         step: The dry step.
         meter: Seconds and memory of the parts: `data`, `models`, `dry step`.
-        dry: What the dry step should have taken; None for architectures that nobody can tell it of.
-        whole: What a step of the run takes; None as above.
-        memory: Bytes that the device has; None where nobody knows.
-        disk: Where checkpoints go; None is nowhere.
+        dry: Estimated memory of the dry step; None for unknown architectures.
+        whole: Estimated memory of a step of the run; None for unknown architectures.
+        memory: Bytes of memory on the device; None if unknown.
+        disk: The disk of the checkpoints; None if no checkpoint goes to a local disk.
     """
 
     survey: Survey
@@ -46,7 +46,7 @@ class Findings:
 
 
 def report_lines(module: XPOLightningModule, found: Findings, warnings: list[str]) -> list[str]:
-    """Write the report, a line for each subject."""
+    """Return the report: a line for each subject, then a line for each warning."""
     subjects = [*models_of(module), *_data(module, found), *_tried(found), *_memory(found)]
     width = max(len(name) for name, _ in subjects)
     lines = [f"{name:{width}}  {text}" for name, text in subjects]

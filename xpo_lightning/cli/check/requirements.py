@@ -1,4 +1,4 @@
-"""Checks what a run needs beside models and data: folders that it can write, free disk, servers that answer."""
+"""Checks what a run needs besides models and data: writable folders, free disk space, servers that answer."""
 
 import shutil
 import socket
@@ -19,15 +19,15 @@ from xpo_lightning.models.saving import check_exportable
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.rewards.base import Feedback
 
-PATIENCE = 5.0  # seconds that a server has to accept a connection
+PATIENCE = 5.0  # seconds to wait for a server to accept a connection
 _PORTS = {"http": 80, "https": 443}
 
 
 def check_validation(trainer: Trainer, has_prompts: bool) -> None:
-    """Refuse callbacks that wait for a validation where there is none.
+    """Refuse callbacks that need a validation, in a run without one.
 
     Raises:
-        InputError: There is such a callback.
+        InputError: A callback needs a validation.
     """
     callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
     validates = has_prompts and trainer.enable_validation
@@ -42,10 +42,10 @@ def check_validation(trainer: Trainer, has_prompts: bool) -> None:
 
 
 def check_servers(reward: Feedback) -> None:
-    """Refuse servers that take no connection; asking them would be tried again for minutes.
+    """Refuse servers that accept no connection; requests to them would be retried for minutes.
 
     Raises:
-        InputError: One does not.
+        InputError: A server accepts no connection.
     """
     for part in reward.modules():
         url = getattr(part, "url", None)
@@ -63,10 +63,10 @@ def check_servers(reward: Feedback) -> None:
 
 
 def check_loaded(trainer: Trainer, module: XPOLightningModule) -> None:
-    """Refuse a policy that cannot be exported, and a cache of another run.
+    """Refuse a policy that cannot be exported, and a reference cache that was filled with other settings.
 
     Raises:
-        InputError: They do not suit.
+        InputError: The policy or the cache cannot be used.
     """
     callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
@@ -75,17 +75,17 @@ def check_loaded(trainer: Trainer, module: XPOLightningModule) -> None:
     where = module.reference_cache
     if where is not None and where != "memory" and (Path(where) / f"reference-{module.global_rank}.sqlite").is_file():
         module.collector.open_cache(where, module.reference_identity, trainer)
-        module.memory.cache = None  # What is tried out must not get into it.
+        module.memory.cache = None  # The dry step must not write into it.
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Where checkpoints go.
+    """The disk that checkpoints go to.
 
     Args:
-        folder: The folder.
-        free: Bytes that are free there.
-        kept: Checkpoints that the run keeps at a time; infinite where it keeps all of them.
+        folder: The folder of the checkpoints.
+        free: Free bytes on its disk.
+        kept: Checkpoints that the run keeps at a time; infinite if it keeps all of them.
     """
 
     folder: Path
@@ -94,10 +94,10 @@ class Disk:
 
 
 def check_folders(trainer: Trainer, reference_cache: str | None) -> None:
-    """Refuse folders that cannot be written; nothing is made in the course of it.
+    """Refuse folders that cannot be written to; create nothing.
 
     Raises:
-        InputError: There is one.
+        InputError: A folder cannot be written to.
     """
     named: list[tuple[str, str | Path | None]] = [
         ("trainer.default_root_dir", trainer.default_root_dir),
@@ -111,7 +111,7 @@ def check_folders(trainer: Trainer, reference_cache: str | None) -> None:
 
 
 def disk(trainer: Trainer) -> Disk | None:
-    """Look at the disk that checkpoints go to; None where there are none, or they go to another machine."""
+    """Return the disk that checkpoints go to; None if there are none, or they go to another machine."""
     callbacks = _checkpoints(trainer)
     if not callbacks:
         return None
@@ -124,14 +124,14 @@ def disk(trainer: Trainer) -> Disk | None:
 
 
 def check_room(disk: Disk | None, size: int) -> None:
-    """Refuse a disk that does not hold one checkpoint.
+    """Refuse a disk without room for one checkpoint.
 
     Args:
         disk: The disk.
         size: Bytes of a checkpoint.
 
     Raises:
-        InputError: It is too small.
+        InputError: The disk has too little free space.
     """
     if disk is not None and disk.kept and size > disk.free:
         raise InputError(
@@ -152,7 +152,7 @@ def _checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
 
 def _check_writable(key: str, folder: Path) -> None:
     try:
-        with tempfile.TemporaryFile(dir=_existing(folder)) as file:  # It has no name, so nothing can be left behind.
+        with tempfile.TemporaryFile(dir=_existing(folder)) as file:  # It has no name, so it cannot be left behind.
             file.write(b"x")
     except OSError as error:
         raise InputError(
@@ -161,6 +161,6 @@ def _check_writable(key: str, folder: Path) -> None:
 
 
 def _existing(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that exists; of a file, the file."""
+    """Return the path itself if it exists, else its nearest parent that does."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())

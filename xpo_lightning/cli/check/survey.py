@@ -1,4 +1,4 @@
-"""Reads the prompts before a run: how many, how long, and whether reward models can read them whole."""
+"""Reads the prompts before a run: their number and lengths, and whether they fit into the reward models."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from xpo_lightning.rewards import SequenceClassifierReward
 from xpo_lightning.rewards.sequence_classifier.inputs import render
 
 MOST_OF_A_STREAM = 1000
-"""Prompts of a stream that are read; it may have no end."""
+"""Most prompts that are read of a stream, which may have no end."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Prompts:
     """Prompts that were read.
 
     Args:
-        samples: Some of them, for a dry step: the longest, then others from everywhere among them.
+        samples: Some of the prompts for a dry step: the longest, then others spread evenly.
         lengths: Tokens of each prompt, in ascending order.
-        truncated: How many had more tokens and lost their beginning.
-        is_stream: Whether these are but the first of a stream.
+        truncated: Number of prompts that were too long and lost their beginning.
+        is_stream: Whether these are only the first prompts of a stream.
     """
 
     samples: list[Sample]
@@ -42,11 +42,11 @@ class Prompts:
 
     @property
     def mean(self) -> float:
-        """Tokens of a prompt on average."""
+        """Average number of tokens of a prompt."""
         return sum(self.lengths) / len(self.lengths)
 
     def percentile(self, share: float) -> int:
-        """Return the fewest tokens that this share of the prompts do not exceed."""
+        """Return the smallest length in tokens that this share of the prompts does not exceed."""
         return self.lengths[max(0, math.ceil(share * len(self.lengths)) - 1)]
 
 
@@ -55,9 +55,9 @@ class Survey:
     """The data of a run.
 
     Args:
-        training: The prompts to train on.
-        validation: Those to validate on; None where there are none.
-        batches: Training batches of an epoch on each device; infinite where nobody knows.
+        training: The training prompts.
+        validation: The validation prompts; None if there are none.
+        batches: Training batches of an epoch on each device; infinite if unknown.
     """
 
     training: Prompts
@@ -66,10 +66,10 @@ class Survey:
 
 
 def survey(trainer: Trainer, data: PromptDataModule, wanted: int) -> Survey:
-    """Look at all prompts; of a stream, at the first ones.
+    """Read all prompts, or the first ones of a stream.
 
     Args:
-        trainer: Its loaders are set up.
+        trainer: The trainer, with its data loaders set up.
         data: The data module, set up.
         wanted: Training prompts to keep for a closer look.
 
@@ -84,7 +84,7 @@ def survey(trainer: Trainer, data: PromptDataModule, wanted: int) -> Survey:
 
 def _read(dataset: Any, encoding: PromptPreprocessor, wanted: int) -> Prompts:
     is_stream = isinstance(dataset, PromptStream)
-    # The first rows of a stream are held: it is read once, in whatever order it comes.
+    # The first rows of a stream are kept in memory, because it can be read only once, in its own order.
     rows: Sequence[Sample] = list(islice(dataset, MOST_OF_A_STREAM)) if is_stream else dataset
     lengths: list[int] = []
     truncated = 0
@@ -96,7 +96,7 @@ def _read(dataset: Any, encoding: PromptPreprocessor, wanted: int) -> Prompts:
 
 
 def pick_evenly(lengths: Sequence[int], wanted: int) -> list[int]:
-    """Choose places: that of the longest, then places at even distances; no place twice."""
+    """Return indices without repeats: that of the longest prompt, then others at even distances."""
     if not wanted:
         return []
     longest = max(range(len(lengths)), key=lengths.__getitem__)
@@ -106,7 +106,7 @@ def pick_evenly(lengths: Sequence[int], wanted: int) -> list[int]:
 
 
 def _was_cut(sample: Sample, encoding: PromptPreprocessor) -> bool:
-    """Tell whether a prompt is as long as prompts may be because it was longer."""
+    """Tell whether a prompt was cut to the longest length that prompts may have."""
     if encoding.truncate != "left" or encoding.encoder is None or len(sample["prompt_ids"]) != encoding.max_tokens:
         return False
     return len(encoding.encoder(sample["prompt"])) > len(sample["prompt_ids"])
@@ -114,12 +114,12 @@ def _was_cut(sample: Sample, encoding: PromptPreprocessor) -> bool:
 
 @dataclass(frozen=True)
 class RewardRows:
-    """Prompts with room for a completion, as a reward model reads them.
+    """How many prompts leave room for a completion in a reward model's input.
 
     Args:
-        read: Prompts that were looked at.
-        too_long: Those that leave no room for a completion of `model.sampling.max_new_tokens`.
-        limit: Tokens that the reward model takes; None is no limit.
+        read: Number of prompts that were checked.
+        too_long: Number of prompts that leave no room for a completion of `model.sampling.max_new_tokens`.
+        limit: Most tokens that the reward model takes; None for no limit.
     """
 
     read: int
@@ -131,7 +131,7 @@ def reward_rows(reward: SequenceClassifierReward, samples: Sequence[Sample], new
     """Count the prompts that leave a reward model too few tokens for a completion.
 
     Args:
-        reward: A reward model that is loaded.
+        reward: A loaded reward model.
         samples: B prompts.
         new_tokens: Most tokens of a completion, as the policy counts; the reward model's tokenizer may differ.
 

@@ -1,4 +1,4 @@
-"""Gets a trainer as far as `Trainer.fit` gets it before the models are loaded, and starts no logger."""
+"""Sets up a trainer as `Trainer.fit` does before it loads the models, without starting a logger."""
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loops.utilities import _parse_loop_limits
@@ -8,9 +8,9 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 
 def attach(trainer: Trainer, module: LightningModule, data: LightningDataModule) -> None:
-    """Tell the trainer, the module and the data of each other, and check that they suit.
+    """Connect the trainer, the module and the data, and check that they fit together.
 
-    One process looks at the run, however many there will be, so none is launched.
+    One process checks the run, however many it will have, so no other is launched.
     """
     trainer.state.fn, trainer.state.status, trainer.training = TrainerFn.FITTING, TrainerStatus.RUNNING, True
     trainer.strategy.connect(module)
@@ -28,13 +28,13 @@ def set_up_data(trainer: Trainer) -> None:
 
 
 def set_up_callbacks(trainer: Trainer) -> None:
-    """Let the callbacks and the module refuse what does not suit them."""
+    """Run the `setup` hooks of the callbacks and the module, which refuse what they do not support."""
     call._call_callback_hooks(trainer, "setup", stage=TrainerFn.FITTING)
     call._call_lightning_module_hook(trainer, "setup", stage=TrainerFn.FITTING)
 
 
 def set_up_loaders(trainer: Trainer) -> None:
-    """Count the batches of an epoch, and check when validation is due."""
+    """Set up the data loaders, which counts the batches of an epoch and checks the validation's interval."""
     trainer.fit_loop.setup_data()
     if trainer.enable_validation:
         trainer.fit_loop.epoch_loop.val_loop.setup_data()

@@ -1,1 +1,1 @@
-"""Commands beside training: a file each, and a function of the same name, whose signature is the command line."""
+"""Commands besides training: one file each, with a function of the same name whose signature is the command line."""

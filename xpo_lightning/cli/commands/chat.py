@@ -1,4 +1,4 @@
-"""`xpo chat`: a policy and its reference side by side in the terminal."""
+"""`xpo chat`: talks to a policy and its reference side by side in the terminal."""
 
 import sys
 from collections.abc import Iterator
@@ -36,17 +36,17 @@ def chat(
 ) -> None:
     """Talk to a policy and its reference side by side; Ctrl-D ends.
 
-    A model with a chat template remembers the conversation, each its own; the line /new begins another. A model
-    without one continues each line that it is given.
+    Each model with a chat template remembers its own conversation; the line /new begins another. A model without one
+    continues each line that you type.
 
     Args:
         policy: An exported folder, a hub id, `package:name/path`; or a checkpoint, which needs `config`.
-        reference: The same, or `reference`, which is what stands beside a policy with a `config`.
+        reference: A model given like `policy`, or `reference`, which is the default if there is a `config`.
         config: The config of the policy's run; its sampling is used.
-        prompt: Answer this alone, then end.
-        sampling: How they write: `--sampling.temperature 0.7`, and so on for each option of `model.sampling`.
-        seed: Of the randomness.
-        device: `auto` is a GPU where there is one.
+        prompt: Answer only this prompt, then end.
+        sampling: How both sample: `--sampling.temperature 0.7`, and so on for each option of `model.sampling`.
+        seed: Seed of the random numbers.
+        device: The device of the models; `auto` is a GPU if there is one.
     """
     run = None if config is None else read_run_config(config)
     how = override_sampling(Sampling() if run is None else run.module.sampling, sampling)
@@ -64,22 +64,22 @@ def chat(
             continue
         try:
             _exchange(speakers, line)
-        except InputError as error:  # Too long, say; the conversation goes on without it.
+        except InputError as error:  # For example, the line is too long; the conversation continues without it.
             rich.get_console().print(Text(f"{error}; {NEW} begins another conversation", style="red"))
 
 
 @dataclass
 class Speaker:
-    """A writer in a conversation.
+    """A policy in a conversation.
 
     Args:
-        name: What to call it.
-        writer: It writes.
-        encoder: Tokenizes for it.
-        seed: Of its randomness.
-        place: 0 or 1: two write with different noise.
+        name: Name of the policy.
+        writer: The loaded policy.
+        encoder: Tokenizes its prompts.
+        seed: Seed of its random numbers.
+        place: 0 or 1: two policies draw different random numbers.
         said: The messages so far, if it is a chat model.
-        answers: How many it has written.
+        answers: Number of its answers so far.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Speaker:
 
     @classmethod
     def seated(cls, writer: NamedPolicy, sampling: Sampling, device: torch.device, seed: int, place: int) -> "Speaker":
-        """Load a writer."""
+        """Load a policy."""
         return cls(writer.name, writer.seated(sampling, device), writer.encoder(sampling), seed, place)
 
     @property
@@ -101,7 +101,7 @@ class Speaker:
         return self.encoder.tokenizer.chat_template is not None
 
     def hear(self, text: str) -> Prompts:
-        """Turn a line into what it is to answer.
+        """Return the prompt for a line: the line, after the conversation so far if it is a chat model.
 
         Raises:
             InputError: The line cannot be used, or the conversation is too long.
@@ -111,7 +111,7 @@ class Speaker:
         return Prompts(ids, mask, (asked,))
 
     def answer(self, heard: Prompts) -> str:
-        """Answer what it has heard, and remember both."""
+        """Sample an answer, and add the prompt and the answer to the conversation."""
         noise = RolloutRNG(self.seed, Stream.CHAT + self.place, self.answers)
         (written,) = self.writer.write(heard, [self.writer.rollout.uniforms(heard, noise)])
         self.answers += 1
@@ -121,8 +121,8 @@ class Speaker:
 
 
 def _exchange(speakers: list[Speaker], line: str) -> None:
-    """Have all answer a line, and show the answers beside each other."""
-    heard = [speaker.hear(line) for speaker in speakers]  # All or none: each would go on alone otherwise.
+    """Let all policies answer a line, and show the answers side by side."""
+    heard = [speaker.hear(line) for speaker in speakers]  # If one refuses the line, no other may answer it.
     answers = [speaker.answer(prompts) for speaker, prompts in zip(speakers, heard, strict=True)]
     console = rich.get_console()
     width = max(20, (console.width - len(speakers)) // len(speakers))
@@ -137,7 +137,7 @@ def _title(name: str, width: int) -> Text:
 
 
 def _lines() -> Iterator[str]:
-    """Yield what is typed, or comes from a pipe, until it ends; empty lines are passed over."""
+    """Yield the lines that are typed or come from a pipe, until the input ends; skip empty ones."""
     is_typed = sys.stdin.isatty()
     while True:
         try:

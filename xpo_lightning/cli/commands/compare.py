@@ -1,4 +1,4 @@
-"""`xpo compare`: how often one policy beats another."""
+"""`xpo compare`: measures how often one policy beats another."""
 
 import json as json_format
 from collections.abc import Sequence
@@ -42,28 +42,29 @@ def compare(
     device: str = "auto",
     json: str | None = None,
 ) -> None:
-    """Say how often the completions of A are better than those of B, with a confidence interval.
+    """Measure how often the completions of A are better than those of B, with a confidence interval.
 
-    Both write for the same prompts, each with its own randomness, and a reward or a judge says which completion is
-    better; a tie is half a win. The interval is over prompts. With A and B exchanged the answer is one minus this one.
+    Both sample completions of the same prompts, each with its own random numbers, and a reward or a judge decides which
+    completion is better; a tie is half a win. The interval is over prompts. With A and B exchanged, the result is one
+    minus this one.
 
     Args:
         a: An exported folder, a hub id, `package:name/path`; or a checkpoint or `reference`, which need `config`.
-        b: The same.
-        config: The config of a run, whose reward, missing-EOS penalty, sampling and validation prompts are used where
-            the options below say nothing else.
-        prompts: The prompts: a file, or the name of a data set whose split `train` is
-            taken.
-        prompt_column: The column that holds them; `prompt` if there is no config.
-        max_prompts: Take the first so many.
+        b: The policy to compare with, given like `a`.
+        config: The config of a run, whose reward, missing-EOS penalty, sampling and validation prompts are used unless
+            the options below replace them.
+        prompts: The prompts: a file, or the name of a dataset, of which the split `train` is used.
+        prompt_column: The column of the prompts; by default that of the config, or `prompt` if there is no config.
+        max_prompts: Use only the first so many prompts.
         reward: The reward or the judge.
-        missing_eos_penalty: What a completion loses in score if it was cut at `sampling.max_new_tokens`.
-        sampling: How both write: `--sampling.temperature 0.7`, and so on for each option of `model.sampling`.
-        samples: Completions of a prompt by each; more narrow the interval as far as prompts are not what makes it wide.
-        level: Of confidence.
-        seed: Of the randomness.
-        batch_size: Most prompts that are written for at once; null is what suits the device.
-        device: `auto` is a GPU where there is one.
+        missing_eos_penalty: Subtracted from the score of a completion that was cut at `sampling.max_new_tokens`.
+        sampling: How both sample: `--sampling.temperature 0.7`, and so on for each option of `model.sampling`.
+        samples: Completions of a prompt by each policy; more of them narrow the interval, except for the part of its
+            width that comes from the choice of prompts.
+        level: Confidence level of the interval.
+        seed: Seed of the random numbers.
+        batch_size: Most prompts that are sampled together; null chooses a number for the device.
+        device: The device of the models; `auto` is a GPU if there is one.
         json: Write the result to this file as well.
     """
     _check(samples=samples, max_prompts=max_prompts, batch_size=batch_size)
@@ -76,7 +77,7 @@ def compare(
     if penalty and how.eos_token_ids == [] and not how.stop_strings:
         raise InputError("--missing_eos_penalty: --sampling.eos_token_ids names no EOS token; leave one of them out")
     rows, encoding, where = _prompts(prompts, prompt_column, run)
-    # Whoever is named first: the two write, and are judged, in the same order, so that exchanging them changes nothing.
+    # The two sample and are judged in sorted order, so that exchanging A and B mirrors the result exactly.
     order = sorted((a, b))
     writers = [find_policy(name, run) for name in order]
     try:
@@ -104,7 +105,7 @@ def _check(**counts: int | None) -> None:
 
 
 def _feedback(reward: Feedback | None, penalty: float | None, run: RunConfig | None) -> tuple[Feedback, float | None]:
-    """Choose the reward and its penalty; those of the run go together."""
+    """Return the reward and its penalty; the run's penalty is used only with the run's reward."""
     if reward is None:
         if run is None:
             raise InputError("xpo compare needs --reward, or the --config of a run with one")
@@ -118,7 +119,7 @@ def _feedback(reward: Feedback | None, penalty: float | None, run: RunConfig | N
 def _prompts(
     name: str | None, column: str | None, run: RunConfig | None
 ) -> tuple[Sequence[LocatedRow], PromptPreprocessor, str]:
-    """Read the prompts, and say what to call them."""
+    """Return the prompts, how they are preprocessed, and their name in messages."""
     if name is not None:
         source = Source(name, key="--prompts", split_key="--prompts")
         encoding = PromptPreprocessor(column or (run.data.encoding.prompt_column if run else "prompt"))
@@ -132,7 +133,7 @@ def _prompts(
 
 
 def _result(found: Outcome, level: float) -> dict[str, Any]:
-    """Put what was found into numbers by name."""
+    """Return the numbers of the result by name."""
     shares = found.by_prompt
     if not len(shares):
         raise InputError("the judge gave no usable answer for any prompt")

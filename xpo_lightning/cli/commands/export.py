@@ -27,13 +27,13 @@ def export(
 ) -> None:
     """Turn a checkpoint into a folder that transformers loads: weights, tokenizer, generation config and a model card.
 
-    The folder appears, or is replaced, once all of it is written.
+    The folder appears, or is replaced, only when everything in it is written.
 
     Args:
         checkpoint: The checkpoint's file.
         config: The config of its run.
         out: The folder to write.
-        merge: With LoRA, save a full model with the adapters merged in, not the adapters alone for `peft`.
+        merge: With LoRA, save a full model with the adapters merged in, instead of only the adapters for `peft`.
         push_to_hub: Push the folder to this repository of the Hugging Face hub as well, `owner/name`. The token is that
             of `hf auth login` or of HF_TOKEN.
         private: If that repository is new, make it a private one.
@@ -62,13 +62,13 @@ KEY = "--push_to_hub"
 
 
 def check_push(name: str) -> None:
-    """Refuse what the hub would refuse, before anything is done.
+    """Refuse a push that the hub would refuse, before anything is done.
 
     Args:
         name: The repository, `owner/name`.
 
     Raises:
-        InputError: It is no name of a repository, the hub is switched off, or nobody is logged in.
+        InputError: The name is not that of a repository, the hub is switched off, or there is no token.
     """
     if name.count("/") != 1:
         raise InputError(f"{KEY} must be owner/name, but is '{name}'")
@@ -83,15 +83,15 @@ def check_push(name: str) -> None:
 
 
 def push(folder: Path, name: str, private: bool) -> str:
-    """Push a folder.
+    """Push a folder to the Hugging Face hub.
 
     Args:
-        folder: What to push.
-        name: The repository, which is made if there is none.
-        private: Whether a new one is private.
+        folder: The folder to push.
+        name: The repository, `owner/name`; created if it does not exist.
+        private: Whether a new repository is private.
 
     Returns:
-        Its address.
+        The repository's address.
 
     Raises:
         InputError: The hub refuses, or does not answer.
@@ -100,7 +100,7 @@ def push(folder: Path, name: str, private: bool) -> str:
     try:
         repository = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export a policy trained with XPO")
-    except Exception as error:  # The hub, the network and the file system all have their own.
+    except Exception as error:  # The hub, the network and the file system each raise their own kinds.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{KEY}: '{name}' was not pushed ({reason:.200}); the folder '{folder}' is complete") from None
     return str(repository)

@@ -1,4 +1,4 @@
-"""`xpo plot`: the learning curves of runs."""
+"""`xpo plot`: draws the learning curves of runs."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from xpo_lightning.reporting.run_files import find_runs
 
 
 def plot(runs: list[str], out: str = "curves.png") -> None:
-    """Draw the learning curves of a run, or those of several runs over each other.
+    """Draw the learning curves of one run, or of several runs in the same panels.
 
     Args:
-        runs: A run's folder, the folder of its versions (the newest is meant), or its metrics.csv.
-        out: Where the picture goes. PNG.
+        runs: A run's folder, the folder of its versions (the newest is taken), or its metrics.csv.
+        out: Path of the PNG file.
 
     Raises:
-        InputError: There is no run, or it has logged nothing that is drawn.
+        InputError: There is no such run, or it has logged none of the metrics that are drawn.
     """
     if Path(out).suffix != ".png":
         raise InputError(f"--out must end with .png, but is {out!r}")

@@ -1,4 +1,4 @@
-"""`xpo recipes`: the configs that come with the package."""
+"""`xpo recipes`: lists and copies the configs that come with the package."""
 
 import shutil
 from pathlib import Path
@@ -8,11 +8,11 @@ from xpo_lightning.core.errors import InputError
 
 
 def recipes(name: str | None = None, target: str | None = None, /) -> None:
-    """List the configs that come with the package, or copy one, to change it.
+    """List the configs that come with the package, or copy one to change it.
 
     Args:
-        name: The recipe to copy; without one they are listed.
-        target: The file to write; the recipe's own name in this folder if it is left out.
+        name: The recipe to copy; without one, all recipes are listed.
+        target: The file to write; by default the recipe's own name in the current folder.
     """
     known = shipped.recipes()
     if name is None:

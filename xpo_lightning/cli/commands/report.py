@@ -1,4 +1,4 @@
-"""`xpo report`: a page about a run."""
+"""`xpo report`: writes an HTML page about a run."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ def report(run: str, out: str = "report.html") -> None:
     """Write a page about a run: curves, held-out numbers, completions, config and versions in one HTML file.
 
     Args:
-        run: A run's folder, the folder of its versions (the newest is meant), or its metrics.csv.
-        out: Where the page goes. HTML.
+        run: A run's folder, the folder of its versions (the newest is taken), or its metrics.csv.
+        out: Path of the HTML file.
 
     Raises:
-        InputError: There is no run, or it has logged nothing that is drawn.
+        InputError: There is no such run, or it has logged none of the metrics that are drawn.
     """
     if Path(out).suffix != ".html":
         raise InputError(f"--out must end with .html, but is {out!r}")

@@ -1,1 +1,1 @@
-"""The memory of a run, worked out from the shapes of its models."""
+"""Estimates the memory of a run from the shapes of its models."""

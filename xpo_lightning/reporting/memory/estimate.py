@@ -1,7 +1,7 @@
-"""How much memory a run takes, worked out from the shapes of its models before anything is loaded.
+"""Estimates the memory of a run from the shapes of its models, before anything is loaded.
 
-Numbers are bytes of tensors. What Python, torch's libraries and a GPU's context take comes on top, about 0.5 GiB; and,
-on a CPU, what its heap does not give back, 0.3 to 0.5 GiB.
+Numbers are bytes of tensors. Python, torch's libraries and a GPU's context take about 0.5 GiB more; on a CPU, heap
+memory that is not returned to the system takes another 0.3 to 0.5 GiB.
 """
 
 from dataclasses import dataclass
@@ -15,30 +15,30 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class MemoryInputs:
-    """A run, as far as its memory depends on it, on one device.
+    """The settings of a run on one device that its memory depends on.
 
     Args:
-        policy: The policy.
-        reward: The reward model; None where the reward is none.
+        policy: Shape of the policy.
+        reward: Shape of the reward model; None if the reward has no model.
         weight_bytes: Bytes of a weight of the policy: 4 in float32, 2 in bfloat16.
-        reward_bytes: The same of the reward model.
+        reward_bytes: Bytes of a weight of the reward model.
         compute_bytes: Bytes of a number in the policy's layers: 2 with bfloat16 weights or `trainer.precision:
             bf16-mixed`, else 4.
-        cache_bytes: Bytes of a number in the key-value cache; on a CPU 4 whatever the weights are.
+        cache_bytes: Bytes of a number in the KV cache; on a CPU 4, whatever the type of the weights.
         lora_rank: Rank of adapters on all linear layers, which are float32; None trains every weight.
-        optimizer_states: Numbers that the optimizer keeps of each trained weight: 2 for Adam, 1 for momentum.
+        optimizer_states: Numbers that the optimizer keeps per trained weight: 2 for Adam, 1 for momentum.
         copies: Further copies of the trained weights: 2 for `PreviousPolicySampler`, 1 for `reference_refresh`.
         gradient_checkpointing: `model.policy.gradient_checkpointing`.
         rows: Prompts that are decoded together: `model.rollout_batch_size`, or `data.batch_size`.
         prompt_tokens: Tokens of the longest prompt.
         new_tokens: `model.sampling.max_new_tokens`.
         micro_batch_size: `model.micro_batch_size`, in pairs.
-        reward_rows: Rows that the reward model reads together.
-        replays: Whether each token's step is replayed, whose buffers are there all the time.
-        read_tokens: Most prompt tokens that are read in one call: 65536 on a GPU, 2048 on a CPU.
-        policy_weights: Weights of the policy without adapters, where they have been counted; so the next two.
-        trained_weights: Trained weights.
-        reward_weights: Weights of the reward model.
+        reward_rows: Rows that the reward model scores together.
+        replays: Whether each token's step is replayed as a CUDA graph, whose buffers stay allocated.
+        read_tokens: Most prompt tokens in one prefill call: 65536 on a GPU, 2048 on a CPU.
+        policy_weights: Number of the policy's weights without adapters; None estimates it from the shape.
+        trained_weights: Number of trained weights; None estimates it from the shape.
+        reward_weights: Number of the reward model's weights; None estimates it from the shape.
     """
 
     policy: Shape
@@ -65,20 +65,20 @@ class MemoryInputs:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What a run takes, in bytes.
+    """Memory of a run, in bytes.
 
     Args:
         policy: The policy's weights, adapters included.
         reference: The frozen copy; 0 with adapters.
         reward: The reward model's weights.
         copies: Copies of the trained weights.
-        gradients: One number a trained weight.
-        optimizer: What the optimizer keeps.
-        replayed: What replayed steps keep: keys and values, logits, and what drawing from them needs.
-        rollout: While completions are sampled: keys and values, and what a call of the model needs.
-        scoring: While the reward model reads.
-        micro_batch: While a micro-batch goes forward and backward.
-        update: While the optimizer takes a step.
+        gradients: The gradient of the trained weights.
+        optimizer: The optimizer's state.
+        replayed: Buffers of the CUDA graphs: keys and values, logits, and what drawing from them needs.
+        rollout: Temporary memory of sampling: keys and values, and what a call of the model needs.
+        scoring: Temporary memory of the reward model.
+        micro_batch: Temporary memory of a micro-batch's forward and backward pass.
+        update: Temporary memory of an optimizer step.
     """
 
     policy: int
@@ -95,23 +95,23 @@ class MemoryEstimate:
 
     @property
     def standing(self) -> int:
-        """What is there all the time."""
+        """Memory that is allocated all the time."""
         models = self.policy + self.reference + self.reward + self.copies
         return models + self.gradients + self.optimizer + self.replayed
 
     @property
     def peak(self) -> int:
-        """The most that is there at a time: the phases of a step come one after the other."""
+        """Peak memory: the phases of a step come one after the other, so the largest counts."""
         return self.standing + max(self.rollout, self.scoring, self.micro_batch, self.update)
 
     @property
     def checkpoint(self) -> int:
-        """A checkpoint: the trained weights, the optimizer's state, and the copies."""
+        """Size of a checkpoint: the trained weights, the optimizer's state, and the copies."""
         return self.gradients + self.optimizer + self.copies  # A gradient is as large as its weight.
 
 
 def estimate(plan: MemoryInputs) -> MemoryEstimate:
-    """Work out what a run takes, from the second step on, when gradients and the optimizer's state are there."""
+    """Estimate the memory of a run from the second step on, when gradients and the optimizer's state are allocated."""
     policy, reward, adapted = plan.policy, plan.reward, plan.lora_rank is not None
     count = weight_count(policy) if plan.policy_weights is None else plan.policy_weights
     trained = adapter_count(policy, plan.lora_rank) if plan.lora_rank is not None else count
@@ -134,16 +134,17 @@ def estimate(plan: MemoryInputs) -> MemoryEstimate:
 
 
 def cache_bytes(shape: Shape, tokens: int, number_bytes: int) -> int:
-    """Count the keys and values of so many tokens, those of all rows together."""
+    """Count the bytes of keys and values of `tokens` tokens, all rows together."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * number_bytes * tokens
 
 
 def layer_bytes(shape: Shape, number_bytes: int) -> int:
-    """Count what a layer keeps of a token for the backward pass, with attention that keeps no scores (`sdpa`).
+    """Count the bytes that a layer keeps per token for the backward pass, with attention that keeps no scores (`sdpa`).
 
-    Two norms (with a gate they are RMS norms: input in float32, what it becomes, and output; else input and output),
-    queries, keys, values, what attention gives, and the feed-forward block inside (with a gate four times, else twice).
-    Without a gate, one matrix makes queries, keys and values, and what it gives is kept whole beside them.
+    These are two norms (with a gate they are RMS norms: input in float32, normalised input, and output; else input and
+    output), queries, keys, values, the output of attention, and the inner activations of the feed-forward block (four
+    times its width with a gate, else twice). Without a gate, one matrix makes queries, keys and values, and its output
+    is kept besides them.
     """
     norm = FLOAT32 + 2 * number_bytes if shape.gated else 2 * number_bytes
     attention = shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads + (0 if shape.gated else 2 * shape.heads))
@@ -152,26 +153,26 @@ def layer_bytes(shape: Shape, number_bytes: int) -> int:
 
 
 def reading_bytes(shape: Shape, tokens: int, number_bytes: float) -> int:
-    """Count what a layer needs at a time while so many tokens go through it without gradient."""
+    """Count the bytes that a layer needs at a time to process `tokens` tokens without gradient."""
     attention = shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
     inner = (3 if shape.gated else 2) * shape.intermediate
     return int(tokens * number_bytes * (2 * shape.hidden + max(attention, inner)))
 
 
 def head_bytes(shape: Shape, tokens: int, number_bytes: float, *, trained: bool) -> int:
-    """Count what the vocabulary head needs for the log-probabilities of so many tokens, and for their gradient.
+    """Count the bytes that the vocabulary head needs for log-probabilities of `tokens` tokens, and for their gradient.
 
-    Up to 2^26 probabilities are kept; where there are more, they are computed again that many at a time, in float32
-    and in the type of the weights. A trained head has the gradient of the micro-batch beside the sum.
+    The head keeps up to 2^26 probabilities; if there are more, it recomputes them that many at a time, in float32 and
+    in the type of the weights. A trained head holds the gradient of the micro-batch besides the accumulated one.
     """
     probabilities = tokens * shape.vocabulary
     kept = probabilities * number_bytes if probabilities <= KEPT else KEPT * (FLOAT32 + number_bytes)
-    states = 3 * tokens * shape.hidden * number_bytes  # the hidden states, their slopes, and these scaled
+    states = 3 * tokens * shape.hidden * number_bytes  # the hidden states, their gradients, and these scaled
     return int(kept + states + (shape.vocabulary * shape.hidden * FLOAT32 if trained else 0))
 
 
 def rollout_bytes(plan: MemoryInputs) -> int:
-    """Count what sampling needs: the reference's prompts stay until the policy has written."""
+    """Count the bytes that sampling needs; the reference's prompts stay in its KV cache until the policy is done."""
     shape, rows = plan.policy, plan.rows
     written = 0 if plan.replays else plan.prompt_tokens + plan.new_tokens
     caches = cache_bytes(shape, rows * (plan.prompt_tokens + written), plan.cache_bytes)
@@ -180,18 +181,18 @@ def rollout_bytes(plan: MemoryInputs) -> int:
 
 
 def replayed_bytes(plan: MemoryInputs) -> int:
-    """Count what replayed steps keep, with the rows and columns that they round up to."""
+    """Count the bytes that replayed steps keep, with rows and columns rounded up to their buckets."""
     rows, columns = rows_of_bucket(plan.rows), columns_of_bucket(plan.prompt_tokens + plan.new_tokens)
     return cache_bytes(plan.policy, rows * columns, plan.cache_bytes) + drawing_bytes(plan.policy, rows)
 
 
 def drawing_bytes(shape: Shape, rows: int) -> int:
-    """Count what drawing a token for each of so many rows needs: logits, probabilities, and their sums."""
+    """Count the bytes that drawing a token for each of `rows` rows needs: logits, probabilities, and their sums."""
     return 3 * rows * shape.vocabulary * FLOAT32
 
 
 def scoring_bytes(plan: MemoryInputs) -> int:
-    """Count what the reward model needs to read a few prompts with their completions."""
+    """Count the bytes that the reward model needs to score `reward_rows` prompts with their completions."""
     if plan.reward is None:
         return 0
     tokens = plan.reward_rows * (plan.prompt_tokens + plan.new_tokens)
@@ -200,17 +201,17 @@ def scoring_bytes(plan: MemoryInputs) -> int:
 
 
 def micro_batch_bytes(plan: MemoryInputs, *, trains_head: bool = True, cast_weights: int = 0) -> int:
-    """Count what a micro-batch of pairs needs in its backward pass; a prompt is computed once for both completions.
+    """Count the bytes of a micro-batch in its backward pass; a prompt is computed once for both completions.
 
     Args:
-        plan: The run.
+        plan: The settings of the run.
         trains_head: Whether the vocabulary head is trained.
-        cast_weights: Weights that are converted where layers compute in another type than the weights'.
+        cast_weights: Number of weights that are converted if layers compute in a smaller type than the weights'.
     """
     shape, pairs = plan.policy, plan.micro_batch_size
     prompts, completions = pairs * plan.prompt_tokens, 2 * pairs * plan.new_tokens
     a_layer = layer_bytes(shape, plan.compute_bytes)
-    if plan.gradient_checkpointing:  # It switches the sharing of prompts off, and keeps the inputs of layers alone.
+    if plan.gradient_checkpointing:  # It switches prompt sharing off, and keeps only the inputs of layers.
         tokens = 2 * prompts + completions
         layers = tokens * (shape.layers * shape.hidden * plan.compute_bytes + a_layer)
     else:

@@ -1,7 +1,8 @@
-"""How much memory each process of a run under `FSDP2Strategy` takes, worked out from the shapes of its models.
+"""Estimates the memory of each rank of a run under `FSDP2Strategy` from the shapes of its models.
 
-`estimate.py` counts what a run holds; here is which of it each of N processes holds a part of, and when it holds all:
-every model while completions are written and scored, a layer at a time in forward and backward passes.
+`estimate.py` counts what a run on one device holds. This module counts the shard of each of N ranks, and the weights
+that a rank holds unsharded: every model while completions are generated and scored, a few layers at a time in forward
+and backward passes.
 """
 
 from dataclasses import dataclass
@@ -10,24 +11,24 @@ from xpo_lightning.reporting.memory.estimate import MemoryEstimate, MemoryInputs
 from xpo_lightning.reporting.memory.model_shape import Shape, weight_count
 
 IN_FLIGHT = 3
-"""Layers that are whole at a time in a pass: the one at work, the next one, and the buffer that a gather fills."""
+"""Layers unsharded at a time in a pass: the current one, the next one, and the buffer that an all-gather fills."""
 
 
 @dataclass(frozen=True)
 class ShardedFootprint:
-    """What one of N processes takes, in bytes.
+    """Memory of one of N ranks, in bytes.
 
     Args:
-        parts: Its parts of the policy, the reference, the reward model and copies; there all the time, also while they
-            are whole.
-        gradients: Its part of the gradient.
-        optimizer: Its part of what the optimizer keeps.
-        whole: All weights of the three models, while they write and score.
-        writing: What sampling needs beside them, or scoring, whichever is more.
-        passing: Weights that are whole in forward and backward passes.
-        summing: The gradient before processes add it up. Until the last micro-batch it is whole.
+        parts: Its shards of the policy, the reference, the reward model and copies; they stay allocated while the
+            models are unsharded.
+        gradients: Its shard of the gradient.
+        optimizer: Its shard of the optimizer's state.
+        whole: All weights of the three models, unsharded for sampling and scoring.
+        writing: What sampling or scoring needs besides the weights, whichever is more.
+        passing: Unsharded weights in forward and backward passes.
+        summing: The gradient before ranks reduce it. Until the last micro-batch it is unsharded.
         micro_batch: Activations of a micro-batch.
-        update: While the optimizer takes a step.
+        update: Temporary memory of an optimizer step.
     """
 
     parts: int
@@ -42,40 +43,40 @@ class ShardedFootprint:
 
     @property
     def standing(self) -> int:
-        """What is there all the time."""
+        """Memory that is allocated all the time."""
         return self.parts + self.gradients + self.optimizer
 
     @property
     def rollout_peak(self) -> int:
-        """The most while completions are written and scored."""
+        """Peak memory while completions are generated and scored."""
         return self.standing + self.whole + self.writing
 
     @property
     def update_peak(self) -> int:
-        """The most while the policy is updated."""
+        """Peak memory while the policy is updated."""
         return self.standing + max(self.passing + self.summing + self.micro_batch, self.update)
 
     @property
     def peak(self) -> int:
-        """The most that is there at a time."""
+        """Peak memory of a step."""
         return max(self.rollout_peak, self.update_peak)
 
 
 def estimate_sharded(plan: MemoryInputs, processes: int, micro_batches: int = 2) -> ShardedFootprint:
-    """Work out what each process takes, from the second step on.
+    """Estimate the memory of each rank, from the second step on.
 
     Args:
-        plan: What one process does: `rows`, for example, are its own.
-        processes: How many share the weights, N.
-        micro_batches: Micro-batches of an optimizer step. With one, gradients are added up layer by layer as they come;
-            with more, each process first adds up its own, whole.
+        plan: Inputs of one rank: `rows`, for example, are those of one rank.
+        processes: Number of ranks that share the weights, N.
+        micro_batches: Micro-batches of an optimizer step. With one, ranks reduce gradients layer by layer as they come;
+            with more, each rank first accumulates its own, unsharded.
     """
     alone = estimate(plan)
     models = alone.policy + alone.reference + alone.reward
     root, layer = _root_and_layer(plan, alone)
     trained_root = 0 if plan.lora_rank is not None else root
     trained_layer = alone.gradients // plan.policy.layers if plan.lora_rank is not None else layer
-    buffer = max(trained_root, trained_layer)  # what processes add up is copied into one
+    buffer = max(trained_root, trained_layer)  # gradients are copied into one buffer to be reduced
     return ShardedFootprint(
         parts=-(-(models + alone.copies) // processes),
         gradients=-(-alone.gradients // processes),
@@ -100,6 +101,6 @@ def layer_weight_count(shape: Shape) -> int:
 
 
 def _root_and_layer(plan: MemoryInputs, alone: MemoryEstimate) -> tuple[int, int]:
-    """Return the bytes of the policy's root, and of a layer with its adapters."""
+    """Return the bytes of the policy's weights outside of layers, and of a layer with its adapters."""
     root = int(root_weight_count(plan.policy) * plan.weight_bytes)
     return root, (alone.policy - root) // plan.policy.layers

@@ -1,4 +1,4 @@
-"""The sizes of a transformer, and how many weights they make."""
+"""The sizes of a transformer, and the number of its weights."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +24,14 @@ class Shape:
     """The sizes of a transformer.
 
     Args:
-        layers: Its layers.
-        hidden: Width of its hidden states.
+        layers: Number of layers.
+        hidden: Width of the hidden states.
         heads: Attention heads of a layer.
-        kv_heads: Heads of keys and values; fewer than `heads` where several share them.
+        kv_heads: Heads of keys and values; fewer than `heads` if several share them.
         head_dim: Width of a head.
         intermediate: Width inside a feed-forward block.
-        vocabulary: Tokens it embeds.
-        tied: Whether the vocabulary head is the embedding.
+        vocabulary: Number of tokens in the vocabulary.
+        tied: Whether the vocabulary head shares the embedding's weights.
         gated: Whether a feed-forward block has three matrices (Llama, Qwen, Mistral, Gemma), and not two (GPT-2,
             Pythia, BERT).
     """
@@ -51,7 +51,7 @@ class Shape:
         """Read the sizes from a transformers config.
 
         Raises:
-            ValueError: It is the config of something else than a transformer.
+            ValueError: The config is not that of a transformer.
         """
         text = config.get_text_config()
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
@@ -73,7 +73,7 @@ class Shape:
 
 
 def weight_count(shape: Shape) -> int:
-    """Count the weights of a decoder: matrices and norms; biases and learned positions, under 1 %, are left out."""
+    """Count the weights of a decoder: matrices and norms, without biases and learned positions, which are under 1 %."""
     attention = shape.hidden * shape.head_dim * 2 * (shape.heads + shape.kv_heads)
     feed_forward = (3 if shape.gated else 2) * shape.hidden * shape.intermediate
     embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)

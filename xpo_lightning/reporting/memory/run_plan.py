@@ -1,4 +1,4 @@
-"""From a module whose models are loaded to what its memory depends on."""
+"""Derives the inputs of the memory estimate from a module whose models are loaded."""
 
 from dataclasses import replace
 from typing import Any
@@ -27,17 +27,17 @@ def count(model: nn.Module) -> int:
 def memory_inputs(
     module: XPOLightningModule, optimizer: Optimizer, *, batch_size: int, longest: int, computes_in_bfloat16: bool
 ) -> MemoryInputs | None:
-    """Describe a run to `estimate`.
+    """Return the inputs of `estimate` for a run.
 
     Args:
-        module: Its models are loaded.
-        optimizer: Its optimizer.
-        batch_size: Prompts of a batch.
+        module: The module, with its models loaded.
+        optimizer: The module's optimizer.
+        batch_size: Prompts in a batch.
         longest: Tokens of the longest prompt.
         computes_in_bfloat16: Whether the trainer's precision is mixed.
 
     Returns:
-        The description; None for architectures whose sizes nobody knows.
+        The inputs; None if the policy's config does not give the sizes of a transformer.
     """
     policy = base_of(module.policy)
     try:
@@ -88,7 +88,7 @@ def _largest_reward(module: XPOLightningModule) -> SequenceClassifierReward | No
 
 
 def _states(optimizer: Optimizer) -> int:
-    """Tell how many numbers an optimizer keeps of a weight; where nobody knows, as many as Adam."""
+    """Return how many numbers an optimizer keeps per weight; all but SGD are taken to keep as many as Adam."""
     if isinstance(optimizer, SGD):
         return int(any(group["momentum"] > 0 for group in optimizer.param_groups))
     return 2

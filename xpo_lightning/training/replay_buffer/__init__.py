@@ -1,1 +1,1 @@
-"""Pairs of earlier batches, for later updates."""
+"""The replay buffer: keeps pairs of earlier batches for later updates."""

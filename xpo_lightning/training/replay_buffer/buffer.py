@@ -1,4 +1,4 @@
-"""The growing data set of Algorithm 1 (arXiv 2405.21046, step 5): pairs of earlier batches, which updates see again.
+"""The growing data set of Algorithm 1 (arXiv 2405.21046, step 5): later updates train again on earlier batches' pairs.
 
 The reference is frozen, so its log-probabilities are kept with the pairs.
 """
@@ -20,16 +20,16 @@ from xpo_lightning.training.replay_buffer.store import FileStore, MemoryStore, P
 
 @dataclass(frozen=True)
 class BufferOptions:
-    """Which pairs an update sees.
+    """Which pairs the replay buffer keeps, and where.
 
-    An update goes over all pairs kept, in `model.epochs_per_rollout` passes of `model.updates_per_rollout` optimizer
-    steps each: with more pairs a step is larger, and the number of steps stays.
+    An update trains on all kept pairs, in `model.epochs_per_rollout` passes of `model.updates_per_rollout` optimizer
+    steps each: more pairs make a step larger, and the number of steps stays the same.
 
     Args:
         keep: How many batches' pairs are kept: `all`, as in Algorithm 1, or the last n, the newest included.
-        memory_pairs: Most pairs that a process keeps in memory; where there are more, all of them are in a file in the
-            run's folder, `pairs-<rank>-<run>.sqlite`, and read when they are needed. The file has those of older
-            batches too, for older checkpoints.
+        memory_pairs: Most pairs that a process keeps in memory; if there are more, it keeps all of them in a file in
+            the run's folder, `pairs-<rank>-<run>.sqlite`, and reads them when needed. The file also keeps the pairs of
+            older batches, so that a run can resume from an older checkpoint.
 
     Raises:
         InputError: A number is below 1.
@@ -47,12 +47,12 @@ class BufferOptions:
 
 @dataclass(frozen=True)
 class BufferView:
-    """Pairs that are kept, for an update: as much of an `Experience` as it takes.
+    """The kept pairs that an update trains on; has the part of `Experience`'s interface that an update needs.
 
     Args:
-        store: Where they are.
-        begin: Number of the first.
-        device: Where they go.
+        store: The store of the pairs.
+        begin: Number of the first pair.
+        device: Device of the pairs that `select` returns.
     """
 
     store: PairStore
@@ -60,7 +60,7 @@ class BufferView:
     device: torch.device
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of pairs."""
         return len(self.sizes)
 
     @property
@@ -69,7 +69,7 @@ class BufferView:
         return self.store.sizes[self.begin - self.store.begin :]
 
     def select(self, rows: Sequence[int]) -> Experience:
-        """Return these pairs."""
+        """Return the pairs of these rows."""
         return decoded(self.store.get([self.begin + row for row in rows]), self.device)
 
 
@@ -77,20 +77,20 @@ class Buffer:
     """Keeps the pairs of earlier batches.
 
     Args:
-        options: Which are kept.
-        folder: Where a file goes that many pairs need: the run's folder.
-        rank: Number of the process.
+        options: Which pairs are kept, and how many of them in memory.
+        folder: The run's folder, for the file of pairs that exceed the memory limit.
+        rank: Rank of this process.
     """
 
     def __init__(self, options: BufferOptions, folder: Path, rank: int = 0) -> None:
-        # Two runs may share a folder, one after the other or at once.
+        # The name has a random part, because two runs may share a folder, one after the other or at once.
         self.options, self.path = options, folder / f"pairs-{rank}-{secrets.token_hex(4)}.sqlite"
         self.store: PairStore = MemoryStore()
-        self.starts: list[int] = []  # where the pairs of each kept batch begin
-        self.settled = 0  # number after the last pair of the batches that are finished
+        self.starts: list[int] = []  # number of the first pair of each kept batch
+        self.settled = 0  # number after the last pair of the finished batches
 
     def add(self, experience: Experience) -> BufferView:
-        """Keep the pairs of a batch, and return all that are kept; the batch is not finished before `settle`."""
+        """Add the pairs of a batch, and return all kept pairs; without `settle`, the next call drops this batch."""
         self.store.keep(self.store.begin, self.settled)
         self.starts = [*(start for start in self.starts if start < self.settled), self.settled]
         if len(self.store.sizes) + len(experience) > self.options.memory_pairs and isinstance(self.store, MemoryStore):
@@ -99,7 +99,7 @@ class Buffer:
         return BufferView(self.store, self.starts[-self._batches :][0], experience.labels.device)
 
     def settle(self) -> None:
-        """Note that the batch is finished, and forget what the next one will not need."""
+        """Mark the batch as finished, and forget the pairs that the next one will not need."""
         self.settled = self.store.end
         if self.options.keep != "all":
             self.starts = self.starts[max(len(self.starts) - self.options.keep + 1, 0) :]
@@ -110,7 +110,7 @@ class Buffer:
         return len(self.starts) if self.options.keep == "all" else self.options.keep
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs, as of the last batch that was finished: plain values."""
+        """Return the state after the last finished batch, for a resume: plain values."""
         kept: dict[str, Any] = {"begin": self.store.begin, "end": self.settled, "keep": self.options.keep}
         kept["digest"] = self.store.digest(self.settled)
         starts = [start for start in self.starts if start < self.settled]
@@ -121,10 +121,11 @@ class Buffer:
         return {**kept, "starts": starts, "lines": self.store.lines[:count], "sizes": sizes}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go back to a state.
+        """Restore a state.
 
         Raises:
-            InputError: The pairs are in a file that is gone, or too few batches were kept for the present options.
+            InputError: The file of pairs is missing or is another run's, or fewer batches were kept than the options
+                ask for.
         """
         begin, end = state["begin"], state["end"]
         if state["keep"] != "all" and (self.options.keep == "all" or self.options.keep > state["keep"]):
@@ -152,7 +153,7 @@ class Buffer:
         return file
 
     def _fetched(self, saved: Path, begin: int) -> FileStore:
-        """Find the file of a checkpoint, and bring it into the present run's folder, if it is not there."""
+        """Open a checkpoint's file of pairs; copy it into this run's folder if it is not there yet."""
         self.path = self.path.with_name(saved.name)
         if self.path.is_file():  # The run's own; its folder may have been moved.
             return FileStore(self.path, begin)

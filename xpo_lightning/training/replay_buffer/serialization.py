@@ -1,4 +1,4 @@
-"""Labelled pairs as lines of JSON, to be kept for later, and back."""
+"""Converts labelled pairs to lines of JSON, and back."""
 
 import hashlib
 import json
@@ -14,10 +14,10 @@ from xpo_lightning.core.errors import InputError
 
 
 def encoded(experience: Experience) -> list[str]:
-    """Write each of B pairs as a line: all that an update needs.
+    """Encode each of B pairs as a line of JSON with all that an update needs, and its digest.
 
-    The prompts' columns and the writers' log-probabilities are left out; only the reward and metrics look at them.
-    Numbers come back bit for bit.
+    The prompts' columns and the writing models' log-probabilities are left out; only the reward and the metrics use
+    them. `decoded` returns the numbers bit for bit.
     """
     prompts = experience.prompts
     silent = experience.without_preference.tolist()
@@ -48,14 +48,14 @@ def encoded(experience: Experience) -> list[str]:
 
 
 def decoded(lines: Sequence[str], device: torch.device | str) -> Experience:
-    """Read pairs back.
+    """Decode pairs.
 
     Args:
-        lines: B lines, as `encoded` writes them.
-        device: Where the pairs go.
+        lines: B lines, as `encoded` returns them.
+        device: Device of the pairs.
 
     Returns:
-        B pairs; the writers' log-probabilities of their own tokens are NaN.
+        B pairs; the writing models' log-probabilities of their own tokens are NaN.
 
     Raises:
         InputError: A line is damaged.

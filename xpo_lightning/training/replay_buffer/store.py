@@ -1,4 +1,4 @@
-"""Numbered lines, in memory or in a file, of which the last may be taken back."""
+"""Stores numbered lines, in memory or in a file; the last lines can be removed again."""
 
 import glob
 import hashlib
@@ -17,11 +17,11 @@ Sizes = list[tuple[int, int]]
 
 
 class PairStore(ABC):
-    """Keeps lines by number, 0 for the first that ever came.
+    """Keeps lines by number; the first line ever added has number 0.
 
     Attributes:
-        begin: Number of the first line that is kept.
-        sizes: What each of the kept lines is the pair of.
+        begin: Number of the first kept line.
+        sizes: For the pair of each kept line, the tokens of its prompt and of its longer completion.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class PairStore(ABC):
 
     @property
     def end(self) -> int:
-        """Number that the next line gets."""
+        """Number of the next line."""
         return self.begin + len(self.sizes)
 
     def append(self, lines: Sequence[str], sizes: Sizes) -> None:
@@ -39,7 +39,7 @@ class PairStore(ABC):
         self.sizes = self.sizes + sizes
 
     def keep(self, begin: int, end: int) -> None:
-        """Forget all but the lines of these numbers."""
+        """Forget all lines but those from number `begin` to before `end`."""
         self.sizes = self.sizes[begin - self.begin : end - self.begin]
         self._forget(begin, end)
         self.begin = begin
@@ -49,7 +49,7 @@ class PairStore(ABC):
         """Return the lines of these numbers."""
 
     def digest(self, end: int) -> str:
-        """Hash the line before number `end`, by which those who wrote it can be told from others."""
+        """Hash the line before number `end`, to recognise the file of another run; "" if no such line is kept."""
         return hashlib.sha256(self.get([end - 1])[0].encode()).hexdigest() if end > self.begin else ""
 
     @abstractmethod
@@ -80,14 +80,14 @@ class MemoryStore(PairStore):
 class FileStore(PairStore):
     """Lines in an SQLite file.
 
-    Lines from the beginning are never deleted from it, because an earlier checkpoint may be gone back to.
+    It never deletes lines before `begin` from the file, because a run may resume from an earlier checkpoint.
 
     Args:
-        path: The file; it is made where there is none.
-        begin: Number of the first line that is wanted.
+        path: The file; created if it does not exist.
+        begin: Number of the first line to use.
 
     Raises:
-        InputError: It cannot be used.
+        InputError: The file cannot be used.
     """
 
     def __init__(self, path: Path, begin: int = 0) -> None:
@@ -107,10 +107,10 @@ class FileStore(PairStore):
             raise self._unusable(ValueError("the size of a pair is damaged"))
 
     def copied(self, path: Path) -> "FileStore":
-        """Copy all lines into another file, which appears once it is whole, and return that."""
+        """Copy all lines into another file, which appears only when complete, and return its store."""
         clear_leftovers(path.parent, glob.escape(path.name))
         part = part_of(path)
-        FileStore(part)  # Makes its folder.
+        FileStore(part)  # Creates the folder.
         with explaining_write_errors(path):
             with self._open() as connection, closing(sqlite3.connect(part)) as copy:
                 connection.backup(copy)
