@@ -56,7 +56,7 @@ from xpo_lightning.training.config_checks import check_trainer, refuse_combinati
 from xpo_lightning.training.gradients import add_gradients, clip_gradient
 from xpo_lightning.training.memory_budget import MemoryBudget, counts_memory
 from xpo_lightning.training.metrics import PairAverages, rollout_metrics
-from xpo_lightning.training.objective import Objective, ObjectiveTerms
+from xpo_lightning.training.objective import Objective
 from xpo_lightning.training.optimizer import Optimization, WarmupThenDecay, total_steps
 from xpo_lightning.training.persistent_state import PersistentState
 from xpo_lightning.training.replay_buffer.buffer import Buffer, BufferOptions
@@ -173,8 +173,15 @@ class XPOLightningModule(LightningModule):
         self.policy_spec: ModelSpec | LoadedModel = policy
         self.lora, self.sampling, self.reward = lora, sampling, reward
         self.sampler, self.candidates, self.label_rule = sampler or ReferenceSampler(), candidates, labels
-        terms = ObjectiveTerms(preference_loss or SigmoidLoss(), bonus_on, bonus_clip, entropy_bonus, alpha_in_beta)
-        self.objective = Objective(alpha, beta, terms)
+        self.objective = Objective(
+            alpha,
+            beta,
+            preference_loss=preference_loss or SigmoidLoss(),
+            bonus_on=bonus_on,
+            bonus_clip=bonus_clip,
+            entropy_bonus=entropy_bonus,
+            alpha_in_beta=alpha_in_beta,
+        )
         self.optimization = Optimization(
             learning_rate, optimizer, lr_schedule, warmup_ratio, warmup_steps, lr_scheduler, max_grad_norm
         )
@@ -303,7 +310,7 @@ class XPOLightningModule(LightningModule):
                 pairs = self.memory.buffer.add(experience)
         settings: dict[str, Any] = {}
         plan = self.plan.within(self.run_state.tokens_together)
-        for number, micro_batches in enumerate(plan(pairs, rng)):
+        for number, micro_batches in enumerate(plan.steps(pairs, rng)):
             if 0 < self.trainer.max_steps <= self.global_step:
                 break
             settings |= self._optimizer_step(pairs, micro_batches, may_stop=number == 0)
@@ -469,7 +476,7 @@ class XPOLightningModule(LightningModule):
 
     @property
     def _total_steps(self) -> int | None:
-        return total_steps(self.trainer, self.plan.steps)
+        return total_steps(self.trainer, self.plan.step_count)
 
     def teardown(self, stage: str) -> None:
         """Close the engine, which then drops the policy."""

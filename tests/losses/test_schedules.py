@@ -250,7 +250,7 @@ def experience_of(pairs: int) -> Experience:
 @pytest.mark.parametrize(("pairs", "updates", "sizes"), [(6, 4, [1, 2, 1, 2]), (5, 4, [1, 1, 1, 2]), (3, 5, [1, 1, 1])])
 def test_update_plan_takes_as_many_updates_as_it_was_told(pairs: int, updates: int, sizes: list[int]):
     plan = UpdatePlan(micro_batch_size=1, micro_batch_tokens=None, updates_per_rollout=updates, epochs_per_rollout=1)
-    steps = list(plan(experience_of(pairs), noise()))
+    steps = list(plan.steps(experience_of(pairs), noise()))
     assert [len(micro_batches) for micro_batches in steps] == sizes
     assert sorted(row for step in steps for rows in step for row in rows) == list(range(pairs))
 

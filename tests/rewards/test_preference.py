@@ -33,21 +33,21 @@ def uniforms(*rows: tuple[float, float]) -> Tensor:
 @pytest.mark.parametrize("training", [True, False])
 def test_argmax_labels_are_1_for_a_win_0_for_a_loss_and_a_half_for_a_tie(training: bool):
     margins = [0.5, -1.0, 0.0, 1e-7, -0.0]
-    labels = LabelRule()(scored(margins), torch.zeros(5, 2) if training else None)
+    labels = LabelRule().label(scored(margins), torch.zeros(5, 2) if training else None)
     assert labels.labels.tolist() == [1.0, 0.0, 0.5, 1.0, 0.5]
     assert labels.labels.dtype == torch.float32
     assert not labels.silent.any()
 
 
 def test_argmax_of_a_judge_takes_the_side_it_finds_more_probable():
-    assert LabelRule()(judged([0.9, 0.2, 0.5, 0.500001]), None).labels.tolist() == [1.0, 0.0, 0.5, 1.0]
+    assert LabelRule().label(judged([0.9, 0.2, 0.5, 0.500001]), None).labels.tolist() == [1.0, 0.0, 0.5, 1.0]
 
 
 @pytest.mark.parametrize("rule", ["argmax", "soft"])
 def test_labels_of_swapped_sides_are_the_complement(rule: Any):
     margins = torch.randn(50).round()
     label = LabelRule(rule)
-    labels, swapped = (label(Preferences(sign * margins), torch.rand(50, 2)).labels for sign in (1, -1))
+    labels, swapped = (label.label(Preferences(sign * margins), torch.rand(50, 2)).labels for sign in (1, -1))
     torch.testing.assert_close(labels + swapped, torch.ones(50))
     assert len(set(labels.tolist())) >= 3
 
@@ -67,22 +67,22 @@ def test_labels_of_swapped_sides_are_the_complement(rule: Any):
 def test_ties_go_where_they_are_told_to(ties: Any, draws: list[float] | None, expected: list[float]):
     """A coin with a number below 0.5 is the policy's. The margins 2 and -3 are no ties, so they take no notice."""
     numbers = None if draws is None else uniforms((0.9, 0.9), (draws[0], 0.9), (draws[1], 0.9), (0.0, 0.9))
-    assert LabelRule(ties=ties)(scored([2.0, 0.0, 0.0, -3.0]), numbers).labels.tolist() == expected
+    assert LabelRule(ties=ties).label(scored([2.0, 0.0, 0.0, -3.0]), numbers).labels.tolist() == expected
 
 
 def test_soft_labels_are_sigmoids_of_score_differences_over_the_temperature():
     """sigma(1) = 1 / (1 + e^-1) = 0.7310586. At temperature 2: sigma(0.5) = 1 / (1 + 0.6065307) = 0.6224593."""
     margins = scored([1.0, -1.0, 0.0])
     draws = torch.zeros(3, 2)
-    assert LabelRule("soft")(margins, draws).labels.tolist() == pytest.approx([0.7310586, 0.2689414, 0.5])
-    assert LabelRule("soft", temperature=2.0)(margins, None).labels.tolist() == pytest.approx(
+    assert LabelRule("soft").label(margins, draws).labels.tolist() == pytest.approx([0.7310586, 0.2689414, 0.5])
+    assert LabelRule("soft", temperature=2.0).label(margins, None).labels.tolist() == pytest.approx(
         [0.6224593, 0.3775407, 0.5]
     )
 
 
 def test_soft_labels_of_a_judge_are_its_probabilities_at_temperature_1():
     probabilities = [0.8, 0.3, 1.0, 0.0]
-    assert torch.equal(LabelRule("soft")(judged(probabilities), None).labels, torch.tensor(probabilities))
+    assert torch.equal(LabelRule("soft").label(judged(probabilities), None).labels, torch.tensor(probabilities))
 
 
 def test_temperature_divides_the_log_odds_of_a_judge():
@@ -93,7 +93,7 @@ def test_temperature_divides_the_log_odds_of_a_judge():
     certain = torch.tensor([0.8, 0.0, 1.0, 0.5])
     assert tempered(certain, 2.0).tolist() == pytest.approx([2 / 3, 0.0, 1.0, 0.5])
     assert tempered(certain, 0.5).tolist() == pytest.approx([16 / 17, 0.0, 1.0, 0.5])
-    labels = LabelRule("soft", temperature=2.0)(judged([0.8, 0.0, 1.0, 0.5]), None).labels
+    labels = LabelRule("soft", temperature=2.0).label(judged([0.8, 0.0, 1.0, 0.5]), None).labels
     assert labels.tolist() == pytest.approx([2 / 3, 0.0, 1.0, 0.5])
 
 
@@ -108,14 +108,14 @@ def test_bradley_terry_label_is_1_where_the_number_drawn_is_below_the_probabilit
     """0.3 and a number just below the probability win, one just above it and 0.99 lose."""
     rule = LabelRule("bradley_terry", temperature=temperature)
     drawn = uniforms((0.3, 0.9), (probability - 1e-4, 0.9), (probability + 1e-4, 0.9), (0.99, 0.9))
-    assert rule(preferences, drawn).labels.tolist() == [1.0, 1.0, 0.0, 0.0]
-    assert rule(preferences, None).labels.tolist() == pytest.approx([probability] * 4)
+    assert rule.label(preferences, drawn).labels.tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert rule.label(preferences, None).labels.tolist() == pytest.approx([probability] * 4)
 
 
 def test_bradley_terry_wins_are_as_frequent_as_they_are_probable():
     """20,000 draws at probability sigma(-0.5) = 0.3775407: a standard error of 0.0034; the seed is fixed."""
     drawn = torch.rand(20_000, 2, generator=torch.Generator().manual_seed(0))
-    labels = LabelRule("bradley_terry")(scored([-0.5] * 20_000), drawn).labels
+    labels = LabelRule("bradley_terry").label(scored([-0.5] * 20_000), drawn).labels
     assert set(labels.tolist()) == {0.0, 1.0}
     assert labels.mean().item() == pytest.approx(0.3775407, abs=0.0105)
 
@@ -135,7 +135,7 @@ def test_flip_turns_labels_round_where_the_second_number_is_below_it(
     rule: Any, margins: list[float], straight: list[float], turned: list[float]
 ):
     label = LabelRule(rule, flip=0.2)
-    above, below = (label(scored(margins), uniforms(*[(0.5, second)] * 3)).labels for second in (0.2, 0.19))
+    above, below = (label.label(scored(margins), uniforms(*[(0.5, second)] * 3)).labels for second in (0.2, 0.19))
     assert above.tolist() == pytest.approx(straight)
     assert below.tolist() == pytest.approx(turned)
 
@@ -143,7 +143,7 @@ def test_flip_turns_labels_round_where_the_second_number_is_below_it(
 def test_flips_are_as_frequent_as_asked_for_and_do_not_depend_on_the_winner():
     """Of 20,000 pairs half are won. A share of 0.1 is turned round: standard error 0.003 a half; the seed is fixed."""
     drawn = torch.rand(20_000, 2, generator=torch.Generator().manual_seed(0))
-    labels = LabelRule(flip=0.1)(scored([1.0, -1.0] * 10_000), drawn).labels
+    labels = LabelRule(flip=0.1).label(scored([1.0, -1.0] * 10_000), drawn).labels
     assert (1 - labels[::2]).mean().item() == pytest.approx(0.1, abs=0.009)
     assert labels[1::2].mean().item() == pytest.approx(0.1, abs=0.009)
 
@@ -152,15 +152,15 @@ def test_pairs_closer_than_the_smallest_margin_are_silent_while_the_policy_train
     """0.4 in score, and for a judge the difference of both sides' probabilities: 0.6 - 0.4 = 0.2, 0.75 - 0.25 = 0.5."""
     rule, drawn = LabelRule(min_margin=0.4), torch.full((4, 2), 0.9)
     preferences = scored([0.5, -0.25, 0.0, -0.5])
-    labels = rule(preferences, drawn)
+    labels = rule.label(preferences, drawn)
     assert labels.silent.tolist() == [False, True, True, False]
     assert labels.labels.tolist() == [1.0, 0.0, 0.5, 0.0]
-    assert rule(judged([0.6, 0.4, 0.75, 0.25]), drawn).silent.tolist() == [True, True, False, False]
-    assert not rule(preferences, None).silent.any()
+    assert rule.label(judged([0.6, 0.4, 0.75, 0.25]), drawn).silent.tolist() == [True, True, False, False]
+    assert not rule.label(preferences, None).silent.any()
 
 
 def test_a_pair_at_exactly_the_smallest_margin_speaks():
-    assert LabelRule(min_margin=0.5)(scored([0.5, -0.5]), torch.zeros(2, 2)).silent.tolist() == [False, False]
+    assert LabelRule(min_margin=0.5).label(scored([0.5, -0.5]), torch.zeros(2, 2)).silent.tolist() == [False, False]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -175,7 +175,7 @@ def test_a_pair_at_exactly_the_smallest_margin_speaks():
     ids=["argmax", "ties", "bradley_terry", "soft"],
 )
 def test_a_pair_without_an_answer_is_silent_and_its_label_is_a_half(rule: LabelRule, training: bool):
-    labels = rule(judged([torch.nan, 1.0]), torch.zeros(2, 2) if training else None)
+    labels = rule.label(judged([torch.nan, 1.0]), torch.zeros(2, 2) if training else None)
     assert labels.silent.tolist() == [True, False]
     assert labels.labels[0].item() == 0.5
     assert labels.labels[1].item() in (0.0, 1.0)
@@ -183,7 +183,7 @@ def test_a_pair_without_an_answer_is_silent_and_its_label_is_a_half(rule: LabelR
 
 def test_validation_labels_have_no_randomness():
     rule = LabelRule("bradley_terry", flip=0.4, min_margin=3.0)
-    labels = rule(scored([1.0, -2.0]), None)
+    labels = rule.label(scored([1.0, -2.0]), None)
     assert labels.labels.tolist() == pytest.approx([0.7310586, 0.1192029])
     assert not labels.silent.any()
 

@@ -31,7 +31,9 @@ BY_SAMPLER = [[0.0, 9.0, 2.0], [4.0, 7.0, 2.0], [2.0, 8.0, 2.0]]
     ],
 )
 def test_pairs_are_chosen_as_worked_by_hand(choose: Any, one_writer: bool, by_policy: list[int], by_sampler: list[int]):
-    places = Candidates(3, choose)(Pair(torch.tensor(BY_POLICY), torch.tensor(BY_SAMPLER)), one_writer=one_writer)
+    places = Candidates(3, choose).select(
+        Pair(torch.tensor(BY_POLICY), torch.tensor(BY_SAMPLER)), one_writer=one_writer
+    )
     assert places.by_policy.tolist() == by_policy
     assert places.by_sampler.tolist() == by_sampler
 
@@ -39,9 +41,9 @@ def test_pairs_are_chosen_as_worked_by_hand(choose: Any, one_writer: bool, by_po
 def test_best_and_worst_of_one_writer_may_both_be_of_the_first_side():
     """Scores 5, 0 and 3, 2: the best is the first of the first side, the worst its second, which changes sides."""
     scores = Pair(torch.tensor([[5.0], [0.0]]), torch.tensor([[3.0], [2.0]]))
-    places = Candidates(2, "best_and_worst")(scores, one_writer=True)
+    places = Candidates(2, "best_and_worst").select(scores, one_writer=True)
     assert (places.by_policy.item(), places.by_sampler.item()) == (0, 1)
-    places = Candidates(2, "best_and_worst")(scores, one_writer=False)
+    places = Candidates(2, "best_and_worst").select(scores, one_writer=False)
     assert (places.by_policy.item(), places.by_sampler.item()) == (0, 3), "the exploration term keeps the sampler's"
 
 

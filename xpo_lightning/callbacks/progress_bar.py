@@ -90,7 +90,7 @@ class XPOProgressBar(RichProgressBar):
             shown["tok/s"] = f"{float(trainer.callback_metrics[SPEED]):,.0f}"
         elif self._seconds:
             shown["tok/s"] = f"{self._tokens / self._seconds:,.0f}"
-        total, done = total_steps(trainer, pl_module.plan.steps), trainer.global_step - self._first_step
+        total, done = total_steps(trainer, pl_module.plan.step_count), trainer.global_step - self._first_step
         if total is not None and done > 0:
             left = (time.monotonic() - self._begun) / done * max(0, total - trainer.global_step)
             shown["left"] = str(timedelta(seconds=round(left)))

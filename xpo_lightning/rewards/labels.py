@@ -100,7 +100,7 @@ class LabelRule:
             return torch.sigmoid(preferences.margins / self.temperature)
         return tempered(preferences.probabilities, self.temperature)
 
-    def __call__(self, preferences: Preferences, uniforms: Tensor | None) -> Labels:
+    def label(self, preferences: Preferences, uniforms: Tensor | None) -> Labels:
         """Label pairs.
 
         Args:

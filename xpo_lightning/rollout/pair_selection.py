@@ -44,7 +44,7 @@ class Candidates:
                 f"best_and_worst"
             )
 
-    def __call__(self, scores: Pair[Tensor], *, one_writer: bool) -> Pair[Tensor]:
+    def select(self, scores: Pair[Tensor], *, one_writer: bool) -> Pair[Tensor]:
         """Choose a pair for each prompt; of equal scores, the first.
 
         Args:

@@ -103,10 +103,10 @@ class Collector:
         if cache is not None and missing:
             written = completions.by_sampler[0].select(missing)
             cache.put(prompts.select(missing), written, scored.raw.by_sampler[0, missing])
-        places = candidates(scored.scores, one_writer=sampler.is_policy)
+        places = candidates.select(scored.scores, one_writer=sampler.is_policy)
         scores = chosen_values(scored.scores, places)
         uniforms = rng.uniforms(len(prompts), 2).to(scores.by_policy) if training else None
-        labels = self.label_rule(scored.preferences(scores), uniforms)
+        labels = self.label_rule.label(scored.preferences(scores), uniforms)
         return Experience(
             prompts=prompts,
             completions=chosen_completions(completions, places),

@@ -172,7 +172,7 @@ def refuse_own_steps(options: Any) -> None:
         "model.reference_cache": options.reference_cache is not None,
         "model.reference_refresh": options.reference_refresh is not None,
         "model.sampler=PreviousPolicySampler": isinstance(options.sampler, PreviousPolicySampler),
-        "model.updates_per_rollout": options.plan.steps != 1,
+        "model.updates_per_rollout": options.plan.step_count != 1,
     }
     for option, is_set in inert.items():
         if is_set:

@@ -1,7 +1,5 @@
 """Evaluates the XPO objective of labelled pairs; alpha and beta may follow schedules."""
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
 from xpo_lightning.core.batch import Experience
@@ -14,26 +12,6 @@ from xpo_lightning.models.logprobs import pair_logps, pair_logps_and_entropies
 from xpo_lightning.training.metrics import update_metrics
 
 
-@dataclass(frozen=True)
-class ObjectiveTerms:
-    """Options of the objective besides alpha and beta; the fields are `XPOLightningModule`'s options.
-
-    Raises:
-        InputError: A value is out of range.
-    """
-
-    preference_loss: PreferenceLoss
-    bonus_on: BonusTarget
-    bonus_clip: float | None
-    entropy_bonus: float
-    alpha_in_beta: bool
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        check_range("model.bonus_clip", self.bonus_clip, above=0, or_null=True)
-        check_range("model.entropy_bonus", self.entropy_bonus, least=0, is_finite=True)
-
-
 class Objective:
     """Evaluates the objective; the arguments are `XPOLightningModule`'s options of the same names.
 
@@ -42,10 +20,21 @@ class Objective:
     """
 
     def __init__(
-        self, alpha: Schedule | float | list[float], beta: Schedule | float | list[float], terms: ObjectiveTerms
+        self,
+        alpha: Schedule | float | list[float],
+        beta: Schedule | float | list[float],
+        *,
+        preference_loss: PreferenceLoss,
+        bonus_on: BonusTarget,
+        bonus_clip: float | None,
+        entropy_bonus: float,
+        alpha_in_beta: bool,
     ) -> None:
+        check_range("model.bonus_clip", bonus_clip, above=0, or_null=True)
+        check_range("model.entropy_bonus", entropy_bonus, least=0, is_finite=True)
         self.alpha, self.beta = as_schedule(alpha), as_positive_schedule(beta, "model.beta")
-        self.terms = terms
+        self.preference_loss, self.bonus_on, self.bonus_clip = preference_loss, bonus_on, bonus_clip
+        self.entropy_bonus, self.alpha_in_beta = entropy_bonus, alpha_in_beta
 
     def weights(self, progress: Progress) -> dict[str, float]:
         """Return alpha (times beta, if `alpha_in_beta`) and beta at this point of the run.
@@ -56,7 +45,7 @@ class Objective:
         alpha, beta = self.alpha(progress), self.beta(progress)
         if beta <= 0:
             raise InputError(f"model.beta must be above 0, but its schedule gives {beta} at step {progress.step}")
-        return {"alpha": alpha * beta if self.terms.alpha_in_beta else alpha, "beta": beta}
+        return {"alpha": alpha * beta if self.alpha_in_beta else alpha, "beta": beta}
 
     def evaluate(
         self, policy: nn.Module, experience: Experience, *, alpha: float, beta: float
@@ -72,8 +61,8 @@ class Objective:
         Returns:
             The objective of each pair (B,), with gradient if enabled, and each metric (B,), without gradient.
         """
-        terms, entropies = self.terms, None
-        if terms.entropy_bonus:
+        entropies = None
+        if self.entropy_bonus:
             policy_logps, entropies = pair_logps_and_entropies(policy, experience.prompts, experience.completions)
         else:
             policy_logps = pair_logps(policy, experience.prompts, experience.completions)
@@ -84,12 +73,12 @@ class Objective:
             experience.without_preference,
             alpha=alpha,
             beta=beta,
-            preference_loss=terms.preference_loss,
-            bonus_clip=terms.bonus_clip,
-            bonus_on=terms.bonus_on,
+            preference_loss=self.preference_loss,
+            bonus_clip=self.bonus_clip,
+            bonus_on=self.bonus_on,
             lengths=experience.completions.map(lambda side: side.lengths),
             entropies=entropies,
-            entropy_weight=terms.entropy_bonus,
+            entropy_weight=self.entropy_bonus,
         )
         measured = update_metrics(experience, loss, policy_logps, beta)
         if entropies is not None:

@@ -47,7 +47,7 @@ class UpdatePlan:
             check_range(f"model.{name}", value, least=1)
 
     @property
-    def steps(self) -> int:
+    def step_count(self) -> int:
         """Optimizer steps per batch, if an update has at least `updates_per_rollout` pairs."""
         return self.updates_per_rollout * self.epochs_per_rollout
 
@@ -67,7 +67,7 @@ class UpdatePlan:
         limits = [pairs, None if self.micro_batch_tokens is None else self.micro_batch_tokens // tokens]
         return max(1, min(limit for limit in limits if limit is not None))
 
-    def __call__(self, pairs: Pairs, noise: RolloutRNG) -> Iterator[list[list[int]]]:
+    def steps(self, pairs: Pairs, noise: RolloutRNG) -> Iterator[list[list[int]]]:
         """Yield the micro-batches of each optimizer step; several steps per pass get the pairs in random order."""
         sizes = pairs.sizes
         for _ in range(self.epochs_per_rollout):

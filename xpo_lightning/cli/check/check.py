@@ -88,7 +88,7 @@ def check_run(trainer: Trainer, module: XPOLightningModule, data: PromptDataModu
         module.reference.begin()
     check_loaded(trainer, module)
     optimizer, scheduler = module.optimization.build(module.trained_parameters())
-    steps = total_steps(trainer, module.plan.steps)
+    steps = total_steps(trainer, module.plan.step_count)
     if isinstance(scheduler, WarmupThenDecay):
         scheduler.begin(steps)
     samples, wanted = surveyed.training.samples, prompts_wanted(module)

@@ -63,7 +63,7 @@ def _data(module: XPOLightningModule, found: Findings) -> Iterator[tuple[str, st
     size = module.trainer.datamodule.batching.size  # type: ignore[attr-defined]
     written = 2 * module.candidates.count * size
     tokens = f"{size * survey.training.mean:,.0f} prompt tokens on average, at most {written * new:,} new tokens"
-    yield "batch", f"{size:,} prompts, {written:,} completions; {tokens}; {module.plan.steps} optimizer step(s)"
+    yield "batch", f"{size:,} prompts, {written:,} completions; {tokens}; {module.plan.step_count} optimizer step(s)"
 
 
 def _prompts(prompts: Prompts) -> str:
