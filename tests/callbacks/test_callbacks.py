@@ -608,6 +608,7 @@ def test_progress_bar_renders(make_trainer: Callable[..., pl.Trainer], capsys: p
 # ---- learning curves ----
 
 
+@pytest.mark.slow
 def test_every_panel_names_a_metric_that_is_logged(make_trainer: Callable[..., pl.Trainer], tmp_path: Path) -> None:
     trainer = make_trainer(LearningCurves())
     trainer.fit(build_module(), loader(), loader())
@@ -623,6 +624,7 @@ def test_every_panel_names_a_metric_that_is_logged(make_trainer: Callable[..., p
     assert [entry.name for entry in (tmp_path / "run").glob("curves*")] == ["curves.png"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), StopAsked(143)])
 def test_curves_of_an_interrupted_run(
     make_trainer: Callable[..., pl.Trainer], tmp_path: Path, error: BaseException
@@ -678,6 +680,7 @@ def test_report_of_a_run_shows_what_it_left(make_trainer: Callable[..., pl.Train
 # ---- baseline ----
 
 
+@pytest.mark.slow
 def test_baseline_is_the_validation_of_the_untrained_policy(
     make_trainer: Callable[..., pl.Trainer], tmp_path: Path
 ) -> None:

@@ -48,6 +48,7 @@ def overlay(title: str) -> list[str]:
     return ["--config", QUICKSTART, "--config", "small.yaml", "--config", "mine.yaml"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", ["CSV", "TensorBoard"])
 def test_logger_logs_beside_what_the_callbacks_leave(title: str):
     main(["fit", *overlay(title)])

@@ -112,6 +112,7 @@ def test_throughput_averages_over_the_steps_since_the_last_log(make_module: Make
         assert recorder.steps[logged]["throughput/tokens_per_second"] == pytest.approx(tokens / seconds, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"val_check_interval": 1}, {"max_epochs": 2}], ids=["inside", "at the end"])
 def test_throughput_does_not_count_validation(make_module: MakeModule, clock: SimpleNamespace, options: dict[str, int]):
     """Steps of 1, 2 and 6 s are 3 s a step, though validation batches of 100 s lie before and between them."""

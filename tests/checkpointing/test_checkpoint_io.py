@@ -150,6 +150,7 @@ print(parts)
 """
 
 
+@pytest.mark.slow
 def test_checkpoint_when_the_process_is_killed_while_saving_then_is_whole(tmp_path: Path):
     """Temporary files are on another file system, from which a move would be a copy."""
     target = tmp_path / "checkpoints" / "last.ckpt"
@@ -189,6 +190,7 @@ room.CrashSafeCheckpointIO().save_checkpoint({"state_dict": {}, "slow": Slow()},
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_runs_beside_each_other_leave_each_others_saves_alone(write_config: Write, tmp_path: Path):
     """One is in the middle of a save while another looks for what to go on from, and saves."""
@@ -225,6 +227,7 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path: Path, 
     assert torch.equal(CrashSafeCheckpointIO().load_checkpoint(target)["state_dict"]["policy.weight"], weight)
 
 
+@pytest.mark.slow
 def test_disk_that_is_full_ends_the_run_with_one_line_and_the_last_checkpoint_stays(
     write_config: Write, tmp_path: Path
 ):
@@ -498,6 +501,7 @@ def test_checkpoint_of_weights_alone_is_validated_but_not_trained_on(
     assert row["eval/objective/kl"] != 0
 
 
+@pytest.mark.slow
 def test_words_without_a_meaning_here_are_refused_with_what_to_give_instead(
     write_config: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -159,6 +159,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_step_resumes_exactly(run: Run, tmp_path: Path, case: str):
     expected, whole = run(tmp_path, **CASES[case])

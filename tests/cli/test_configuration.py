@@ -393,7 +393,7 @@ CHECKS: dict[str, Callable[[Run], Any]] = {
         text and "They lived happily ever after.".startswith(text) for text in run.pairs[0].completions.by_sampler.texts
     ),
     "Rejected completion": bonus_of("logps/rejected"),
-    "Clipped bonus": lambda run: run.module.objective.terms.bonus_clip == 500.0,
+    "Clipped bonus": lambda run: run.module.objective.bonus_clip == 500.0,
     "Alpha in beta": every(alphas(0.05 * BETA, 0.05 * BETA), is_a("objective.alpha", "Constant")),
     "Alpha by epoch": every(alphas(1e-5, 5e-6), is_a("objective.alpha", "PerEpoch")),
     "Alpha on a line": alphas(1e-4, 1e-4 * 39 / 40),
@@ -407,19 +407,19 @@ CHECKS: dict[str, Callable[[Run], Any]] = {
     "New reference": follows(1.0),
     "Reference that follows": follows(0.1),
     "Best iterate": best_is_kept,
-    "Sigmoid": every(first_loss(SIGMOID), is_a("objective.terms.preference_loss", "SigmoidLoss")),
+    "Sigmoid": every(first_loss(SIGMOID), is_a("objective.preference_loss", "SigmoidLoss")),
     "Hinge": first_loss(1.0),
     "IPO": first_loss((1 / (2 * BETA)) ** 2),
-    "Robust": every(first_loss(SIGMOID), lambda run: run.module.objective.terms.preference_loss.flip_rate == 0.1),
-    "Label smoothing": lambda run: run.module.objective.terms.preference_loss.label_smoothing == 0.1,
-    "DPO-Positive": every(first_loss(SIGMOID), lambda run: run.module.objective.terms.preference_loss.penalty == 5.0),
-    "Length-normalised": lambda run: run.module.objective.terms.preference_loss.length_normalized,
+    "Robust": every(first_loss(SIGMOID), lambda run: run.module.objective.preference_loss.flip_rate == 0.1),
+    "Label smoothing": lambda run: run.module.objective.preference_loss.label_smoothing == 0.1,
+    "DPO-Positive": every(first_loss(SIGMOID), lambda run: run.module.objective.preference_loss.penalty == 5.0),
+    "Length-normalised": lambda run: run.module.objective.preference_loss.length_normalized,
     "Entropy bonus": lambda run: all(
         step["loss/total"] - step["loss/dpo"] - step["loss/xpo"]
         == pytest.approx(-0.01 * step["objective/token_entropy"], abs=1e-5)
         for step in run.steps
     ),
-    "Own loss": every(first_loss(1.0), is_a("objective.terms.preference_loss", "SquaredHinge")),
+    "Own loss": every(first_loss(1.0), is_a("objective.preference_loss", "SquaredHinge")),
 }
 # What a run needs beside `SIZES` to show what it is to show.
 NEEDS: dict[str, dict[str, Any]] = {

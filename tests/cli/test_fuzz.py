@@ -147,6 +147,7 @@ def check_message(message: str, *names: str) -> None:
     assert "Traceback" not in line
 
 
+@pytest.mark.slow
 @fuzzing(320)
 @given(file=data_files, options=data_options())
 def test_data_file_of_any_content_when_read_then_gives_its_prompts_or_one_clear_error(
@@ -256,6 +257,7 @@ def check_run(capsys: pytest.CaptureFixture[str], *args: str) -> None:
 
 
 # One or two values are small enough as they are, and a smaller failure would take minutes to find.
+@pytest.mark.slow
 @fuzzing(200, shrink=False)
 @given(values=changes, on_command_line=st.booleans())
 def test_config_of_any_values_when_run_then_works_or_stops_with_one_line(
@@ -306,6 +308,7 @@ def test_value_that_fuzzing_found_when_run_then_is_refused_by_its_key(
     assert expected in line
 
 
+@pytest.mark.slow
 @fuzzing(24, shrink=False)
 @given(damage=damages)
 def test_config_file_that_is_damaged_when_run_then_works_or_stops_with_one_line(

@@ -300,6 +300,7 @@ def test_export_of_a_checkpoint_has_its_weights(
     assert "--out" in refused(capsys, "export", checkpoint, "--config", config, "--out", str(tmp_path / "mine"))
 
 
+@pytest.mark.slow
 def test_export_without_merging_holds_adapters_alone(write_config: Write, tmp_path: Path):  # noqa: F811
     config = write_config(model__lora=LORA)
     main(["export", trained(config, tmp_path), "--config", config, "--out", str(tmp_path / "out")])

@@ -62,6 +62,7 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlay: Path, *more: s
         return cli, list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", NAMED)
 def test_extension_trains(title, tmp_path, monkeypatch):
     (source,), (overlay,) = blocks(NAMED[title], "python"), blocks(NAMED[title], "yaml")

@@ -126,6 +126,7 @@ def test_the_command_needs_nothing_but_python():
     assert "--tune-trl" in done.stdout
 
 
+@pytest.mark.slow
 def test_parts_for_a_gpu_run_at_toy_size_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A token's time both ways, the specs of a step's time, and a look into a step."""
     import argparse

@@ -124,6 +124,7 @@ def test_error_after_a_weight_was_changed_saves_nothing(config: str, tmp_path: P
     assert not list((tmp_path / "runs").rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["memory", "folder"])
 def test_step_that_breaks_off_leaves_nothing_in_the_cache(config: str, tmp_path: Path, kind: str):
     """Four batches of two prompts an epoch: both sides are scored in the first, the policy's alone in the second."""

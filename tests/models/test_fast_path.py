@@ -453,7 +453,7 @@ def test_adapters_of_a_bfloat16_model_are_converted_for_a_while_and_learn_in_flo
     exact = LoRASpec(r=4).wrap(load_model())
     exact.load_state_dict(model.state_dict())
     expected, expected_gradients = logps_and_gradients(exact)
-    monkeypatch.setattr(logps_module, "adapters_cast", lambda _: nullcontext())
+    monkeypatch.setattr(logps_module, "cast_lora_weights", lambda _: nullcontext())
     pefts, pefts_gradients = logps_and_gradients(model)
     assert not torch.equal(fast, pefts)
     assert (fast - expected).norm() < 1.5 * (pefts - expected).norm()
@@ -551,7 +551,7 @@ def test_a_step_reads_each_prompt_as_often_as_it_must(
         found.extend([(rows, twins), (single,)])
         return twins, single
 
-    monkeypatch.setattr(classifier_module, "find_twins", finding)
+    monkeypatch.setattr(classifier_module, "find_prefix_pairs", finding)
     positions = dict.fromkeys(counted, 0)
 
     def counting(name: str) -> Callable[..., None]:

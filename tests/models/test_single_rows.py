@@ -115,6 +115,7 @@ def pair_sums(model: nn.Module, prompts: Any, own: Any, other: Any) -> tuple[tor
     return logps.by_policy.detach(), logps.by_sampler.detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mamba", "rwkv"])
 def test_an_untrained_policy_with_a_state_is_its_own_reference(kind: str):
     """Sampled without its state, a policy is far from a reference that is scored with it."""

@@ -36,12 +36,14 @@ COARSE = {
 CLASSIFIERS = ["llama", "gpt2", "gpt_neo", "mistral", "phi3", "bert", "roberta", "t5", "bart", "fnet", "nystromformer"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_is_that_of_the_naive_loop_or_refused(name: str):
     outcome = compare(partial(build, name))
     assert outcome.kind == ("refused" if name in REFUSED else "right"), str(outcome)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "name"), [(mode, name) for mode, names in COARSE.items() for name in names])
 def test_a_step_in_another_mode_is_that_of_the_naive_loop(mode: str, name: str):
     outcome = compare(partial(build, name), MODES[mode])

@@ -228,6 +228,7 @@ def test_a_real_run_takes_the_memory_that_is_worked_out(
         assert 0.9 * expected < each["process"] < expected + 0.8 * GIB
 
 
+@pytest.mark.slow
 def test_torch_counts_the_products_that_are_worked_out(assets: Path, monkeypatch: pytest.MonkeyPatch):
     """Of the second step, attention left out: torch has no count for it on a CPU."""
     import flops

@@ -1030,6 +1030,7 @@ def test_a_run_with_a_broken_reward_function_ends_with_one_line(
     assert not any("Traceback" in line for line in shown)
 
 
+@pytest.mark.slow
 def test_a_process_ends_although_its_reward_function_hangs(model_folder: Callable[..., str], tmp_path: Path) -> None:
     args = run_with(tmp_path, model_folder(), "hangs", timeout=0.2)
     code = f"import sys; from xpo_lightning.cli.lightning_cli import main; main({args!r})"

@@ -533,6 +533,7 @@ def letters(prompts: list[Any], completions: list[str], columns: dict[str, list[
     return [sum(char.isascii() and char.isalpha() for char in text) / (len(text) + 1) for text in completions]
 
 
+@pytest.mark.slow
 def test_training_gains_as_much_as_with_local_rollouts(serve: Serve, engine: Engine, make_module: MakeModule) -> None:
     options: dict[str, Any] = {"lora": LoRASpec(r=8, alpha=32), "learning_rate": 4e-2, "beta": 0.02}
     options |= {"reward": PythonReward(letters), "sampling": Sampling(max_new_tokens=4)}

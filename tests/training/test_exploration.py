@@ -81,6 +81,7 @@ XPO: dict[str, Any] = {"alpha": 0.05, "alpha_in_beta": True}
 ACCUMULATED: dict[str, Any] = {"buffer": BufferOptions(), "epochs_per_rollout": 50}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_accumulation_with_inner_epochs_finds_the_rare_arm(seed: int):
     """256 labels are an eighth of those that online DPO provably needs, exp(1/(8 beta)) / 2 = 2080."""
@@ -92,6 +93,7 @@ def test_a_single_step_a_batch_does_not():
     assert [final_regret(seed, **XPO) > 1 / 8 for seed in range(5)] == [True] * 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, -0.05], ids=["online DPO", "the wrong sign"])
 def test_neither_does_accumulation_without_the_bonus(alpha: float):
     assert final_regret(0, **{**XPO, "alpha": alpha}, **ACCUMULATED) > 1 / 8
