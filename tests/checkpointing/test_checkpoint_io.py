@@ -544,6 +544,7 @@ def test_checkpoints_are_crash_safe_unless_the_config_has_its_own_way(
     assert type(cli.trainer.strategy.checkpoint_io) is expected
 
 
+@pytest.mark.slow
 def test_settings_are_those_of_the_config_and_not_of_the_checkpoint(write_config: Write, tmp_path: Path):
     """Lightning's command line would take them from `hyper_parameters`, against the flags."""
     config = write_config(data__validation_size=0, data__batch_size=4)

@@ -173,6 +173,7 @@ def test_every_step_resumes_exactly(run: Run, tmp_path: Path, case: str):
 # ---- changed settings ----
 
 
+@pytest.mark.slow
 def test_changed_settings_are_those_of_the_resumed_run(run: Run, tmp_path: Path):
     run(tmp_path)
     options = {"learning_rate": 3e-2, "lr_schedule": "constant", "warmup_ratio": 0.0, "alpha": 0.25, "beta": 0.7}
@@ -187,6 +188,7 @@ def test_changed_settings_are_those_of_the_resumed_run(run: Run, tmp_path: Path)
     assert rest.sampled[4][1:] != other.sampled[4][1:]
 
 
+@pytest.mark.slow
 def test_changed_settings_of_the_optimizer_are_those_of_the_resumed_run(run: Run, tmp_path: Path):
     options: dict[str, Any] = {"learning_rate": None}
     run(tmp_path, **options, optimizer=partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0))
@@ -250,6 +252,7 @@ def test_another_number_of_processes_is_refused(run: Run, tmp_path: Path):
         run(resume=tmp_path / "two.ckpt")
 
 
+@pytest.mark.slow
 def test_a_cache_in_a_folder_loses_what_was_written_after_the_checkpoint(run: Run, tmp_path: Path):
     options = {"reference_cache": str(tmp_path / "cache")}
     expected, whole = run(tmp_path, **options)

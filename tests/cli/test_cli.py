@@ -142,6 +142,7 @@ def test_the_same_command_twice_gives_the_same_numbers(write_config: Write, tmp_
     assert first == second
 
 
+@pytest.mark.slow
 def test_saved_config_when_given_back_then_repeats_the_run(write_config: Write, tmp_path: Path):
     main(["fit", "--config", write_config()])
     main(["fit", "--config", str(tmp_path / "runs" / "version_0" / "config.yaml")])
@@ -276,6 +277,7 @@ def test_bad_reward_stops_the_run_before_a_step(
     assert expected in line
 
 
+@pytest.mark.slow
 def test_tokenizer_without_eos_is_refused_and_without_pad_is_not(
     write_config: Write, model_folder: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

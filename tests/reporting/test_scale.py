@@ -200,6 +200,7 @@ def take_steps(spec: dict[str, Any], results: Path) -> list[dict[str, float]]:
     return [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "processes"),
     [
