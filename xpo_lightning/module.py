@@ -266,7 +266,7 @@ class XPOLightningModule(LightningModule):
         """Prepare sampler and reference with the untrained policy, and open the reference cache and the buffer."""
         self.sampler.begin(self.policy)
         self.reference.begin()
-        with self._models_whole():
+        with self._models_unsharded():
             self.collector.open_cache(self.reference_cache, self.reference_identity, self.trainer)
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         if self.buffer_options is not None:
@@ -286,7 +286,7 @@ class XPOLightningModule(LightningModule):
         rng = self._rng(Stream.TRAINING, done)
         experience, settings = None, {}
         with self.run_state.step():
-            with self._models_whole(), self.guard.step() as step:
+            with self._models_unsharded(), self.guard.step() as step:
                 experience = self._collect(batch, rng, training=True)
             if experience is not None and not step.is_skipped:
                 self._show_pairs(experience)
@@ -322,10 +322,10 @@ class XPOLightningModule(LightningModule):
         learning_rate = self._optimizer.param_groups[0]["lr"]
         self._optimizer.zero_grad()
         is_unmeasured = self.plan.is_open and self.run_state.tokens_together is None
-        room = MemoryBudget(self.device) if is_unmeasured and counts_memory(self.device) else None
+        budget = MemoryBudget(self.device) if is_unmeasured and counts_memory(self.device) else None
         added = add_gradients(self, pairs, micro_batches, weights, self.guard.stop if may_stop else None)
-        if room is not None:
-            room.after_gradients()
+        if budget is not None:
+            budget.after_gradients()
         norm = clip_gradient(self)
         with self.guard.step(may_stop=may_stop) as step:
             added.check(norm)
@@ -339,8 +339,8 @@ class XPOLightningModule(LightningModule):
             self._optimizer.step()
             self._scheduler.step()
         self.guard.record_step()
-        if room is not None:
-            tokens = room.tokens(most_tokens(pairs.sizes, micro_batches))
+        if budget is not None:
+            tokens = budget.tokens(most_tokens(pairs.sizes, micro_batches))
             self.run_state.tokens_together = min(all_gather(tokens))
         return {**weights, "lr": learning_rate, "grad_norm": norm}
 
@@ -368,7 +368,7 @@ class XPOLightningModule(LightningModule):
 
         Each validation draws the same random numbers, so two validations differ by the policy alone.
         """
-        with self._models_whole(), self.guard.together():
+        with self._models_unsharded(), self.guard.together():
             weights = self._weights()
             experience = self._collect(batch, self._rng(Stream.VALIDATION, batch_idx))
             self.eval_rollout_averages.update(rollout_metrics(experience, weights["beta"]))
@@ -387,7 +387,7 @@ class XPOLightningModule(LightningModule):
 
     def on_predict_start(self) -> None:
         """Unshard the models for all batches, as ranks may have different batch counts; sync the engine once."""
-        self._together.enter_context(self._models_whole())
+        self._together.enter_context(self._models_unsharded())
         if self.rollout is not None:
             with self.guard.together():
                 self.rollout.sync(self.policy)
@@ -419,7 +419,7 @@ class XPOLightningModule(LightningModule):
         """
         refuse_own_steps(self)
         rng = self._rng(Stream.TRAINING, batches_done(self.trainer))
-        with self._models_whole(), self.guard.together():
+        with self._models_unsharded(), self.guard.together():
             return self._collect(batch, rng, training=True)
 
     def losses(self, experience: Experience) -> tuple[Tensor, dict[str, Tensor]]:
@@ -452,7 +452,7 @@ class XPOLightningModule(LightningModule):
         prompts = as_prompts(batch, self.prompt_encoder, self.device)
         return check_rollout(self.collector.collect(self.policy, prompts, rng, training=training))
 
-    def _models_whole(self) -> AbstractContextManager[None]:
+    def _models_unsharded(self) -> AbstractContextManager[None]:
         """Unshard the models inside the context, for rollouts and scores."""
         return unsharded(self.policy, self.memory.reference, self.reward)
 

@@ -76,11 +76,10 @@ def begin_batch(trainer: Trainer) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = batches_done(trainer)
 
 
-def forget_logged(trainer: Trainer) -> dict[str, Any]:
-    """Keep Lightning from logging an earlier batch's values once more; return an empty dict in their place."""
+def forget_logged(trainer: Trainer) -> None:
+    """Keep Lightning from logging an earlier batch's values once more."""
     if trainer._results is not None:
         trainer._results.reset()
-    return {}
 
 
 def before_training(trainer: Trainer, prepare: Callable[[], None]) -> None:

@@ -72,12 +72,12 @@ def unsharded(*models: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for model in models:
             for root in _roots(model):
-                stack.enter_context(_whole(root))
+                stack.enter_context(_unsharded(root))
         yield
 
 
 @contextmanager
-def _whole(root: FSDPModule) -> Iterator[None]:
+def _unsharded(root: FSDPModule) -> Iterator[None]:
     modules = [module for module in root.modules() if isinstance(module, FSDPModule)]  # type: ignore[attr-defined]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)

@@ -67,13 +67,13 @@ class UpdatePlan:
         limits = [pairs, None if self.micro_batch_tokens is None else self.micro_batch_tokens // tokens]
         return max(1, min(limit for limit in limits if limit is not None))
 
-    def steps(self, pairs: Pairs, noise: RolloutRNG) -> Iterator[list[list[int]]]:
+    def steps(self, pairs: Pairs, rng: RolloutRNG) -> Iterator[list[list[int]]]:
         """Yield the micro-batches of each optimizer step; several steps per pass get the pairs in random order."""
         sizes = pairs.sizes
         for _ in range(self.epochs_per_rollout):
             rows = list(range(len(sizes)))
             if self.updates_per_rollout > 1:
-                rows = noise.permutation(len(sizes))
+                rows = rng.permutation(len(sizes))
             steps = min(self.updates_per_rollout, len(sizes))
             for step in range(steps):
                 part = slice(step * len(sizes) // steps, (step + 1) * len(sizes) // steps)

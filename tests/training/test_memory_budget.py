@@ -10,7 +10,7 @@ import torch
 from conftest import PROMPTS, Recorder, fit_quietly, quiet_trainer
 
 from xpo_lightning import PromptDataModule, XPOLightningModule
-from xpo_lightning.training import memory_budget as room
+from xpo_lightning.training import memory_budget
 
 MakeModule = Callable[..., XPOLightningModule]
 MIB = 2**20
@@ -38,7 +38,7 @@ class Passes(pl.Callback):
 def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Let a CPU count its memory: 100 MiB stay, micro-batches took 2 more, and the device has so much left."""
     left = {"bytes": 0}
-    monkeypatch.setattr(room, "COUNTING", {"cpu"})
+    monkeypatch.setattr(memory_budget, "COUNTING", {"cpu"})
     for name, value in {
         "reset_peak_memory_stats": None,
         "memory_allocated": 100 * MIB,
@@ -51,7 +51,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def test_the_first_step_finds_how_many_tokens_fit(free: dict[str, int]):
-    measured = room.MemoryBudget(torch.device("cpu"))
+    measured = memory_budget.MemoryBudget(torch.device("cpu"))
     measured.after_gradients()
     free["bytes"] = 70 * MIB  # and 10 that are reserved and not used: half of it is 20 times what 300 tokens took
     assert measured.tokens(300) == 4096  # the power of two below 6000
