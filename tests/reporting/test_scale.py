@@ -213,7 +213,7 @@ def take_steps(spec: dict[str, Any], results: Path) -> list[dict[str, float]]:
 def test_a_real_run_takes_the_memory_that_is_worked_out(
     assets: Path, tmp_path: Path, options: dict[str, Any], processes: int
 ):
-    """To a tenth of the peak of tensors; the process takes that and up to 0.8 GiB, the page's limit, more."""
+    """To a tenth of the peak of tensors of one process; each takes up to 0.8 GiB, the page's limit, beyond tensors."""
     import memory_cases
 
     case = replace(memory_cases.CASES["smollm2"], reward_model=False, prompts=8, micro_batch_size=4, **options)
@@ -222,9 +222,10 @@ def test_a_real_run_takes_the_memory_that_is_worked_out(
     spec = case.spec(assets)
     watched = take_steps({**spec, "tensors": True}, tmp_path / "tensors")
     assert len(watched) == processes
-    for each in watched:
-        # How many layers two processes hold at once depends on which of them is ahead.
-        assert each["tensors"] == pytest.approx(expected, rel=0.1 if processes == 1 else 0.15)
+    tensors = [each["tensors"] for each in watched]
+    assert min(tensors) == pytest.approx(expected, rel=0.1)
+    # A process ahead of the other holds layers gathered early and gradients that wait: the page's room of a quarter.
+    assert max(tensors) < 1.25 * expected
     for each in take_steps({**spec, "tensors": False}, tmp_path / "process"):
         assert 0.9 * expected < each["process"] < expected + 0.8 * GIB
 
