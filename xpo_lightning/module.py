@@ -195,6 +195,7 @@ class XPOLightningModule(LightningModule):
         self.rollout_averages, self.update_averages = PairAverages(), PairAverages()
         self.eval_rollout_averages, self.eval_averages = PairAverages(), PairAverages()
         self._is_configured = self._is_quiet = False
+        self._steps_loaded = 0
         self._together = ExitStack()
         refuse_combinations(self)
 
@@ -383,7 +384,7 @@ class XPOLightningModule(LightningModule):
         self.run_state.end_validation(self.trainer)
         numbers = {**self.eval_rollout_averages.compute(), **self.eval_averages.compute()}
         named = {f"eval/{name}": value for name, value in numbers.items()}
-        self.log_dict({**named, "step": float(self.global_step)})
+        self.log_dict({**named, "step": float(self.steps_taken)})
 
     def on_predict_start(self) -> None:
         """Unshard the models for all batches, as ranks may have different batch counts; sync the engine once."""
@@ -400,6 +401,11 @@ class XPOLightningModule(LightningModule):
     def on_predict_end(self) -> None:
         """Shard the models again."""
         self._together.close()
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps behind the policy's weights: those of the loaded checkpoint, outside training."""
+        return self.global_step if self.trainer.state.fn == "fit" else self._steps_loaded
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the policy's weights that are trained."""
@@ -507,6 +513,7 @@ class XPOLightningModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or another reference."""
         self.configure_model()
+        self._steps_loaded = checkpoint.get("global_step", 0)
         if "state_dict" in checkpoint:  # A strategy that shards weights has loaded them itself.
             check_trained_state(checkpoint["state_dict"], self.state_dict())
         check_reference(checkpoint.get("xpo_reference"), self.reference_identity)

@@ -735,9 +735,38 @@ def test_summary_names_what_there_is(
     first, last = recorder.metrics[0], recorder.metrics[-1]
     errors = [metrics["eval/win_rate_stderr"] for metrics in (first, last)]
     wins = [metrics["eval/win_rate"] for metrics in (first, last)]
-    assert shown["eval/win_rate"] == f"{wins[0]:.3f} ± {errors[0]:.3f} -> {wins[1]:.3f} ± {errors[1]:.3f}"
+    ends = (
+        f"{wins[0]:.3f} ± {errors[0]:.3f} at step 0",
+        f"{wins[1]:.3f} ± {errors[1]:.3f} at step {trainer.global_step}",
+    )
+    assert shown["eval/win_rate"] == " -> ".join(ends)
     kl, error = last["eval/objective/kl"], last["eval/objective/kl_stderr"]
-    assert shown["eval/objective/kl"].endswith(f"-> {kl:.3f} ± {error:.3f}")
+    assert shown["eval/objective/kl"].endswith(f"-> {kl:.3f} ± {error:.3f} at step {trainer.global_step}")
+
+
+def test_summary_of_a_run_that_was_validated_only_before_training_says_so(
+    make_trainer: Callable[..., pl.Trainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(RunSummary(), Baseline(), num_sanity_val_steps=-1, max_steps=1, val_check_interval=2)
+    trainer.fit(build_module(), loader(), loader())
+    shown = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("eval/win_rate"))
+    assert shown.endswith(" at step 0")
+    assert "->" not in shown
+
+
+def test_validation_of_a_checkpoint_is_labelled_with_its_step(
+    make_trainer: Callable[..., pl.Trainer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_trainer(ModelCheckpoint(tmp_path, save_last=True), max_steps=3).fit(build_module(), loader())
+    table = CompletionsTable()
+    trainer = make_trainer(RunSummary(), table)
+    (metrics,) = trainer.validate(build_module(), loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    shown = capsys.readouterr().out
+    assert metrics["step"] == 3
+    assert "Held-out prompts at step 3" in shown
+    win_rate, error = metrics["eval/win_rate"], metrics["eval/win_rate_stderr"]
+    assert f"{win_rate:.3f} ± {error:.3f} at step 3" in shown
+    assert "->" not in shown.partition("eval/win_rate")[2]
 
 
 def test_summary_without_anything(

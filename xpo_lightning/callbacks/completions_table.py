@@ -104,7 +104,7 @@ class CompletionsTable(FileWriter):
             self._validations += 1  # Not before: a resumed run repeats an interrupted validation.
         if not self._shown:
             return
-        step = trainer.global_step
+        step = getattr(pl_module, "steps_taken", trainer.global_step)
         if self.terminal:
             rich.get_console().print(_terminal_table(self._shown, step))
         if self.file and not is_fast_dev_run(trainer):

@@ -23,7 +23,8 @@ class RunSummary(FileWriter):
 
     At the start: the models and how many of their weights are trained, the data, the length of the run, and the memory
     that a step is expected to take (see `xpo check`). The same goes into `start.json` in the run's folder, with
-    versions and hardware. At the end: the files, and how the held-out win rate and KL changed.
+    versions and hardware. At the end: the files, and how the held-out win rate and KL changed between the first and the
+    last validation, with their steps. After `xpo validate` it prints both, and the step of the checkpoint.
 
     Its place among the callbacks does not matter: it prints the end in `teardown`, which Lightning calls after every
     callback has seen the end of training. A run that fails or is interrupted prints no end; a resumed run compares with
@@ -38,8 +39,7 @@ class RunSummary(FileWriter):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the run's folder (collective), and forget the validations of an earlier run."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._first, self._last = {}, {}
+        self._first, self._last = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the first and the last validation."""
@@ -62,22 +62,23 @@ class RunSummary(FileWriter):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the first and the last validation of the run."""
-        if trainer.state.fn == "fit" and counts_as_validation(trainer):
-            self._last = {name: text for name in HELD_OUT if (text := _with_error(trainer, name))}
-            self._first = self._first or self._last
+        if isinstance(pl_module, XPOLightningModule) and counts_as_validation(trainer):
+            texts = {name: _with_error(trainer, name) for name in HELD_OUT}
+            self._last = {name: f"{text} at step {pl_module.steps_taken}" for name, text in texts.items() if text}
+            self._first = self._first if trainer.state.fn == "fit" and self._first else self._last
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print the files and results."""
-        if stage != "fit" or not trainer.is_global_zero:
+        if stage not in ("fit", "validate") or not trainer.is_global_zero:
             return
-        lines = {"run folder": str(self.folder)}
-        lines |= {name: str(path) for name, path in self._files(trainer).items() if path.exists()}
-        lines |= {
-            name: f"{self._first[name]} -> {self._last[name]}"
-            for name in HELD_OUT
-            if name in self._first and name in self._last
-        }
-        _say_all(lines)
+        lines = {}
+        if stage == "fit":
+            lines["run folder"] = str(self.folder)
+            lines |= {name: str(path) for name, path in self._files(trainer).items() if path.exists()}
+        first, last = self._first, self._last
+        lines |= {name: text if text == first[name] else f"{first[name]} -> {text}" for name, text in last.items()}
+        if lines:
+            _say_all(lines)
 
     def _files(self, trainer: Trainer) -> dict[str, Path]:
         files = {"config": self.folder / "config.yaml"}
