@@ -1,5 +1,6 @@
 """Checkpoint files under kills, full disks and damage, and the choice of the one to go on from."""
 
+import json
 import os
 import pickle
 import resource
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import test_cli
 import torch
+import yaml
 from conftest import TEST_PATHS
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
@@ -121,6 +123,7 @@ KILLED_WHILE_SAVING = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
+import yaml
 from xpo_lightning.checkpointing.io import CrashSafeCheckpointIO, read_checkpoint
 
 def checkpoint(value):
@@ -559,3 +562,50 @@ def test_settings_are_those_of_the_config_and_not_of_the_checkpoint(write_config
         assert row["alpha"] == pytest.approx(1e-5)
         for newer in (tmp_path / "runs").rglob("*step=4.ckpt"):
             newer.unlink()
+
+
+def test_changed_settings_of_a_resumed_run_are_told_and_the_former_config_is_kept(
+    write_config: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = write_config(data__validation_size=0, data__batch_size=4)
+    main(["fit", "--config", config])
+    folder = tmp_path / "runs/version_0"
+    former = (folder / "config.yaml").read_text()
+    capsys.readouterr()
+    changed = ["--trainer.max_epochs", "2", "--model.beta", "0.25"]
+    main(["fit", "--config", config, "--ckpt_path", "last", *changed])
+    text = "Resumed with other settings: model.beta 0.1 -> 0.25, trainer.max_epochs 1 -> 2"
+    assert f"xpo: {text}\n" in capsys.readouterr().err
+    assert (folder / "config.1.yaml").read_text() == former
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["beta"] == 0.25
+    (event,) = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    fields = {"model.beta": [0.1, 0.25], "trainer.max_epochs": [1, 2]}
+    assert event == {"step": 2, "text": text, "changed": fields, "former_config": "config.1.yaml"}
+
+    main(["fit", "--config", config, "--ckpt_path", "last", *changed, "--trainer.max_epochs", "2"])
+    assert "Resumed with other" not in capsys.readouterr().err, "the same settings again"
+    first = str(folder / "checkpoints/epoch=0-step=2.ckpt")
+    main(["fit", "--config", config, "--ckpt_path", first, "--trainer.max_epochs", "2"])
+    assert "Resumed with other settings: trainer.max_epochs 1 -> 2\n" in capsys.readouterr().err
+    assert (tmp_path / "runs/version_1/events.jsonl").exists(), "a folder of its own has its own history"
+
+
+def test_resume_that_is_refused_leaves_the_config_as_it_was(
+    write_config: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = write_config(data__validation_size=0, data__batch_size=4)
+    main(["fit", "--config", config])
+    former = (tmp_path / "runs/version_0/config.yaml").read_text()
+    line = refused(capsys, "fit", "--config", config, "--ckpt_path", "last", "--data.batch_size", "2")
+    assert "the checkpoint's run had another" in line
+    assert (tmp_path / "runs/version_0/config.yaml").read_text() == former
+
+
+def test_settings_reach_the_logger_and_the_checkpoint_by_their_keys(write_config: Write, tmp_path: Path):
+    main(["fit", "--config", write_config(data__validation_size=0, data__batch_size=4, model__beta=0.25)])
+    saved = torch.load(tmp_path / "runs/version_0/checkpoints/epoch=0-step=2.ckpt", weights_only=True)
+    logged = yaml.safe_load((tmp_path / "runs/version_0/hparams.yaml").read_text())
+    for settings in (saved["hyper_parameters"], logged):
+        assert settings["model.beta"] == 0.25
+        assert settings["data.batch_size"] == 4
+        assert settings["model.reward.class_path"].endswith("Reward")

@@ -5,10 +5,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import PROMPTS, longer_is_better, quiet_trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from xpo_lightning import InputError, ModelSpec, PromptDataModule, PythonReward, XPOLightningModule
@@ -21,9 +28,9 @@ def saved(folder: Path) -> list[str]:
     return sorted(file.stem for file in folder.glob("*.ckpt"))
 
 
-def trained(module: XPOLightningModule, callback: ModelCheckpoint, **options: Any) -> None:
+def trained(module: XPOLightningModule, *callbacks: Callback, **options: Any) -> None:
     loader = DataLoader([*PROMPTS, *PROMPTS], batch_size=2, collate_fn=list)
-    quiet_trainer(callbacks=[callback], enable_checkpointing=True, max_steps=8, **options).fit(module, loader)
+    quiet_trainer(callbacks=[*callbacks], enable_checkpointing=True, max_steps=8, **options).fit(module, loader)
 
 
 def test_a_batch_of_several_steps_that_passes_over_a_multiple_is_saved(make_module: MakeModule, tmp_path: Path):
@@ -62,3 +69,24 @@ def test_a_module_is_made_of_a_checkpoint(make_module: MakeModule, model_folder:
     loaded = XPOLightningModule.load_from_checkpoint(tmp_path / "last.ckpt", **options)
     for name, value in module.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+def test_weight_averaging_that_would_average_nothing_is_refused(make_module: MakeModule) -> None:
+    with pytest.raises(InputError, match=r"StochasticWeightAveraging copies the module .* use EMAWeightAveraging"):
+        trained(make_module(), StochasticWeightAveraging(1e-3))
+
+
+def test_moving_average_ends_with_the_averaged_weights(make_module: MakeModule) -> None:
+    seen: list[list[Tensor]] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: XPOLightningModule, *_: object) -> None:
+            seen.append([weight.detach().clone() for weight in pl_module.trained_parameters()])
+
+    module = make_module()
+    trained(module, EMAWeightAveraging(decay=0.5), Watch())
+    average = seen[0]
+    for weights in seen[1:]:
+        average = [0.5 * old + 0.5 * new for old, new in zip(average, weights, strict=True)]
+    assert any(not torch.equal(*both) for both in zip(average, seen[-1], strict=True))
+    torch.testing.assert_close(list(module.trained_parameters()), average, check_stride=False)

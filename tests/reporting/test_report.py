@@ -52,6 +52,8 @@ def write_run(folder: Path, steps: int = 30) -> Path:
         "hardware": {"cpu": "2"},
     }
     (folder / "start.json").write_text(json.dumps(start))
+    event = {"step": 7, "text": f"Warning: the KL {SCRIPT} {LONG}"}
+    (folder / "events.jsonl").write_text(json.dumps(event) + "\n")
     return folder
 
 
@@ -135,6 +137,7 @@ def test_curves_are_drawn(opened: Callable[..., Page]):
 
 def test_values_are_shown_under_the_pointer_and_by_arrow_keys(opened: Callable[..., Page]):
     shown = opened()
+    shown.run("document.querySelector('figure.chart').scrollIntoView()")
     box = shown.run(PLACES.format("figure.chart > svg"))[0]
     middle = box["x"] + box["width"] * (46 + 0.5 * (370 - 46)) / 380
     shown.call("Input.dispatchMouseEvent", type="mouseMoved", x=middle, y=box["y"] + 60)
@@ -155,6 +158,7 @@ def test_completions_are_shown_as_text_side_by_side(opened: Callable[..., Page])
     assert "Before, it slept." in text
     assert "bell �, half �" in text
     assert LONG in text
+    assert f"Step 7: Warning: the KL {SCRIPT}" in text
     assert "score 1.25, lost" in text
     assert "score 1.25, won" in text
     assert text.count("cut at the most tokens") == 1
@@ -254,6 +258,9 @@ def test_report_refuses_what_it_cannot_read(tmp_path: Path, capsys: pytest.Captu
     (run / "completions.jsonl").unlink()
     (run / "start.json").write_text("[1]")
     assert "start.json is no file of RunSummary" in refused(capsys, "report", str(run), *out)
+    (run / "start.json").unlink()
+    (run / "events.jsonl").write_text('{"text": "of no step"}\n')
+    assert "events.jsonl has a line that is no event of a run" in refused(capsys, "report", str(run), *out)
     (run / "metrics.csv").write_text("step,other\n1,2\n")
     assert "has no metric to draw" in refused(capsys, "report", str(run), *out)
     assert not (tmp_path / "page.html").exists()

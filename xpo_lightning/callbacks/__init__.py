@@ -5,6 +5,7 @@ from xpo_lightning.callbacks.checkpoint import RunCheckpoint
 from xpo_lightning.callbacks.completions_table import CompletionsTable
 from xpo_lightning.callbacks.graceful_stop import GracefulStop
 from xpo_lightning.callbacks.policy_export import PolicyExport
+from xpo_lightning.callbacks.policy_watch import PolicyWatch
 from xpo_lightning.callbacks.predictions_writer import PredictionsWriter
 from xpo_lightning.callbacks.progress_bar import XPOProgressBar
 from xpo_lightning.callbacks.resume_metrics import RunContinuation
@@ -20,6 +21,7 @@ __all__ = [
     "GracefulStop",
     "LearningCurves",
     "PolicyExport",
+    "PolicyWatch",
     "PredictionsWriter",
     "RunCheckpoint",
     "RunContinuation",

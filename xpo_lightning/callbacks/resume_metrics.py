@@ -1,5 +1,6 @@
 """`RunContinuation`: gives a resumed run the same metrics file as a run that was never stopped."""
 
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
@@ -11,6 +12,7 @@ from xpo_lightning.checkpointing.csv_logger import ResumableCSVLogger
 from xpo_lightning.checkpointing.io import is_remote
 from xpo_lightning.checkpointing.run_lock import FolderLock
 from xpo_lightning.core.fault_tolerance.guard import Guard
+from xpo_lightning.core.run_events import drop_events_after
 
 KEY = "xpo_metrics_files"
 Row = tuple[dict[str, Any], int]
@@ -71,6 +73,7 @@ class RunContinuation(Callback):
         for logger, saved in zip(_files(trainer), checkpoint.get(KEY, []), strict=False):
             if goes_on_in(logger.log_dir, saved["folder"], trainer):
                 logger.keep_rows(saved["rows"])
+                drop_events_after(Path(logger.log_dir), checkpoint["global_step"])
                 if saved["row_to_come"] is not None:
                     metrics, step = saved["row_to_come"]
                     logger.log_metrics(metrics, step)

@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import xpo_lightning.callbacks
 import xpo_lightning.rewards
-from xpo_lightning.callbacks import GracefulStop, PredictionsWriter, RunCheckpoint, RunContinuation
+from xpo_lightning.callbacks import GracefulStop, PolicyWatch, PredictionsWriter, RunCheckpoint, RunContinuation
 from xpo_lightning.checkpointing import resume as resume_point
 from xpo_lightning.checkpointing.config_file import ConfigFile
 from xpo_lightning.checkpointing.io import CrashSafeCheckpointIO
@@ -136,7 +136,7 @@ class XPOCLI(LightningCLI):
         """Add the callbacks that every run has."""
         own = config.get("callbacks") or []
         given = [*(own if isinstance(own, list) else [own]), *callbacks]
-        added: list[Any] = [RunContinuation(), GracefulStop()]
+        added: list[Any] = [RunContinuation(), GracefulStop(), PolicyWatch()]
         checkpoints = config.get("enable_checkpointing") is not False and not config.get("barebones")
         if checkpoints and not any(isinstance(one, Checkpoint) for one in given):
             added.append(RunCheckpoint())

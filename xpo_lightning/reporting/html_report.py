@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from xpo_lightning import __version__
 from xpo_lightning.core.atomic_files import replacing_file
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.run_events import EVENTS
 from xpo_lightning.reporting import svg_chart as chart
 from xpo_lightning.reporting.metrics_file import Metrics, read_metrics
 from xpo_lightning.reporting.panels import PANELS
@@ -160,6 +161,7 @@ def report_of(run: RunFiles) -> str:
         samples=samples_of(run.text(COMPLETIONS) or ""),
         timings=timings(metrics),
         validations=len(metrics["eval/win_rate"].steps) if "eval/win_rate" in metrics else 0,
+        events=_events(run),
         start=_start(run),
         config=run.text(CONFIG),
         version=__version__,
@@ -171,6 +173,15 @@ def readable(text: Any) -> str:
     """Replace what a page cannot hold: lone surrogates, and control characters except line breaks and tabs."""
     whole = str(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return "".join(c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else "�" for c in whole)
+
+
+def _events(run: RunFiles) -> list[dict[str, Any]]:
+    """Read the events of the run; return [] if there are none."""
+    try:
+        events = [json.loads(line) for line in (run.text(EVENTS) or "").splitlines()]
+        return [{"step": int(event["step"]), "text": str(event["text"])} for event in events]
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(f"{run.folder / EVENTS} has a line that is no event of a run ({error}); remove it") from error
 
 
 def _start(run: RunFiles) -> dict[str, dict[str, str]]:

@@ -4,7 +4,7 @@ import warnings
 from typing import Any, Protocol
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.models.policy import LoadedModel, LoRASpec, ModelSpec
@@ -34,6 +34,11 @@ def check_trainer(trainer: Trainer) -> None:
                 "trainer.callbacks: Lightning's ModelCheckpoint ignores train_time_interval where a module takes its "
                 "optimizer steps itself, as this one does; use RunCheckpoint, which has the same options"
             )
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise InputError(
+            "trainer.callbacks: StochasticWeightAveraging copies the module before its models are loaded, and so would "
+            "average nothing; use EMAWeightAveraging, or remove it"
+        )
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\(.*sync_dist=True")
