@@ -26,7 +26,7 @@ from xpo_lightning.reporting.memory.fsdp import estimate_sharded
 from xpo_lightning.reporting.memory.model_shape import Shape
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
-MEASURED = Path(__file__).parent / "memory.json"
+MEASURED = Path(__file__).parent / "results" / "memory.json"
 GIB, TERA = 2**30, 10**12
 PROMPT, COMPLETION = 1024, 512
 """Tokens of every prompt and completion in the worked tables."""

@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = "README.md"
-ALWAYS = (HOME, "CHANGELOG.md", "CONTRIBUTING.md")
+ALWAYS = (HOME, "CHANGELOG.md", "CONTRIBUTING.md", "RELEASE.md", "SECURITY.md")
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=[)#])")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".ipynb": "json", ".toml": "toml", ".txt": "text", ".jsonl": "json"}
 PLACES = {HOME: "index.md"}

@@ -13,7 +13,7 @@ from plan import Run
 GOOD = 1 / 8
 """Regret that Proposition 2.1 says online DPO does not reach."""
 EARLY = {"beta_0.02": 259, "beta_0.015": 2080, "beta_0.0125": 11013, "good_coverage": 1000}
-"""Labels that regret is told at besides the last; for Proposition 2.1's problems its T = exp(1 / (8 beta)) / 2."""
+"""Labels at which `runs.csv` gives the regret besides the last; for Proposition 2.1 its T = exp(1 / (8 beta)) / 2."""
 POINTS = 40
 """Points of a curve that a table keeps in even steps, and as many again in even ratios."""
 
@@ -73,8 +73,8 @@ def _names(one: Finished) -> dict[str, Any]:
 
 
 def _summary(one: Finished) -> dict[str, Any]:
-    early = EARLY.get(one.run.problem, 2000)
     reached, last = one.labels_to(GOOD), one.labels[-1]
+    early = min(EARLY.get(one.run.problem, 2000), last)
     (before, before_error), (end, end_error) = (mean_and_error(one.at(labels)) for labels in (early, last))
     means = [statistics.fmean(row) for row in one.regret]
     return {

@@ -3,10 +3,15 @@
 import importlib.util
 import json
 import re
+import sys
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_cli import refused
 from test_configs import parse
@@ -87,10 +92,36 @@ def test_logger_without_its_package_is_refused(title: str, package: str, capsys:
     assert f"the config cannot be used: '{asked}': Requirement '{package}" in line
 
 
+def test_logger_of_lightning_ai_is_taken_and_logs(monkeypatch: pytest.MonkeyPatch):
+    """`litlogger` is a stand-in, which keeps what it is sent."""
+    (source,) = re.findall(r"```python\n# my_loggers.py\n(.*?)```", PAGE, re.DOTALL)
+    Path("my_loggers.py").write_text(source)
+    monkeypatch.syspath_prepend(".")
+    sent = defaultdict(list)
+
+    class Experiment(dict):
+        def __init__(self, **options: Any) -> None:
+            sent["name"].append(options["name"])
+
+        def __missing__(self, key: str) -> Any:
+            return SimpleNamespace(append=lambda value, step: sent[key].append((step, value)))
+
+        def print_url(self) -> None: ...
+
+    monkeypatch.setitem(sys.modules, "litlogger", SimpleNamespace(Experiment=Experiment))
+    config = parse("fit", *overlay("Lightning.ai")).trainer.logger[1]
+    module, _, name = config.class_path.rpartition(".")
+    logger = getattr(sys.modules[module], name)(**config.init_args.as_dict())
+    assert Trainer(logger=logger, accelerator="cpu").loggers == [logger]
+    logger.log_metrics({"loss/dpo": 0.5}, step=3)
+    assert sent["loss/dpo"] == [(3, 0.5)]
+    assert [name[:5] for name in sent["name"]] == ["mine-"]
+
+
 def test_page_names_what_the_bar_shows():
     table = re.findall(r"^\| `(.+?)` \|", PAGE, re.MULTILINE)
     assert table == [*progress.SHORT_NAMES.values(), "tok/s", "left"]
 
 
 def test_every_block_is_looked_at():
-    assert set(BLOCKS) == {"CSV", "TensorBoard", *PACKAGES}
+    assert set(BLOCKS) == {"CSV", "TensorBoard", "Lightning.ai", *PACKAGES}

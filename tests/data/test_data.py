@@ -832,5 +832,5 @@ def test_options_on_the_command_line(capsys: pytest.CaptureFixture[str]):
         parser.parse_args([*arguments, "--data.truncate=right"])
     assert "data.truncate" in capsys.readouterr().err
     options = list(inspect.signature(PromptDataModule).parameters)
-    described = (PromptDataModule.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
-    assert re.findall(r"^        (\w+): [A-Z]", described, re.MULTILINE) == options
+    described = (inspect.getdoc(PromptDataModule) or "").partition("Args:")[2].partition("Raises:")[0]
+    assert re.findall(r"^    (\w+): [A-Z]", described, re.MULTILINE) == options

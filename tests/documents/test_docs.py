@@ -83,7 +83,7 @@ def test_page_has_a_section_for_every_class_that_a_config_can_name():
     [
         ("configuration.md", "[a](../configs/iterated.yaml)", "[a](repository/configs/iterated.yaml.md)"),
         ("configuration.md", "[a](metrics.md#x)", "[a](metrics.md#x)"),
-        ("configuration.md", "[a](../README.md#the-tree)", "[a](index.md#the-tree)"),
+        ("configuration.md", "[a](../README.md#licence)", "[a](index.md#licence)"),
         ("configuration.md", "[a](../benchmarks)", "[a](repository/benchmarks/README.md)"),
         ("configuration.md", "[a](https://x.org/a.md)", "[a](https://x.org/a.md)"),
         ("configuration.md", "[a](#here)", "[a](#here)"),

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -229,16 +230,34 @@ def test_example_reward_has_ten_lines_and_trains(tmp_path, monkeypatch):
     assert all(float(row["objective/model_scores"]) <= 1 for row in rows)
 
 
-@pytest.mark.slow
-def test_notebook_runs_and_holds_no_outputs(tmp_path, monkeypatch):
+def run_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: str) -> dict[str, Any]:
+    """Run the cells of the notebook in one namespace, with some lines changed, and return the namespace."""
     notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text())
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert len(code) >= 4
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder)
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    space: dict = {"__name__": "notebook"}
+    space: dict[str, Any] = {"__name__": "notebook"}
     for cell in code:
         assert cell["outputs"] == []
         assert cell["execution_count"] is None
-        exec(compile("".join(cell["source"]), "quickstart.ipynb", "exec"), space)  # noqa: S102
-    assert space["trainer"].global_step == 5
+        source = "".join(cell["source"])
+        for name, value in changes.items():
+            source = re.sub(rf"\b{name}\b( ?= ?)[\d.]+", rf"{name}\g<1>{value}", source)
+        exec(compile(source, "quickstart.ipynb", "exec"), space)  # noqa: S102
+    return space
+
+
+def test_every_cell_of_the_notebook_runs(tmp_path, monkeypatch, capsys):
+    space = run_notebook(
+        tmp_path, monkeypatch, STEPS="1", batch_size="4", max_validation_prompts="4", max_new_tokens="4"
+    )
+    assert space["trainer"].global_step == 1
+    assert "win rate against the untrained policy: " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_notebook_learns(tmp_path, monkeypatch):
+    space = run_notebook(tmp_path, monkeypatch)
+    assert space["trainer"].global_step == 30
+    assert space["win_rate"] - 2 * space["error"] > 0.5

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,12 @@ def test_quickstart_exports_the_trained_policy_for_plain_transformers(run: tuple
     torch.manual_seed(0)
     story = tokenizer.decode(model.generate(**inputs, do_sample=True, max_new_tokens=64)[0], skip_special_tokens=True)
     assert story.count(".") >= 2
+
+
+@pytest.mark.slow
+def test_page_names_every_file_that_a_run_leaves(run: tuple[Path, str]):
+    page = CONFIG.parents[1].joinpath("docs", "quickstart.md").read_text()
+    named = re.findall(
+        r"^\| `([\w.]+)/?` \|", page.partition("## What a run leaves")[2].partition("\n## ")[0], re.MULTILINE
+    )
+    assert sorted(named) == sorted(path.name for path in run[0].iterdir())

@@ -1,8 +1,10 @@
 """A run that is asked to stop, or that an error ends: the checkpoint comes first, and nothing afterwards harms it."""
 
 import os
+import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +124,33 @@ def test_error_after_a_weight_was_changed_saves_nothing(config: str, tmp_path: P
     ended = end(config, "", 0, "--model.epochs_per_rollout", "2")
     assert "in the middle" in str(ended)
     assert not list((tmp_path / "runs").rglob("*.ckpt"))
+
+
+class Bug(Callback):
+    """Fails in the first batch."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise RuntimeError("an index is wrong")
+
+
+class OutOfMemory(Callback):
+    """Runs out of memory in the first batch."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise torch.OutOfMemoryError("no room for another tensor")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [Bug, OutOfMemory])
+def test_error_that_is_not_the_users_has_a_traceback_and_status_1(write_config: Write, error: type[Callback]):
+    config = write_config(data__validation_size=0, trainer__callbacks=[{"class_path": f"{__name__}.{error.__name__}"}])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "xpo_lightning", "fit", "--config", config]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback (most recent call last)" in done.stderr
+    assert re.search("RuntimeError: an index is wrong|OutOfMemoryError: no room", done.stderr)
+    assert "xpo: error" not in done.stdout + done.stderr
 
 
 @pytest.mark.slow

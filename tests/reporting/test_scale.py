@@ -129,6 +129,21 @@ def test_every_table_of_the_page_is_what_the_arithmetic_gives():
     assert page.count("<!-- table: ") == len(scale_tables.TABLES)
 
 
+def test_ratios_that_the_page_names_are_those_of_its_tables():
+    import scale_tables
+
+    page, rows = scale_tables.PAGE.read_text(), {}
+    for name in ("flop", "decoding"):
+        (table,) = re.findall(rf"<!-- table: {name} -->\n(.*?)<!-- end", page, re.DOTALL)
+        rows[name] = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    shares = [(float(row[5]) + float(row[6])) / float(row[7].replace(",", "")) for row in rows["flop"]]
+    said = " and ".join(["{:.0%} of the products at 1B, {:.0%} at 8B", "{:.0%} at 70B"]).format(*shares)
+    assert said in " ".join(page.split())
+    token = {(row[0], row[2]): float(row[4]) for row in rows["decoding"]}
+    ratios = sorted(token[policy, "256"] / token[policy, "16"] for policy in ("1B", "8B", "70B"))
+    assert f"{ratios[0]:.1f} to {ratios[-1]:.1f} times as long as one of 16 prompts" in page
+
+
 def test_measured_runs_are_those_of_the_command_and_within_the_error_that_the_page_states():
     import memory_cases
     import scale_tables

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from xpo_lightning import Experience, ModelSpec, Pair, Sampling, SigmoidLoss, XPOLightningModule, xpo_loss
+from xpo_lightning.losses.xpo import XPOLoss
 from xpo_lightning.rewards.python import PythonReward
 from xpo_lightning.training.metrics import PairAverages, rollout_metrics, update_metrics
 
@@ -106,8 +108,8 @@ def test_pair_averages_of_many_pairs_keep_their_digits():
 # ---- one batch ----
 
 
-def worked_pairs() -> tuple[dict[str, Tensor], Tensor]:
-    """Measure a pair that the policy won, one that it lost, and a tie of two identical completions."""
+def worked_objective() -> tuple[Experience, XPOLoss, Pair[Tensor]]:
+    """Evaluate a pair that the policy won, one that it lost, and a tie of two identical completions."""
     policy_logps = Pair(torch.tensor([-10.0, -4.0, -6.0]), torch.tensor([-20.0, -3.0, -6.0]))
     reference_logps = Pair(torch.tensor([-12.0, -3.0, -7.0]), torch.tensor([-15.0, -5.0, -7.0]))
     by_policy = completions_of([[1, 2, 3], [4], [5, 6]], ended=[True, False, True])
@@ -123,6 +125,11 @@ def worked_pairs() -> tuple[dict[str, Tensor], Tensor]:
     )
     options: dict[str, Any] = {"alpha": 0.01, "beta": 0.1, "preference_loss": SigmoidLoss()}
     loss = xpo_loss(policy_logps, reference_logps, pairs.labels, pairs.identical, **options)
+    return pairs, loss, policy_logps
+
+
+def worked_pairs() -> tuple[dict[str, Tensor], Tensor]:
+    pairs, loss, policy_logps = worked_objective()
     return rollout_metrics(pairs, beta=0.1) | update_metrics(pairs, loss, policy_logps, beta=0.1), loss.total
 
 
@@ -162,6 +169,16 @@ def test_pair_metrics_are_those_worked_by_hand():
     for name, numbers in expected.items():
         assert values[name].tolist() == pytest.approx(numbers, abs=1e-6), name
         assert values[name].dtype == torch.float32
+
+
+def test_the_page_says_which_metrics_describe_an_update():
+    page = Path(__file__).parents[2].joinpath("docs", "metrics.md").read_text()
+    (named,) = re.findall(r"Two kinds of pairs are averaged\. (.*?) describe the pairs of the", page, re.DOTALL)
+    groups = re.findall(r"`(\w+/)\*`", named)
+    pairs, loss, policy_logps = worked_objective()
+    update = update_metrics(pairs, loss, policy_logps, beta=0.1)
+    assert {name for name in update if not name.startswith(tuple(groups))} == set()
+    assert not [name for name in rollout_metrics(pairs, beta=0.1) if name.startswith(tuple(groups))]
 
 
 def test_rewards_accuracies_when_the_policy_disagrees_with_the_label_are_0():
