@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xpo_lightning.checkpointing.csv_logger import ResumableCSVLogger
     from xpo_lightning.checkpointing.io import CrashSafeCheckpointIO
-    from xpo_lightning.core.batch import Completions, Experience, Pair, Prompts
+    from xpo_lightning.core.batch import BonusSample, Completions, Experience, Pair, Prompts
     from xpo_lightning.core.errors import InputError
     from xpo_lightning.data import PromptDataModule
+    from xpo_lightning.losses.bonus import Bonus, BonusInput, Scored
+    from xpo_lightning.losses.bonuses import GEBBonus, SELMBonus, SEPOPOBonus, VPOBonus, XPOBonus
+    from xpo_lightning.losses.counts import COPOBonus
     from xpo_lightning.losses.preference import (
         DPOPositiveLoss,
         HingeLoss,
@@ -54,7 +57,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bonus",
+    "BonusInput",
+    "BonusSample",
     "BufferOptions",
+    "COPOBonus",
     "Candidates",
     "Completions",
     "Constant",
@@ -63,6 +70,7 @@ __all__ = [
     "DPOPositiveLoss",
     "Experience",
     "FSDP2Strategy",
+    "GEBBonus",
     "GenerationRequest",
     "HTTPJudge",
     "HingeLoss",
@@ -96,20 +104,25 @@ __all__ = [
     "RobustLoss",
     "RolloutContext",
     "RolloutEngine",
+    "SELMBonus",
+    "SEPOPOBonus",
     "Sampler",
     "Sampling",
     "Schedule",
+    "Scored",
     "SequenceClassifierReward",
     "SigmoidLoss",
     "VLLMRollout",
+    "VPOBonus",
     "WeightedSum",
+    "XPOBonus",
     "XPOLightningModule",
     "XPOLoss",
     "xpo_loss",
 ]
 
 _HOMES = {
-    "core.batch": ("Completions", "Experience", "Pair", "Prompts"),
+    "core.batch": ("BonusSample", "Completions", "Experience", "Pair", "Prompts"),
     "training.replay_buffer.buffer": ("BufferOptions",),
     "rollout.pair_selection": ("Candidates",),
     "checkpointing.io": ("CrashSafeCheckpointIO",),
@@ -117,6 +130,9 @@ _HOMES = {
     "data": ("PromptDataModule",),
     "rollout.context": ("RolloutContext",),
     "core.errors": ("InputError",),
+    "losses.bonus": ("Bonus", "BonusInput", "Scored"),
+    "losses.bonuses": ("GEBBonus", "SELMBonus", "SEPOPOBonus", "VPOBonus", "XPOBonus"),
+    "losses.counts": ("COPOBonus",),
     "losses.xpo": ("XPOLoss", "xpo_loss"),
     "models.policy": ("LoRASpec", "LoadedModel", "ModelSpec"),
     "module": ("XPOLightningModule",),

@@ -33,10 +33,12 @@ from xpo_lightning.core.trainer_progress import (
     normalize_loop_counters,
 )
 from xpo_lightning.data.prompts import PromptTokenizer, as_prompts
+from xpo_lightning.losses.bonus import Bonus
+from xpo_lightning.losses.bonuses import BonusTarget
 from xpo_lightning.losses.preference import PreferenceLoss, SigmoidLoss
 from xpo_lightning.losses.schedules import FIRST_STEP, LearningRateShape, Progress, Schedule
-from xpo_lightning.losses.xpo import BonusTarget
 from xpo_lightning.models.forward.capabilities import refuse_untrainable
+from xpo_lightning.models.forward.causal_forward import eval_mode
 from xpo_lightning.models.forward.cpu import keep_memory, speed_up_linears
 from xpo_lightning.models.forward.randomness import stop_random_draws
 from xpo_lightning.models.policy import LoadedModel, LoRASpec, ModelSpec, check_loaded, end_token_ids, prompt_limit
@@ -46,11 +48,12 @@ from xpo_lightning.rewards.base import Feedback
 from xpo_lightning.rewards.labels import LabelRule, check_penalty
 from xpo_lightning.rewards.scorer import PairScorer
 from xpo_lightning.rollout.engine import RolloutEngine
-from xpo_lightning.rollout.local import LocalRollout
+from xpo_lightning.rollout.local import LocalRollout, order_of
 from xpo_lightning.rollout.opening import try_ways
 from xpo_lightning.rollout.pair_selection import Candidates
 from xpo_lightning.rollout.samplers import ReferenceSampler, Sampler
 from xpo_lightning.rollout.sampling import Sampling
+from xpo_lightning.training.bonus_options import choose_bonus, refuse_with_bonus_sampler
 from xpo_lightning.training.collector import Collector, check_rollout
 from xpo_lightning.training.config_checks import check_trainer, refuse_combinations, refuse_own_steps, refuse_sharding
 from xpo_lightning.training.gradients import add_gradients, clip_gradient
@@ -60,7 +63,7 @@ from xpo_lightning.training.objective import Objective
 from xpo_lightning.training.optimizer import Optimization, WarmupThenDecay, total_steps
 from xpo_lightning.training.persistent_state import PersistentState
 from xpo_lightning.training.replay_buffer.buffer import Buffer, BufferOptions
-from xpo_lightning.training.update_plan import Pairs, UpdatePlan, most_tokens
+from xpo_lightning.training.update_plan import Pairs, UpdatePlan
 
 
 class XPOLightningModule(LightningModule):
@@ -86,8 +89,11 @@ class XPOLightningModule(LightningModule):
         alpha_in_beta: Take alpha in units of beta: the weight is then alpha times beta.
         beta: Strength of the KL constraint: a number, one number per epoch, or a schedule.
         preference_loss: Loss of a labelled pair; null is `SigmoidLoss` (DPO's).
-        bonus_on: Completion whose log-probability is in the exploration term: the `sampler`'s, as in Algorithm 1, the
-            `rejected` one, or `both`, whose log-probabilities are added.
+        bonus: What alpha multiplies in the exploration term; null is `XPOBonus`. `docs/methods.md` lists the others.
+        bonus_sampler: Generates a third completion of each training prompt, on which alone the exploration term is, as
+            in XPO's Algorithm 2; null takes the completions of the pair.
+        bonus_on: The target of `XPOBonus`: the `sampler`'s completion, as in Algorithm 1, the `rejected` one, or
+            `both`, whose log-probabilities are added; null is `sampler`. Not with `bonus`.
         bonus_clip: Clips the log-ratio inside the exploration term to this many nats either way; null is off. The
             paper's experiments use 500.
         entropy_bonus: Weight of the mean entropy of the policy's next token along its own completions, in nats per
@@ -145,7 +151,9 @@ class XPOLightningModule(LightningModule):
         alpha_in_beta: bool = False,
         beta: Schedule | float | list[float] = 0.1,
         preference_loss: PreferenceLoss | None = None,
-        bonus_on: BonusTarget = "sampler",
+        bonus: Bonus | None = None,
+        bonus_sampler: Sampler | None = None,
+        bonus_on: BonusTarget | None = None,
         bonus_clip: float | None = None,
         entropy_bonus: float = 0.0,
         missing_eos_penalty: float | None = None,
@@ -173,11 +181,12 @@ class XPOLightningModule(LightningModule):
         self.policy_spec: ModelSpec | LoadedModel = policy
         self.lora, self.sampling, self.reward = lora, sampling, reward
         self.sampler, self.candidates, self.label_rule = sampler or ReferenceSampler(), candidates, labels
+        self.bonus_sampler = bonus_sampler
         self.objective = Objective(
             alpha,
             beta,
             preference_loss=preference_loss or SigmoidLoss(),
-            bonus_on=bonus_on,
+            bonus=choose_bonus(bonus, bonus_on),
             bonus_clip=bonus_clip,
             entropy_bonus=entropy_bonus,
             alpha_in_beta=alpha_in_beta,
@@ -189,7 +198,10 @@ class XPOLightningModule(LightningModule):
         self.reference_cache = reference_cache
         self.reference_refresh, self.buffer_options = reference_refresh, buffer
         self.missing_eos_penalty = check_penalty(missing_eos_penalty)
-        self.plan = UpdatePlan(micro_batch_size, micro_batch_tokens, updates_per_rollout, epochs_per_rollout)
+        completions = 2 if bonus_sampler is None else 3
+        self.plan = UpdatePlan(
+            micro_batch_size, micro_batch_tokens, updates_per_rollout, epochs_per_rollout, completions
+        )
         self.timer, self.guard = PhaseTimer(), Guard(max_skipped_steps)
         self.run_state = RunState(self.guard)
         self.rollout_averages, self.update_averages = PairAverages(), PairAverages()
@@ -198,6 +210,7 @@ class XPOLightningModule(LightningModule):
         self._steps_loaded = 0
         self._together = ExitStack()
         refuse_combinations(self)
+        refuse_with_bonus_sampler(self)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -225,7 +238,7 @@ class XPOLightningModule(LightningModule):
             raise InputError("model.missing_eos_penalty is set, but model.sampling.eos_token_ids names no EOS token")
         self.policy = self._with_adapters(model)
         self.reference = Reference(self.policy, self.reference_refresh)
-        self.memory = PersistentState(self.reference, self.sampler)
+        self.memory = PersistentState(self.reference, self.sampler, self.objective.bonus, self.bonus_sampler)
         self.reward.load()
         self.reward.set_check(self.guard.stop.check)
         rollout = LocalRollout(
@@ -265,7 +278,7 @@ class XPOLightningModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Prepare sampler and reference with the untrained policy, and open the reference cache and the buffer."""
-        self.sampler.begin(self.policy)
+        self.memory.begin(self.policy)
         self.reference.begin()
         with self._models_unsharded():
             self.collector.open_cache(self.reference_cache, self.reference_identity, self.trainer)
@@ -292,6 +305,8 @@ class XPOLightningModule(LightningModule):
             if experience is not None and not step.is_skipped:
                 self._show_pairs(experience)
                 settings = self._take_steps(experience, rng)
+                if settings and self.objective.bonus.learns:
+                    self._teach_bonus(experience, done, settings["beta"])
             self._log_step(experience if settings else None, settings)
             self.memory.after_batch(done + 1, self.policy, taken=bool(settings))
 
@@ -317,6 +332,16 @@ class XPOLightningModule(LightningModule):
             settings |= self._optimizer_step(pairs, micro_batches, may_stop=number == 0)
         return settings
 
+    def _teach_bonus(self, experience: Experience, number: int, beta: float) -> None:
+        """Let the bonus learn from the pairs of a batch, the same on all processes."""
+        plan = self.plan.within(self.run_state.tokens_together)
+        groups = plan.micro_batches(experience.sizes, range(len(experience)))
+        with self.guard.together(), eval_mode(self.policy):
+            observed = self.objective.observe(self.policy, [experience.select(rows) for rows in groups], beta)
+            in_order = observed[torch.tensor(order_of(groups), device=observed.device)]
+        everything = torch.cat([part.to(observed.device) for part in all_gather(in_order.cpu())])
+        self.objective.bonus.learn(everything, RolloutRNG(self.run_state.seed, Stream.BONUS, number).uniforms)
+
     def _optimizer_step(self, pairs: Pairs, micro_batches: list[list[int]], may_stop: bool) -> dict[str, Any]:
         """Take one optimizer step; return alpha, beta, learning rate and gradient norm, or {} if it was skipped."""
         weights = self._weights()
@@ -341,7 +366,7 @@ class XPOLightningModule(LightningModule):
             self._scheduler.step()
         self.guard.record_step()
         if budget is not None:
-            tokens = budget.tokens(most_tokens(pairs.sizes, micro_batches))
+            tokens = budget.tokens(self.plan.most_tokens(pairs.sizes, micro_batches))
             self.run_state.tokens_together = min(all_gather(tokens))
         return {**weights, "lr": learning_rate, "grad_norm": norm}
 

@@ -45,6 +45,7 @@ CLASSES = {
     "model.reward: judges": [xpo.Judge],
     "model.sampler": [xpo.Sampler],
     "model.preference_loss": [xpo.PreferenceLoss],
+    "model.bonus": [xpo.Bonus],
     "model.alpha and model.beta: schedules": [xpo.Schedule],
     "model.rollout": [xpo.RolloutEngine],
 }

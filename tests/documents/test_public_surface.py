@@ -86,7 +86,7 @@ def test_arguments_of_a_function_are_those_of_its_docstring(name):
 
 def test_each_class_that_a_config_can_name_is_exported_under_its_name():
     kinds = [xpo_lightning.Reward, xpo_lightning.Judge, xpo_lightning.Sampler, xpo_lightning.PreferenceLoss]
-    kinds += [xpo_lightning.Schedule, xpo_lightning.RolloutEngine]
+    kinds += [xpo_lightning.Schedule, xpo_lightning.RolloutEngine, xpo_lightning.Bonus]
     for kind in kinds:
         for one in every_subclass(kind):
             if one.__module__.startswith("xpo_lightning.") and not inspect.isabstract(one):

@@ -167,6 +167,19 @@ class Completions:
 
 
 @dataclass(frozen=True)
+class BonusSample:
+    """The completions of `model.bonus_sampler`, on which the exploration term is.
+
+    Args:
+        completions: One for each prompt. B rows.
+        reference_logps: The reference's log-probability of each, summed over tokens. (B,)
+    """
+
+    completions: Completions
+    reference_logps: Tensor
+
+
+@dataclass(frozen=True)
 class Experience:
     """Labelled pairs, ready for the loss.
 
@@ -180,6 +193,7 @@ class Experience:
         silent: True where the label says nothing: scores too close, or no usable answer from a judge. None means
             nowhere. (B,)
         answered: False where a judge gave no usable answer. None means nowhere. (B,)
+        sample: A third completion of each prompt, for the exploration term alone. None if there is none.
     """
 
     prompts: Prompts
@@ -189,10 +203,17 @@ class Experience:
     reference_logps: Pair[Tensor]
     silent: Tensor | None = None
     answered: Tensor | None = None
+    sample: BonusSample | None = None
 
     def __len__(self) -> int:
         """Return B."""
         return len(self.labels)
+
+    @property
+    def written(self) -> list[Completions]:
+        """The completions of each prompt: the policy's, the sampler's, and the third one if there is one."""
+        third = [] if self.sample is None else [self.sample.completions]
+        return [self.completions.by_policy, self.completions.by_sampler, *third]
 
     @property
     def identical(self) -> Tensor:
@@ -206,33 +227,37 @@ class Experience:
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """Tokens of each prompt, and of the longer one of its completions. Length B."""
-        longer = map(max, self.completions.by_policy.counts, self.completions.by_sampler.counts)
-        return list(zip(self.prompts.counts, longer, strict=True))
+        """Tokens of each prompt, and of the longest one of its completions. Length B."""
+        longest = map(max, *(some.counts for some in self.written))
+        return list(zip(self.prompts.counts, longest, strict=True))
 
     def to(self, device: torch.device | str) -> "Experience":
         """Return the same pairs on another device; Lightning calls it on predictions."""
         prompts = replace(self.prompts, ids=self.prompts.ids.to(device), mask=self.prompts.mask.to(device))
-        completions = self.completions.map(lambda side: side.to(device))
-        return self._mapped(_counted(prompts, self.prompts.counts), completions, lambda values: values.to(device))
+        prompts = _counted(prompts, self.prompts.counts)
+        return self._mapped(prompts, lambda some: some.to(device), lambda values: values.to(device))
 
     def select(self, rows: Sequence[int]) -> "Experience":
         """Return the given pairs."""
         index = torch.as_tensor(rows, device=self.labels.device)
-        completions = self.completions.map(lambda side: side.select(rows))
-        return self._mapped(self.prompts.select(rows), completions, lambda values: values[index])
+        return self._mapped(self.prompts.select(rows), lambda some: some.select(rows), lambda values: values[index])
 
     def _mapped(
-        self, prompts: Prompts, completions: Pair[Completions], change: Callable[[Tensor], Tensor]
+        self,
+        prompts: Prompts,
+        completions: Callable[[Completions], Completions],
+        change: Callable[[Tensor], Tensor],
     ) -> "Experience":
+        third = self.sample
         return Experience(
             prompts=prompts,
-            completions=completions,
+            completions=self.completions.map(completions),
             scores=self.scores.map(change),
             labels=change(self.labels),
             reference_logps=self.reference_logps.map(change),
             silent=None if self.silent is None else change(self.silent),
             answered=None if self.answered is None else change(self.answered),
+            sample=third and BonusSample(completions(third.completions), change(third.reference_logps)),
         )
 
 

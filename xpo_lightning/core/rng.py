@@ -19,6 +19,7 @@ class Stream(IntEnum):
     COMPARISON = 3  # of two policies; the second takes 4
     CHAT = 5  # with two policies; the second takes 6
     CHECK = 7
+    BONUS = 8  # what the exploration bonus learns with
 
 
 @dataclass

@@ -8,14 +8,17 @@ with y_samp the sampler's completion (in Algorithm 1 the sampler is the referenc
 y- the other. It is minimised, so a positive alpha pushes the sampler's own samples down: optimism, not imitation.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from xpo_lightning.core.batch import Pair
-from xpo_lightning.core.errors import InputError
+from xpo_lightning.losses.bonus import Bonus, BonusInput, Scored
+from xpo_lightning.losses.bonuses import BonusTarget, XPOBonus
 from xpo_lightning.losses.preference import DPOPositiveLoss, HingeLoss, IPOLoss, PreferenceLoss, RobustLoss, SigmoidLoss
 
 __all__ = [
@@ -30,9 +33,6 @@ __all__ = [
     "xpo_loss",
 ]
 
-BonusTarget = Literal["sampler", "both", "rejected"]
-"""Which completion's log pi the exploration term contains."""
-
 
 @dataclass(frozen=True)
 class XPOLoss:
@@ -40,7 +40,8 @@ class XPOLoss:
 
     Args:
         preference: Preference loss; 0 where the pair says nothing about preference. (B,)
-        bonus: The exploration term: alpha times the log-probability that it pushes down if alpha is positive. (B,)
+        bonus: The exploration term: alpha times the bonus, such as the log-probability of Algorithm 1, which it pushes
+            down if alpha is positive. (B,)
         entropy: Minus the entropy weight times the policy's entropy, in nats per token; 0 if the weight is 0. (B,)
         log_ratios: log pi(y)/ref(y), summed over tokens, in nats, with gradient. (B,) a side
     """
@@ -70,6 +71,9 @@ def xpo_loss(
     lengths: Pair[Tensor] | None = None,
     entropies: Tensor | None = None,
     entropy_weight: float = 0.0,
+    bonus: Bonus | None = None,
+    sample: Scored | None = None,
+    hidden: Pair[Tensor | None] | None = None,
 ) -> XPOLoss:
     """Evaluate the XPO objective of each pair (arXiv 2405.21046, Algorithm 1).
 
@@ -87,15 +91,15 @@ def xpo_loss(
         preference_loss: The loss of a labelled pair.
         bonus_clip: Clips log pi(y)/ref(y) inside the exploration term to [-bonus_clip, bonus_clip], in nats, as the
             paper's own experiments do at 500; beyond it the term has no gradient. None switches clipping off.
-        bonus_on: Which completion's log pi the exploration term contains. `sampler`: that of the sampler's completion
-            (Algorithm 1). `both`: the sum over both completions, for pairs that one policy wrote, as in the paper's own
-            experiments. `rejected`: that of the completion that is not preferred, as in GEB (arXiv 2510.03269); each
-            completion is weighted by its probability of not being preferred.
-        lengths: Number of tokens of each completion, for a length-normalised preference loss. (B,) a side
+        bonus_on: The target of `XPOBonus`, which is the bonus if `bonus` is None.
+        lengths: Number of tokens of each completion, for losses and bonuses that need it. (B,) a side
         entropies: Entropy of the policy's next-token distribution, in nats, averaged over the tokens of its own
             completion, with gradient. (B,)
         entropy_weight: Weight of the entropies; a positive weight maximises them. (Williams and Peng 1991; Mnih et al.
             2016, arXiv 1602.01783.)
+        bonus: What alpha multiplies.
+        sample: A third completion, for a bonus that takes one; None is the sampler's completion.
+        hidden: The policy's last hidden states, for a bonus that needs them. (B, T, D) a side
 
     Returns:
         The objective of each pair and its parts.
@@ -109,29 +113,42 @@ def xpo_loss(
         policy_logps.by_sampler - reference_logps.by_sampler,
     )
     preference = preference_loss(log_ratios, labels, beta, lengths)
-    bonus_logps = policy_logps
-    if bonus_clip is not None:
-        bonus_logps = Pair(
-            reference_logps.by_policy + log_ratios.by_policy.clamp(-bonus_clip, bonus_clip),
-            reference_logps.by_sampler + log_ratios.by_sampler.clamp(-bonus_clip, bonus_clip),
-        )
+
+    def scored(of: Callable[[Pair[Any]], Any]) -> Scored:
+        optional = (None if given is None else of(given) for given in (lengths, hidden))
+        return Scored(of(policy_logps), of(reference_logps), *optional)
+
+    sides = Pair(scored(attrgetter("by_policy")), scored(attrgetter("by_sampler")))
+    seen = bonus_input(sides, sample, labels, beta, bonus_clip)
     return XPOLoss(
         preference=torch.where(silent, 0.0, preference),
-        bonus=alpha * _explored(bonus_logps, labels, bonus_on),
+        bonus=alpha * (bonus or XPOBonus(bonus_on))(seen),
         entropy=_entropy_term(preference, entropies, entropy_weight),
         log_ratios=log_ratios,
     )
 
 
-def _explored(logps: Pair[Tensor], labels: Tensor, bonus_on: BonusTarget) -> Tensor:
-    """Return the log-probability inside the exploration term, of shape (B,)."""
-    if bonus_on == "sampler":
-        return logps.by_sampler
-    if bonus_on == "both":
-        return logps.by_policy + logps.by_sampler
-    if bonus_on == "rejected":
-        return labels * logps.by_sampler + (1 - labels) * logps.by_policy
-    raise InputError(f"model.bonus_on must be 'sampler', 'both' or 'rejected', but is {bonus_on!r}")
+def bonus_input(
+    sides: Pair[Scored], sample: Scored | None, labels: Tensor, beta: float, clip: float | None
+) -> BonusInput:
+    """Put together what a bonus sees, with its log-ratios clipped.
+
+    Args:
+        sides: Both completions of B pairs.
+        sample: The third completions, if there are some.
+        labels: Probability that the policy's completion is preferred. (B,)
+        beta: Strength of the KL constraint.
+        clip: Most nats between log pi(y) and log ref(y); None for no limit.
+    """
+    clipped = sides.map(lambda side: _clipped(side, clip))
+    of_sample = clipped.by_sampler if sample is None else _clipped(sample, clip)
+    return BonusInput(clipped.by_policy, clipped.by_sampler, of_sample, labels, beta)
+
+
+def _clipped(side: Scored, clip: float | None) -> Scored:
+    if clip is None:
+        return side
+    return replace(side, logps=side.reference_logps + side.log_ratios.clamp(-clip, clip))
 
 
 def _entropy_term(like: Tensor, entropies: Tensor | None, weight: float) -> Tensor:

@@ -1,5 +1,7 @@
 """Computes log-probabilities of completions under a causal language model, and next-token entropies."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -40,46 +42,65 @@ def next_logits(model: nn.Module, prompts: Prompts) -> Tensor:
     return apply_head(features[:, 0], head)
 
 
-def pair_logps(model: nn.Module, prompts: Prompts, completions: Pair[Completions]) -> Pair[Tensor]:
-    """Score both completions of each prompt; encode the prompt once for both if the model supports it.
+def several_logps(
+    model: nn.Module, prompts: Prompts, completions: Sequence[Completions]
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Score several completions of each prompt; encode the prompt once for all if the model supports it.
 
     Args:
         model: As in `token_logps`.
         prompts: B prompts.
-        completions: B completions a side.
+        completions: K times B completions.
 
     Returns:
-        Log-probability of each completion, summed over its tokens, in nats. (B,) a side
+        Log-probability of each completion, summed over its tokens, in nats, (B,) each; and the last hidden states that
+        predict the completions' tokens, (B, T, D) each, or None if the model gives logits alone.
     """
-    both, head = _stacked(model, completions), capabilities_of(model).head
-    logps = logps_of(_features_of_both(model, prompts, both), both, head)
-    by_policy, by_sampler = logps.sum(1).chunk(2)
-    return Pair(by_policy, by_sampler)
+    together, head = _stacked(model, completions), capabilities_of(model).head
+    features = _features_of(model, prompts, together)
+    logps = logps_of(features, together, head).sum(1).chunk(len(completions))
+    return list(logps), None if head is None else list(features.chunk(len(completions)))
+
+
+def pair_logps(model: nn.Module, prompts: Prompts, completions: Pair[Completions]) -> Pair[Tensor]:
+    """Score both completions of each prompt; see `several_logps`."""
+    return Pair(*several_logps(model, prompts, [completions.by_policy, completions.by_sampler])[0])
+
+
+def several_logps_and_entropies(
+    model: nn.Module, prompts: Prompts, completions: Sequence[Completions]
+) -> tuple[list[Tensor], list[Tensor] | None, Tensor]:
+    """Score several completions of each prompt, and measure the policy's entropy along the first.
+
+    Args:
+        model: As in `token_logps`.
+        prompts: B prompts.
+        completions: K times B completions.
+
+    Returns:
+        What `several_logps` returns, and the entropy of the next-token distribution (full vocabulary, temperature 1,
+        in nats), averaged over the tokens of the first completion. (B,)
+    """
+    together, head = _stacked(model, completions), capabilities_of(model).head
+    features = _features_of(model, prompts, together).chunk(len(completions))
+    own = completions[0]
+    index, chosen, targets = _real(features[0][:, : own.ids.shape[1]], own)
+    logps, entropies = (_padded(values, index, own) for values in logps_and_entropies(chosen, head, targets))
+    means = entropies.sum(1) / own.lengths.clamp(min=1)
+    others = [
+        logps_of(of_some[:, : some.ids.shape[1]], some, head).sum(1)
+        for of_some, some in zip(features[1:], completions[1:], strict=True)
+    ]
+    return [logps.sum(1), *others], None if head is None else list(features), means
 
 
 def pair_logps_and_entropies(
     model: nn.Module, prompts: Prompts, completions: Pair[Completions]
 ) -> tuple[Pair[Tensor], Tensor]:
-    """Score both completions of each prompt, and measure the policy's entropy along its own completion.
-
-    Args:
-        model: As in `token_logps`.
-        prompts: B prompts.
-        completions: B completions a side.
-
-    Returns:
-        The log-probabilities of `pair_logps`, and the entropy of the next-token distribution (full vocabulary,
-        temperature 1, in nats), averaged over the tokens of the policy's completion. (B,)
-    """
-    both, head = _stacked(model, completions), capabilities_of(model).head
-    features = _features_of_both(model, prompts, both)
-    own, sampled = completions.by_policy, completions.by_sampler
-    of_own, of_sampled = features.chunk(2)
-    index, chosen, targets = _real(of_own[:, : own.ids.shape[1]], own)
-    logps, entropies = (_padded(values, index, own) for values in logps_and_entropies(chosen, head, targets))
-    means = entropies.sum(1) / own.lengths.clamp(min=1)
-    by_sampler = logps_of(of_sampled[:, : sampled.ids.shape[1]], sampled, head)
-    return Pair(logps.sum(1), by_sampler.sum(1)), means
+    """Score both completions, and measure the entropy along the policy's; see `several_logps_and_entropies`."""
+    both = [completions.by_policy, completions.by_sampler]
+    logps, _, entropies = several_logps_and_entropies(model, prompts, both)
+    return Pair(*logps), entropies
 
 
 def shares_prompt(model: nn.Module, length: int) -> Sharing:
@@ -114,26 +135,26 @@ def logps_of(features: Tensor, completions: Completions, head: nn.Linear | None)
     return _padded(logps, index, completions)
 
 
-def _stacked(model: nn.Module, completions: Pair[Completions]) -> Completions:
-    """Stack both completions of each prompt, the policy's first.
+def _stacked(model: nn.Module, completions: Sequence[Completions]) -> Completions:
+    """Stack the completions of each prompt, the policy's first.
 
     Each pass over sharded layers gathers their weights, so all ranks must run equally many passes. The pass over the
     prompt alone predicts completions of one token, so these are padded to need the second pass too.
     """
-    return concat_completions([completions.by_policy, completions.by_sampler], width=2 if is_sharded(model) else 1)
+    return concat_completions(completions, width=2 if is_sharded(model) else 1)
 
 
-def _features_of_both(model: nn.Module, prompts: Prompts, both: Completions) -> Tensor:
-    """Return features that predict each token of two stacked completions a prompt: (2B, T, D) or logits (2B, T, V)."""
-    head, length = capabilities_of(model).head, _width(prompts, both)
+def _features_of(model: nn.Module, prompts: Prompts, stacked: Completions) -> Tensor:
+    """Return features that predict each token of K stacked completions a prompt: (K * B, T, D) or logits (.., V)."""
+    head, length = capabilities_of(model).head, _width(prompts, stacked)
     with cast_lora_weights(model):
         if model.training:
             refuse_untrainable(model)
         sharing = shares_prompt(model, length)
         if sharing is not Sharing.NOT:
-            return shared_features(model, prompts, both, head, pads_right=sharing is Sharing.PADDED_RIGHT)
-        twice = prompts.select(list(range(len(prompts))) * 2)
-        return unshared_features(model, twice, both, head, rows_of(model, length))
+            return shared_features(model, prompts, stacked, head, pads_right=sharing is Sharing.PADDED_RIGHT)
+        repeated = prompts.select(list(range(len(prompts))) * (len(stacked) // len(prompts)))
+        return unshared_features(model, repeated, stacked, head, rows_of(model, length))
 
 
 def _width(prompts: Prompts, completions: Completions) -> int:

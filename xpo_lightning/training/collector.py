@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from xpo_lightning.core.batch import Completions, Experience, Pair, Prompts
+from xpo_lightning.core.batch import BonusSample, Completions, Experience, Pair, Prompts
 from xpo_lightning.core.fault_tolerance.guard import check_finite
 from xpo_lightning.core.rng import RolloutRNG
 from xpo_lightning.core.timer import PhaseTimer
@@ -37,8 +37,8 @@ class Collector:
 
     Args:
         rollout: Samples completions with the models of this process.
-        memory: Holds the reference, the sampler, which writes the second completion in training, and the cache of the
-            reference's completions.
+        memory: Holds the reference, the samplers, which write the second completion in training and the exploration
+            term's, and the cache of the reference's completions.
         candidates: How many completions each side writes in training, and which become the pair.
         scorer: Scores completions with the reward or judge.
         label_rule: Turns the scores into labels.
@@ -69,6 +69,7 @@ class Collector:
             B labelled pairs.
         """
         sampler = self.memory.sampler if training else ReferenceSampler()
+        bonus_sampler = self.memory.bonus_sampler if training else None
         candidates = self.candidates if training else Candidates()
         cache = self.memory.cache if training else None
         kept = [None] * len(prompts) if cache is None else cache.get(prompts)
@@ -77,6 +78,8 @@ class Collector:
         of_sampler, of_policy = (
             [self.rollout.uniforms(prompts, rng) for _ in range(candidates.count)] for _ in range(2)
         )
+        of_labels = rng.uniforms(len(prompts), 2) if training else None
+        of_bonus = None if bonus_sampler is None else self.rollout.uniforms(prompts, rng)
 
         def open_context(rows: list[int]) -> RolloutContext:
             return RolloutContext(
@@ -97,7 +100,10 @@ class Collector:
                 self.engine, open_context(list(range(len(prompts)))), sampler, Pair(of_policy, of_sampler)
             )
             logps = _scored(self.engine, open_context, sampler, completions, groups)
-        self._count(prompts, completions)
+        third = None
+        if bonus_sampler is not None and of_bonus is not None:
+            third = _bonus_sample(open_context, bonus_sampler, of_bonus, groups)
+        self._count(prompts, completions, third)
         scored = self.scorer.score(prompts, completions, [None if entry is None else entry.score for entry in kept])
         missing = missing_rows(kept)
         if cache is not None and missing:
@@ -105,7 +111,7 @@ class Collector:
             cache.put(prompts.select(missing), written, scored.raw.by_sampler[0, missing])
         places = candidates.select(scored.scores, one_writer=sampler.is_policy)
         scores = chosen_values(scored.scores, places)
-        uniforms = rng.uniforms(len(prompts), 2).to(scores.by_policy) if training else None
+        uniforms = None if of_labels is None else of_labels.to(scores.by_policy)
         labels = self.label_rule.label(scored.preferences(scores), uniforms)
         return Experience(
             prompts=prompts,
@@ -115,6 +121,7 @@ class Collector:
             reference_logps=chosen_values(logps, places),
             silent=labels.silent,
             answered=scored.answered,
+            sample=third,
         )
 
     def open_cache(self, where: str | None, reference: dict[str, Any], trainer: Trainer) -> None:
@@ -138,8 +145,9 @@ class Collector:
         made_by = {"model": model, "trainer": {"precision": str(trainer.precision)}}
         self.memory.cache = ReferenceCache(where, made_by, trainer.global_rank)
 
-    def _count(self, prompts: Prompts, completions: Pair[list[Completions]]) -> None:
-        tokens = sum(sum(some.counts) for some in (*completions.by_policy, *completions.by_sampler))
+    def _count(self, prompts: Prompts, completions: Pair[list[Completions]], third: BonusSample | None) -> None:
+        others = [] if third is None else [third.completions]
+        tokens = sum(sum(some.counts) for some in (*completions.by_policy, *completions.by_sampler, *others))
         self.timer.counts.update(prompts=len(prompts), prompt_tokens=sum(prompts.counts), completion_tokens=tokens)
 
 
@@ -157,6 +165,9 @@ def check_rollout(experience: Experience) -> Experience:
         ("the reference's log-probability of the policy's completion", experience.reference_logps.by_policy),
         ("the reference's log-probability of the sampler's completion", experience.reference_logps.by_sampler),
     ]
+    if experience.sample is not None:
+        reads = "the reference's log-probability of the bonus sampler's completion"
+        values.append((reads, experience.sample.reference_logps))
     check_finite(values, experience.prompts.raw, "no step was taken on them")
     return experience
 
@@ -170,6 +181,22 @@ def _written(context: RolloutContext, sampler: Sampler, uniforms: Pair[list[Tens
         return completions, Pair(own, torch.stack([some.logps for some in by_sampler]))
     everything = torch.stack(context.reference_logps([*completions.by_policy, *by_sampler]))
     return completions, Pair(*everything.chunk(2))
+
+
+def _bonus_sample(
+    open_context: Callable[[list[int]], RolloutContext],
+    sampler: Sampler,
+    uniforms: Tensor,
+    groups: Sequence[list[int]],
+) -> BonusSample:
+    """Generate a third completion of each prompt, on which the exploration term is, and score it with the reference."""
+    written, logps = [], []
+    for rows in groups:
+        context = open_context(rows)
+        (some,) = sampler.write(context, [uniforms[torch.as_tensor(rows, device=uniforms.device)]])
+        written.append(some)
+        logps.append(some.logps if sampler.is_reference else context.reference_logps([some])[0])
+    return BonusSample(gather(written, groups), torch.cat(logps)[order_of(groups)])
 
 
 def _by_engine(

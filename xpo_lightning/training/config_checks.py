@@ -13,6 +13,7 @@ from xpo_lightning.rewards.base import Feedback, Judge
 from xpo_lightning.rollout.engine import RolloutEngine
 from xpo_lightning.rollout.pair_selection import Candidates
 from xpo_lightning.rollout.samplers import PreviousPolicySampler, Sampler
+from xpo_lightning.training.objective import Objective
 from xpo_lightning.training.replay_buffer.buffer import BufferOptions
 
 
@@ -49,7 +50,9 @@ class Options(Protocol):
     """The options that are checked; `XPOLightningModule` has them."""
 
     reward: Feedback
+    objective: Objective
     sampler: Sampler
+    bonus_sampler: Sampler | None
     candidates: Candidates
     missing_eos_penalty: float | None
     reference_cache: str | None
@@ -151,6 +154,8 @@ def refuse_sharding(options: Options) -> None:
     """
     refused = {
         "model.sampler=PreviousPolicySampler": isinstance(options.sampler, PreviousPolicySampler),
+        "model.bonus_sampler": options.bonus_sampler is not None,
+        f"model.bonus={type(options.objective.bonus).__name__}": options.objective.bonus.learns,
         "model.reference_refresh": options.reference_refresh is not None,
         "model.rollout": options.rollout is not None,
         "model.policy.quantize": getattr(options.policy_spec, "quantize", None) is not None,
@@ -177,6 +182,8 @@ def refuse_own_steps(options: Any) -> None:
         "model.reference_cache": options.reference_cache is not None,
         "model.reference_refresh": options.reference_refresh is not None,
         "model.sampler=PreviousPolicySampler": isinstance(options.sampler, PreviousPolicySampler),
+        "model.bonus_sampler=PreviousPolicySampler": isinstance(options.bonus_sampler, PreviousPolicySampler),
+        f"model.bonus={type(options.objective.bonus).__name__}": options.objective.bonus.learns,
         "model.updates_per_rollout": options.plan.step_count != 1,
     }
     for option, is_set in inert.items():

@@ -1,14 +1,18 @@
 """Evaluates the XPO objective of labelled pairs; alpha and beta may follow schedules."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
-from xpo_lightning.core.batch import Experience
+from xpo_lightning.core.batch import Experience, Pair
 from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.losses.bonus import Bonus, BonusInput, Scored
 from xpo_lightning.losses.preference import PreferenceLoss
 from xpo_lightning.losses.schedules import Progress, Schedule, as_positive_schedule, as_schedule
-from xpo_lightning.losses.xpo import BonusTarget, xpo_loss
-from xpo_lightning.models.logprobs import pair_logps, pair_logps_and_entropies
+from xpo_lightning.losses.xpo import bonus_input, xpo_loss
+from xpo_lightning.models.logprobs import several_logps, several_logps_and_entropies
 from xpo_lightning.training.metrics import update_metrics
 
 
@@ -25,7 +29,7 @@ class Objective:
         beta: Schedule | float | list[float],
         *,
         preference_loss: PreferenceLoss,
-        bonus_on: BonusTarget,
+        bonus: Bonus,
         bonus_clip: float | None,
         entropy_bonus: float,
         alpha_in_beta: bool,
@@ -33,7 +37,7 @@ class Objective:
         check_range("model.bonus_clip", bonus_clip, above=0, or_null=True)
         check_range("model.entropy_bonus", entropy_bonus, least=0, is_finite=True)
         self.alpha, self.beta = as_schedule(alpha), as_positive_schedule(beta, "model.beta")
-        self.preference_loss, self.bonus_on, self.bonus_clip = preference_loss, bonus_on, bonus_clip
+        self.preference_loss, self.bonus, self.bonus_clip = preference_loss, bonus, bonus_clip
         self.entropy_bonus, self.alpha_in_beta = entropy_bonus, alpha_in_beta
 
     def weights(self, progress: Progress) -> dict[str, float]:
@@ -61,13 +65,14 @@ class Objective:
         Returns:
             The objective of each pair (B,), with gradient if enabled, and each metric (B,), without gradient.
         """
-        entropies = None
+        entropies: Tensor | None = None
         if self.entropy_bonus:
-            policy_logps, entropies = pair_logps_and_entropies(policy, experience.prompts, experience.completions)
+            logps, features, entropies = several_logps_and_entropies(policy, experience.prompts, experience.written)
         else:
-            policy_logps = pair_logps(policy, experience.prompts, experience.completions)
+            logps, features = several_logps(policy, experience.prompts, experience.written)
+        by_policy, by_sampler, *third = self._scored(experience, logps, features)
         loss = xpo_loss(
-            policy_logps,
+            Pair(by_policy.logps, by_sampler.logps),
             experience.reference_logps,
             experience.labels,
             experience.without_preference,
@@ -75,12 +80,51 @@ class Objective:
             beta=beta,
             preference_loss=self.preference_loss,
             bonus_clip=self.bonus_clip,
-            bonus_on=self.bonus_on,
+            bonus=self.bonus,
+            sample=third[0] if third else None,
             lengths=experience.completions.map(lambda side: side.lengths),
+            hidden=Pair(by_policy.hidden, by_sampler.hidden),
             entropies=entropies,
             entropy_weight=self.entropy_bonus,
         )
-        measured = update_metrics(experience, loss, policy_logps, beta)
+        measured = update_metrics(experience, loss, Pair(by_policy.logps, by_sampler.logps), beta)
         if entropies is not None:
             measured["objective/token_entropy"] = entropies.detach()
         return loss.total, measured
+
+    @torch.no_grad()
+    def observe(self, policy: nn.Module, pairs: Sequence[Experience], beta: float) -> Tensor:
+        """Return what the bonus learns from each of some pairs, (B, F).
+
+        Args:
+            policy: The policy.
+            pairs: The pairs, in groups that go through the policy together.
+            beta: Strength of the KL constraint.
+        """
+        return torch.cat([self.bonus.observe(self._seen(policy, some, beta)).float() for some in pairs])
+
+    def _seen(self, policy: nn.Module, experience: Experience, beta: float) -> BonusInput:
+        logps, features = several_logps(policy, experience.prompts, experience.written)
+        by_policy, by_sampler, *third = self._scored(experience, logps, features)
+        sample = third[0] if third else None
+        return bonus_input(Pair(by_policy, by_sampler), sample, experience.labels, beta, self.bonus_clip)
+
+    def _scored(
+        self, experience: Experience, logps: Sequence[Tensor], features: Sequence[Tensor] | None
+    ) -> list[Scored]:
+        """Put together what the bonus sees of each completion.
+
+        Raises:
+            InputError: The bonus needs hidden states, and the model gives none.
+        """
+        if self.bonus.needs_hidden and features is None:
+            raise InputError(
+                f"model.bonus={type(self.bonus).__name__} reads the policy's last hidden states, and model.policy "
+                f"does more to them than a linear head before they are logits; take another bonus"
+            )
+        reference = experience.reference_logps
+        third = [] if experience.sample is None else [experience.sample.reference_logps]
+        hidden = features if features is not None and self.bonus.needs_hidden else [None] * len(logps)
+        lengths = [some.lengths for some in experience.written]
+        parts = zip(logps, [reference.by_policy, reference.by_sampler, *third], lengths, hidden, strict=True)
+        return [Scored(*part) for part in parts]

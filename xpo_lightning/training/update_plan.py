@@ -14,7 +14,7 @@ class Pairs(Protocol):
 
     @property
     def sizes(self) -> Sequence[tuple[int, int]]:
-        """Tokens of each prompt, and of the longer one of its completions."""
+        """Tokens of each prompt, and of the longest one of its completions."""
 
     def select(self, rows: Sequence[int]) -> Experience:
         """Return the pairs of these rows."""
@@ -34,12 +34,14 @@ class UpdatePlan:
             None for no limit. If both are None, see `within`.
         updates_per_rollout: Optimizer steps in each pass over the pairs.
         epochs_per_rollout: Passes over the pairs.
+        completions: Completions of each pair: 2, or 3 if the exploration term has one of its own.
     """
 
     micro_batch_size: int | None
     micro_batch_tokens: int | None
     updates_per_rollout: int
     epochs_per_rollout: int
+    completions: int = 2
 
     def __post_init__(self) -> None:
         """Refuse numbers below 1."""
@@ -62,7 +64,7 @@ class UpdatePlan:
 
     def most_pairs(self, prompt: int, completion: int) -> int:
         """Return the most pairs of a micro-batch, at least 1, given the tokens of the longest prompt and completion."""
-        tokens = tokens_of_pair(prompt, completion)
+        tokens = self._tokens(prompt, completion)
         pairs = FEW_PAIRS if self.is_open else self.micro_batch_size
         limits = [pairs, None if self.micro_batch_tokens is None else self.micro_batch_tokens // tokens]
         return max(1, min(limit for limit in limits if limit is not None))
@@ -83,7 +85,7 @@ class UpdatePlan:
         """Put pairs of similar length together, the longest first: memory runs out at once or never.
 
         Args:
-            sizes: Tokens of each prompt, and of the longer one of its completions.
+            sizes: Tokens of each prompt, and of the longest one of its completions.
             rows: The pairs to put together.
         """
         groups: list[list[int]] = []
@@ -95,26 +97,24 @@ class UpdatePlan:
                 groups.append([row])
         return groups
 
+    def most_tokens(self, sizes: Sequence[tuple[int, int]], micro_batches: Sequence[Sequence[int]]) -> int:
+        """Count the tokens of the largest micro-batch, padding included.
+
+        Args:
+            sizes: Tokens of each prompt, and of the longest one of its completions.
+            micro_batches: The rows of each micro-batch.
+        """
+
+        def tokens(rows: Sequence[int]) -> int:
+            prompts, completions = zip(*(sizes[row] for row in rows), strict=True)
+            return len(rows) * self._tokens(max(prompts), max(completions))
+
+        return max(map(tokens, micro_batches))
+
+    def _tokens(self, prompt: int, completion: int) -> int:
+        """Count the tokens of a pair whose completions are padded to the longest."""
+        return prompt + self.completions * completion
+
     def _fits(self, prompt: int, completions: list[int]) -> bool:
         """Tell whether pairs padded to the longest prompt and the longest completion are within the limits."""
         return len(completions) <= self.most_pairs(prompt, max(completions))
-
-
-def tokens_of_pair(prompt: int, completion: int) -> int:
-    """Count the tokens of a pair whose completions are padded to the longer one."""
-    return prompt + 2 * completion
-
-
-def most_tokens(sizes: Sequence[tuple[int, int]], micro_batches: Sequence[Sequence[int]]) -> int:
-    """Count the tokens of the largest micro-batch, padding included.
-
-    Args:
-        sizes: Tokens of each prompt, and of the longer one of its completions.
-        micro_batches: The rows of each micro-batch.
-    """
-
-    def tokens(rows: Sequence[int]) -> int:
-        prompts, completions = zip(*(sizes[row] for row in rows), strict=True)
-        return len(rows) * tokens_of_pair(max(prompts), max(completions))
-
-    return max(map(tokens, micro_batches))

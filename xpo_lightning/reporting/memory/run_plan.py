@@ -95,5 +95,6 @@ def _states(optimizer: Optimizer) -> int:
 
 
 def _copies(module: XPOLightningModule) -> int:
-    holders: list[Any] = [module.sampler, module.reference]
-    return sum(isinstance(value, Snapshot) for holder in holders for value in vars(holder).values())
+    holders: list[Any] = [module.sampler, module.bonus_sampler, module.reference]
+    kept = [vars(holder).values() for holder in holders if holder is not None]
+    return sum(isinstance(value, Snapshot) for values in kept for value in values)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from xpo_lightning.core.batch import Completions, Experience, Pair, Prompts, left_pad
+from xpo_lightning.core.batch import BonusSample, Completions, Experience, Pair, Prompts, left_pad
 from xpo_lightning.core.errors import InputError
 
 
@@ -21,14 +21,14 @@ def encoded(experience: Experience) -> list[str]:
     """
     prompts = experience.prompts
     silent = experience.without_preference.tolist()
+    third = [] if experience.sample is None else [experience.sample.reference_logps]
+    logps = [experience.reference_logps.by_policy, experience.reference_logps.by_sampler, *third]
     numbers = {
         "scores": [side.tolist() for side in (experience.scores.by_policy, experience.scores.by_sampler)],
-        "logps": [
-            side.tolist() for side in (experience.reference_logps.by_policy, experience.reference_logps.by_sampler)
-        ],
+        "logps": [side.tolist() for side in logps],
     }
     prompt_ids = _ids(prompts.ids, prompts.mask)
-    sides = [experience.completions.by_policy, experience.completions.by_sampler]
+    sides = experience.written
     ids, ended = [_ids(side.ids, side.mask) for side in sides], [side.ended.tolist() for side in sides]
     lines = []
     for row, label in enumerate(experience.labels.tolist()):
@@ -63,8 +63,11 @@ def decoded(lines: Sequence[str], device: torch.device | str) -> Experience:
     pairs = [_pair(line) for line in lines]
     ids, mask = left_pad([pair["prompt_ids"] for pair in pairs])
 
+    def of_side(name: str, side: int) -> Tensor:
+        return torch.tensor([pair[name][side] for pair in pairs])
+
     def both(name: str) -> Pair[Tensor]:
-        return Pair(*(torch.tensor([pair[name][side] for pair in pairs]) for side in (0, 1)))
+        return Pair(of_side(name, 0), of_side(name, 1))
 
     def completions(side: int) -> Completions:
         rows = [torch.tensor(pair["ids"][side]) for pair in pairs]
@@ -72,7 +75,7 @@ def decoded(lines: Sequence[str], device: torch.device | str) -> Experience:
         real = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
         texts = tuple(pair["texts"][side] for pair in pairs)
         logps = torch.zeros(tokens.shape).masked_fill(real, torch.nan)
-        return Completions(tokens, real, torch.tensor([pair["ended"][side] for pair in pairs]), texts, logps)
+        return Completions(tokens, real, of_side("ended", side), texts, logps)
 
     return Experience(
         prompts=Prompts(ids, mask, tuple(pair["prompt"] for pair in pairs)),
@@ -81,6 +84,7 @@ def decoded(lines: Sequence[str], device: torch.device | str) -> Experience:
         labels=torch.tensor([pair["label"] for pair in pairs]),
         reference_logps=both("logps"),
         silent=torch.tensor([pair["silent"] for pair in pairs]),
+        sample=BonusSample(completions(2), of_side("logps", 2)) if len(pairs[0]["ids"]) > 2 else None,
     ).to(device)
 
 

@@ -1,0 +1,52 @@
+"""Chooses the exploration bonus, and refuses options that a bonus sampler does not go with."""
+
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.losses.bonus import Bonus
+from xpo_lightning.losses.bonuses import BonusTarget, XPOBonus
+from xpo_lightning.training.config_checks import Options
+
+
+def choose_bonus(bonus: Bonus | None, bonus_on: BonusTarget | None) -> Bonus:
+    """Return the exploration bonus of `model.bonus`, or of its short form `model.bonus_on`.
+
+    Raises:
+        InputError: Both are set, or `bonus_on` is no target of `XPOBonus`.
+    """
+    if bonus is not None and bonus_on is not None:
+        raise InputError(
+            f"model.bonus_on={bonus_on} is the target of XPOBonus, and model.bonus is {type(bonus).__name__}; leave "
+            f"bonus_on out, or bonus"
+        )
+    return bonus or XPOBonus(bonus_on or "sampler")
+
+
+def refuse_with_bonus_sampler(options: Options) -> None:
+    """Refuse options that a bonus sampler does not go with.
+
+    Raises:
+        InputError: Two options exclude each other; the message names both.
+    """
+    third = options.bonus_sampler
+    if third is None:
+        return
+    bonus, named = options.objective.bonus, f"model.bonus_sampler={type(third).__name__}"
+    refused = [
+        (
+            not bonus.uses_sample,
+            f"{named} writes a completion for the exploration term, and {type(bonus).__name__} is on completions of "
+            f"the pair; set bonus_sampler to null, or take another model.bonus or model.bonus_on",
+        ),
+        (
+            third.is_reference and options.reference_cache is not None,
+            f"model.reference_cache has the reference write each prompt once, and {named} wants another completion of "
+            f"it; set one of the two to null",
+        ),
+        (
+            options.rollout is not None,
+            f"{named} writes with the models of this process, and model.rollout has a server write; set one of the two "
+            f"to null",
+        ),
+    ]
+    for is_refused, message in refused:
+        if is_refused:
+            raise InputError(message)
