@@ -401,7 +401,7 @@ def test_newest_is_told_by_time_and_then_by_name_and_on_every_process_alike(
     ("logger", "place"),
     [
         ({"class_path": CSV_LOGGER, "init_args": {"save_dir": "runs", "version": "mine"}}, "runs/lightning_logs/mine"),
-        (None, "runs/lightning_logs/version_0"),
+        (None, "runs/version_0"),
         (False, "runs"),
         (
             [
@@ -433,7 +433,7 @@ def test_last_goes_on_in_the_folder_where_the_run_was(
     assert names_in(checkpoints) == ["epoch=0-step=2.ckpt", "epoch=1-step=4.ckpt"]
     assert len([*tmp_path.rglob("*.ckpt")]) == 2
     metrics = [*tmp_path.rglob("metrics.csv")]
-    assert len(metrics) == (0 if logger is False or logger is None else 1)
+    assert len(metrics) == (0 if logger is False else 1)
     for file in metrics:
         assert [row["step"] for row in rows_of(file) if "loss/dpo" in row] == [1, 2, 3, 4]
         assert [row["step"] for row in rows_of(file) if "eval/win_rate" in row] == [2, 4]

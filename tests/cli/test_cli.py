@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import make_tokenizer
+from conftest import BARE, make_tokenizer
 from huggingface_hub import constants
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
@@ -77,13 +77,14 @@ def write_config(tmp_path: Path, prompts_file: Path, model_folder: Callable[...,
                 "max_epochs": 1,
                 "log_every_n_steps": 1,
                 "enable_progress_bar": False,
-                "enable_model_summary": False,
+                "callbacks": [],
                 "default_root_dir": str(tmp_path / "runs"),
                 "logger": {
                     "class_path": "lightning.pytorch.loggers.CSVLogger",
                     "init_args": {"save_dir": str(tmp_path / "runs"), "name": ""},
                 },
             },
+            "defaults": dict(BARE),
         }
         for key, value in changes.items():
             branch, *path, leaf = (config, *key.split("__"))
@@ -355,9 +356,7 @@ def test_option_that_cannot_be_honoured_is_refused(
 
 
 def test_tldr_without_the_hub_fails_at_once_with_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    line = refused(
-        capsys, "fit", "--config", str(CONFIGS / "tldr.yaml"), "--trainer.logger.init_args.save_dir", str(tmp_path)
-    )
+    line = refused(capsys, "fit", "--config", str(CONFIGS / "tldr.yaml"), "--trainer.default_root_dir", str(tmp_path))
     assert "could not load" in line
     assert "give a local path" in line
 

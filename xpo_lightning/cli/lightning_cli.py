@@ -6,14 +6,13 @@ import warnings
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
 from transformers.utils.logging import disable_progress_bar
 
 import xpo_lightning.callbacks
 import xpo_lightning.rewards
-from xpo_lightning.callbacks import GracefulStop, PredictionsWriter, RunCheckpoint, RunContinuation
+from xpo_lightning.callbacks import PredictionsWriter
 from xpo_lightning.checkpointing import resume as resume_point
 from xpo_lightning.checkpointing.config_file import ConfigFile
 from xpo_lightning.checkpointing.io import CrashSafeCheckpointIO
@@ -26,6 +25,7 @@ from xpo_lightning.cli.error_messages import (
     refuse_nulls,
     refuse_values_for_groups,
 )
+from xpo_lightning.cli.run_defaults import TRAINER_DEFAULTS, RunDefaults
 from xpo_lightning.core.argument_parser import OneLineErrors
 from xpo_lightning.core.distributed import named, origin_of, speaks_for_host
 from xpo_lightning.core.errors import InputError, exit_with_error, input_error_in, write_line
@@ -74,6 +74,7 @@ class XPOCLI(LightningCLI):
             XPOLightningModule,
             PromptDataModule,
             trainer_class=CheckingTrainer,
+            trainer_defaults=dict(TRAINER_DEFAULTS),
             args=args,
             auto_configure_optimizers=False,
             save_config_callback=ConfigFile,
@@ -93,6 +94,10 @@ class XPOCLI(LightningCLI):
         """Offer fit, validate, predict and check; a test would be a second validation."""
         offered = LightningCLI.subcommands()
         return {**{name: offered[name] for name in ("fit", "validate", "predict")}, "check": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the switches of what a run has by default."""
+        parser.add_class_arguments(RunDefaults, "defaults", fail_untyped=True)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the command line and the configs that it names."""
@@ -133,15 +138,13 @@ class XPOCLI(LightningCLI):
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
-        """Add the callbacks that every run has."""
-        own = config.get("callbacks") or []
-        given = [*(own if isinstance(own, list) else [own]), *callbacks]
-        added: list[Any] = [RunContinuation(), GracefulStop()]
-        checkpoints = config.get("enable_checkpointing") is not False and not config.get("barebones")
-        if checkpoints and not any(isinstance(one, Checkpoint) for one in given):
-            added.append(RunCheckpoint())
-        kinds = {type(one) for one in given}
-        return super()._instantiate_trainer(config, [*callbacks, *(one for one in added if type(one) not in kinds)])
+        """Add the callbacks and the metrics file that a run has by default."""
+        defaults: RunDefaults = self.config_init[self.subcommand].defaults
+        if config["barebones"]:  # It logs nothing, and refuses an interval.
+            config["log_every_n_steps"] = None
+        config["logger"] = defaults.loggers(config)
+        added = defaults.callbacks(config, self.datamodule.has_validation)
+        return super()._instantiate_trainer(config, [*callbacks, *added])
 
     def after_instantiate_classes(self) -> None:
         """Replace `last` by the newest checkpoint; this needs the trainer, which knows where to look."""
