@@ -475,14 +475,14 @@ def test_run_without_a_checkpoint_yet_starts_from_its_beginning_and_nothing_else
     assert [row["step"] for row in rows_of(tmp_path / "runs/version_0/metrics.csv") if "loss/dpo" in row] == [1, 2]
 
 
-def test_last_of_validate_is_the_trained_policy_in_a_folder_of_its_own(write_config: Write, tmp_path: Path):
+def test_last_of_validate_is_the_trained_policy(write_config: Write, tmp_path: Path):
     config = write_config(model__learning_rate=0.03)
     main(["fit", "--config", config])
     parts = [tmp_path / f"runs/version_0/checkpoints/.last.ckpt.{one}.part" for one in (this_process(), GONE)]
     for part in parts:
         part.write_text("half")
     main(["validate", "--config", config, "--ckpt_path", "last"])
-    (row,) = rows_of(tmp_path / "runs/version_1/metrics.csv")
+    (row,) = rows_of(tmp_path / "runs/version_0/validate/metrics.csv")
     assert abs(row["eval/objective/kl"]) > 1e-3
     assert [part.exists() for part in parts] == [True, False], "that of a process that is gone goes"
 
@@ -497,7 +497,7 @@ def test_checkpoint_of_weights_alone_is_validated_but_not_trained_on(
     for given in (str(file), "last"):
         assert "save_weights_only" in refused(capsys, "fit", "--config", config, "--ckpt_path", given)
     main(["validate", "--config", config, "--ckpt_path", "last"])
-    (row,) = rows_of(tmp_path / "runs/version_1/metrics.csv")
+    (row,) = rows_of(tmp_path / "runs/version_0/validate/metrics.csv")
     assert row["eval/objective/kl"] != 0
 
 

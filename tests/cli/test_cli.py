@@ -153,7 +153,7 @@ def test_saved_config_when_given_back_then_repeats_the_run(write_config: Write, 
 
 def test_validate_of_the_untrained_policy_logs_a_win_rate_with_its_error(write_config: Write, tmp_path: Path):
     main(["validate", "--config", write_config()])
-    (row,) = rows_of(tmp_path / "runs" / "version_0" / "metrics.csv")
+    (row,) = rows_of(tmp_path / "runs" / "validate" / "metrics.csv")
     assert 0 <= row["eval/win_rate"] <= 1
     assert row["eval/objective/kl"] == pytest.approx(0, abs=1e-5)
 
@@ -164,7 +164,7 @@ def test_checkpoint_when_validated_then_gives_the_numbers_of_the_run_that_saved_
     (checkpoint,) = (tmp_path / "runs" / "version_0" / "checkpoints").glob("*.ckpt")
     main(["validate", "--config", config, "--ckpt_path", str(checkpoint)])
     trained = next(row for row in rows_of(tmp_path / "runs" / "version_0" / "metrics.csv") if "eval/win_rate" in row)
-    (again,) = rows_of(tmp_path / "runs" / "version_1" / "metrics.csv")
+    (again,) = rows_of(tmp_path / "runs" / "version_0" / "validate" / "metrics.csv")
     assert abs(trained["eval/objective/kl"]) > 1e-3
     assert {k: v for k, v in again.items() if k.startswith("eval/")} == {
         k: v for k, v in trained.items() if k.startswith("eval/")

@@ -31,8 +31,8 @@ class PolicyExport(FileWriter):
             times KL.
         mode: Whether the best is the `max` or the `min`.
         merge_adapters: With LoRA, save a full model with the adapters merged in (true), or only the adapters, for
-            `peft` (false). By default, merge them unless the weights are quantized or tied, where merging loses something.
-            Training continues with unchanged weights either way.
+            `peft` (false). By default, merge them unless the weights are quantized or tied, where merging loses
+            something. Training continues with unchanged weights either way.
     """
 
     def __init__(
