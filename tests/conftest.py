@@ -37,6 +37,16 @@ TESTS = Path(__file__).parent
 TEST_PATHS = os.pathsep.join(map(str, [TESTS, *sorted(path for path in TESTS.iterdir() if path.is_dir())]))
 """For the PYTHONPATH of processes that import test modules."""
 
+BARE = {
+    "baseline": False,
+    "completions_table": False,
+    "policy_export": False,
+    "learning_curves": False,
+    "run_report": False,
+    "run_summary": False,
+}
+"""Of a config's `defaults`, for runs that leave only their numbers and checkpoints."""
+
 PROMPTS = ["the cat", "a dog ran away from the hat and", "red", "on the mat today", "sat"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

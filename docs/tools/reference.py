@@ -17,6 +17,7 @@ from docstring_parser import parse
 
 import xpo_lightning as xpo
 from xpo_lightning import callbacks
+from xpo_lightning.cli.run_defaults import TRAINER_DEFAULTS, RunDefaults
 
 PAGE = Path(__file__).parents[1] / "reference.md"
 LIGHTNING = "https://lightning.ai/docs/pytorch/stable"
@@ -31,6 +32,7 @@ This page is written by `python docs/tools/reference.py`.
 | [model](#model) | the algorithm, the models, the optimizer |
 | [data](#data) | the prompts |
 | [trainer](#trainer) | Lightning's trainer: devices, precision, length, validation, callbacks |
+| [defaults](#defaults) | what every run shows and leaves, unless it is switched off |
 | [the run](#the-run) | seed, checkpoint, config files |
 
 An option that takes a class is given by `class_path` and `init_args`, or by the class's name alone. The classes of this
@@ -49,6 +51,7 @@ CLASSES = {
     "model.alpha and model.beta: schedules": [xpo.Schedule],
     "model.rollout": [xpo.RolloutEngine],
 }
+OTHER_DEFAULTS = ", ".join(f"`trainer.{key}: {yaml.safe_dump(value)[:-5]}`" for key, value in TRAINER_DEFAULTS.items())
 TRAINER = f"""## trainer
 
 All [options of Lightning's trainer]({LIGHTNING}/common/trainer.html#trainer-flags). Three are refused, because the
@@ -60,7 +63,10 @@ module takes its optimizer steps itself:
 | `trainer.accumulate_grad_batches` | `data.batch_size` and `model.micro_batch_size` |
 
 `trainer.precision` is `32-true` or `bf16-mixed`. `trainer.max_steps` counts optimizer steps, and
-`trainer.val_check_interval` batches. The classes of this package for the trainer, beside
+`trainer.val_check_interval` batches.
+Other defaults than Lightning's: {OTHER_DEFAULTS}.
+
+The classes of this package for the trainer, beside
 [Lightning's callbacks]({LIGHTNING}/extensions/callbacks.html) and [loggers]({LIGHTNING}/extensions/logging.html):
 
 """
@@ -196,9 +202,15 @@ def trainer() -> str:
     return text + "### trainer.plugins\n\n" + section(xpo.CrashSafeCheckpointIO)
 
 
+def run_defaults() -> str:
+    """Write the section of `defaults`."""
+    text = parse(RunDefaults.__doc__ or "")
+    return f"## defaults\n\n{text.short_description} {text.long_description}\n\n{table(RunDefaults, 'defaults.')}"
+
+
 def page() -> str:
     """Write the page."""
-    return OPENING + model() + f"## data\n\n{table(xpo.PromptDataModule, 'data.')}" + trainer() + RUN
+    return OPENING + model() + f"## data\n\n{table(xpo.PromptDataModule, 'data.')}" + trainer() + run_defaults() + RUN
 
 
 def _arguments(words: list[str] | None = None) -> argparse.Namespace:

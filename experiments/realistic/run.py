@@ -71,12 +71,7 @@ class Run:
         """Make the run from its beginning; return its seconds, or None where it failed."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        where = (
-            "--trainer.default_root_dir",
-            str(self.folder),
-            "--trainer.logger.init_args.save_dir",
-            str(self.folder),
-        )
+        where = ("--trainer.default_root_dir", str(self.folder))
         command = [sys.executable, "-m", "xpo_lightning", "fit", *self.options, *where]
         python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         env = {"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": str(threads)}

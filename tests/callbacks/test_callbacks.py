@@ -487,7 +487,7 @@ def test_export_refuses_before_training(make_trainer: Callable[..., pl.Trainer],
         make_trainer(PolicyExport(at="validation")).fit(build_module(), loader())
     tied = build_module(build_model(tie_word_embeddings=True), lora=LoRASpec(target_modules=["embed_tokens"]))
     with pytest.raises(InputError, match=r"model\.lora\.target_modules"):
-        make_trainer(PolicyExport()).fit(tied, loader())
+        make_trainer(PolicyExport(merge_adapters=True)).fit(tied, loader())
     odd = build_model()
     odd.generation_config.num_beams, odd.generation_config.num_return_sequences = 1, 3
     with pytest.raises(InputError, match=r"generation config"):
@@ -706,9 +706,16 @@ def test_no_second_baseline_on_resume(make_trainer: Callable[..., pl.Trainer], t
     assert [row["step"] for row in rows if row["eval/win_rate"]] == ["4"]
 
 
-def test_baseline_refuses_a_partial_sanity_check(make_trainer: Callable[..., pl.Trainer]) -> None:
-    with pytest.raises(InputError, match=r"trainer\.num_sanity_val_steps must be -1 for Baseline, but is 2"):
-        make_trainer(Baseline(), num_sanity_val_steps=2).fit(build_module(), loader(), loader())
+@pytest.mark.parametrize("steps", [0, 2])
+def test_baseline_is_a_whole_validation_whatever_the_sanity_check_is(
+    make_trainer: Callable[..., pl.Trainer], tmp_path: Path, steps: int
+) -> None:
+    make_trainer(Baseline(), num_sanity_val_steps=steps, max_steps=1).fit(build_module(), loader(), loader())
+    baseline = read_csv(tmp_path / "run" / "metrics.csv")[0]
+    assert (baseline["step"], baseline["loss/dpo"], bool(baseline["eval/win_rate"])) == ("0", "", True)
+
+
+def test_baseline_without_validation_prompts_is_refused(make_trainer: Callable[..., pl.Trainer]) -> None:
     with pytest.raises(InputError, match="validation prompts"):
         make_trainer(Baseline(), num_sanity_val_steps=-1).fit(build_module(), loader())
 

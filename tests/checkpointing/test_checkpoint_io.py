@@ -404,7 +404,7 @@ def test_newest_is_told_by_time_and_then_by_name_and_on_every_process_alike(
     ("logger", "place"),
     [
         ({"class_path": CSV_LOGGER, "init_args": {"save_dir": "runs", "version": "mine"}}, "runs/lightning_logs/mine"),
-        (None, "runs/lightning_logs/version_0"),
+        (None, "runs/version_0"),
         (False, "runs"),
         (
             [
@@ -436,7 +436,7 @@ def test_last_goes_on_in_the_folder_where_the_run_was(
     assert names_in(checkpoints) == ["epoch=0-step=2.ckpt", "epoch=1-step=4.ckpt"]
     assert len([*tmp_path.rglob("*.ckpt")]) == 2
     metrics = [*tmp_path.rglob("metrics.csv")]
-    assert len(metrics) == (0 if logger is False or logger is None else 1)
+    assert len(metrics) == (0 if logger is False else 1)
     for file in metrics:
         assert [row["step"] for row in rows_of(file) if "loss/dpo" in row] == [1, 2, 3, 4]
         assert [row["step"] for row in rows_of(file) if "eval/win_rate" in row] == [2, 4]
@@ -478,14 +478,14 @@ def test_run_without_a_checkpoint_yet_starts_from_its_beginning_and_nothing_else
     assert [row["step"] for row in rows_of(tmp_path / "runs/version_0/metrics.csv") if "loss/dpo" in row] == [1, 2]
 
 
-def test_last_of_validate_is_the_trained_policy_in_a_folder_of_its_own(write_config: Write, tmp_path: Path):
+def test_last_of_validate_is_the_trained_policy(write_config: Write, tmp_path: Path):
     config = write_config(model__learning_rate=0.03)
     main(["fit", "--config", config])
     parts = [tmp_path / f"runs/version_0/checkpoints/.last.ckpt.{one}.part" for one in (this_process(), GONE)]
     for part in parts:
         part.write_text("half")
     main(["validate", "--config", config, "--ckpt_path", "last"])
-    (row,) = rows_of(tmp_path / "runs/version_1/metrics.csv")
+    (row,) = rows_of(tmp_path / "runs/version_0/validate/metrics.csv")
     assert abs(row["eval/objective/kl"]) > 1e-3
     assert [part.exists() for part in parts] == [True, False], "that of a process that is gone goes"
 
@@ -500,7 +500,7 @@ def test_checkpoint_of_weights_alone_is_validated_but_not_trained_on(
     for given in (str(file), "last"):
         assert "save_weights_only" in refused(capsys, "fit", "--config", config, "--ckpt_path", given)
     main(["validate", "--config", config, "--ckpt_path", "last"])
-    (row,) = rows_of(tmp_path / "runs/version_1/metrics.csv")
+    (row,) = rows_of(tmp_path / "runs/version_0/validate/metrics.csv")
     assert row["eval/objective/kl"] != 0
 
 

@@ -70,10 +70,6 @@ class Bench:
                 "log_every_n_steps": 1,
                 "enable_progress_bar": False,
                 "default_root_dir": str(self.folder / "runs"),
-                "logger": {
-                    "class_path": "ResumableCSVLogger",
-                    "init_args": {"save_dir": str(self.folder / "runs"), "name": ""},
-                },
             },
         }
 
@@ -498,10 +494,10 @@ def test_what_is_likely_not_meant_is_warned_of(
 def test_disk_that_does_not_hold_all_checkpoints_is_warned_of(
     bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """One is kept and one written beside it, of about 0.25 MiB each; there is room for one and a half."""
+    """The best, the last and one written beside them, of about 0.25 MiB each; there is room for one and a half."""
     size = numbers(report(capsys, "--config", bench.write())["checkpoint"])[0]
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1.5 * size * 2**20})())
-    assert "1 checkpoints of" in report(capsys, "--config", bench.write())["warnings"]
+    assert "2 checkpoints of" in report(capsys, "--config", bench.write())["warnings"]
 
 
 def test_memory_that_is_not_there_is_warned_of(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import make_tokenizer
+from conftest import BARE, make_tokenizer
 from huggingface_hub import constants
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
@@ -78,13 +78,14 @@ def write_config(tmp_path: Path, prompts_file: Path, model_folder: Callable[...,
                 "max_epochs": 1,
                 "log_every_n_steps": 1,
                 "enable_progress_bar": False,
-                "enable_model_summary": False,
+                "callbacks": [],
                 "default_root_dir": str(tmp_path / "runs"),
                 "logger": {
                     "class_path": "lightning.pytorch.loggers.CSVLogger",
                     "init_args": {"save_dir": str(tmp_path / "runs"), "name": ""},
                 },
             },
+            "defaults": dict(BARE),
         }
         for key, value in changes.items():
             branch, *path, leaf = (config, *key.split("__"))
@@ -153,7 +154,7 @@ def test_saved_config_when_given_back_then_repeats_the_run(write_config: Write, 
 
 def test_validate_of_the_untrained_policy_logs_a_win_rate_with_its_error(write_config: Write, tmp_path: Path):
     main(["validate", "--config", write_config()])
-    (row,) = rows_of(tmp_path / "runs" / "version_0" / "metrics.csv")
+    (row,) = rows_of(tmp_path / "runs" / "validate" / "metrics.csv")
     assert 0 <= row["eval/win_rate"] <= 1
     assert row["eval/objective/kl"] == pytest.approx(0, abs=1e-5)
 
@@ -164,7 +165,7 @@ def test_checkpoint_when_validated_then_gives_the_numbers_of_the_run_that_saved_
     (checkpoint,) = (tmp_path / "runs" / "version_0" / "checkpoints").glob("*.ckpt")
     main(["validate", "--config", config, "--ckpt_path", str(checkpoint)])
     trained = next(row for row in rows_of(tmp_path / "runs" / "version_0" / "metrics.csv") if "eval/win_rate" in row)
-    (again,) = rows_of(tmp_path / "runs" / "version_1" / "metrics.csv")
+    (again,) = rows_of(tmp_path / "runs" / "version_0" / "validate" / "metrics.csv")
     assert abs(trained["eval/objective/kl"]) > 1e-3
     assert {k: v for k, v in again.items() if k.startswith("eval/")} == {
         k: v for k, v in trained.items() if k.startswith("eval/")
@@ -356,9 +357,7 @@ def test_option_that_cannot_be_honoured_is_refused(
 
 
 def test_tldr_without_the_hub_fails_at_once_with_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    line = refused(
-        capsys, "fit", "--config", str(CONFIGS / "tldr.yaml"), "--trainer.logger.init_args.save_dir", str(tmp_path)
-    )
+    line = refused(capsys, "fit", "--config", str(CONFIGS / "tldr.yaml"), "--trainer.default_root_dir", str(tmp_path))
     assert "could not load" in line
     assert "give a local path" in line
 

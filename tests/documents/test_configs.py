@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 from jsonargparse import Namespace
 
-from xpo_lightning.cli.lightning_cli import XPOCLI
+from xpo_lightning.cli.lightning_cli import XPOCLI, main
+from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.paths import resolve
+from xpo_lightning.core.recipes import config_file, with_config_files
+from xpo_lightning.evaluation.run_config import read_run_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 OVERLAYS = {
@@ -79,6 +82,36 @@ def test_config_by_its_name_is_the_file(file, tmp_path, monkeypatch):
     named = parse("fit", *(part for name in [*bases, file.name] for part in ("--config", Path(name).stem)))
     for group in ("model", "data", "trainer"):
         assert named[group] == expected[group]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_config_by_its_file_name_is_the_recipe_in_any_folder(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / file.stem).mkdir()  # a folder is no config
+    inner = file.relative_to(CONFIGS)
+    names = [file.stem, file.name, file.with_suffix(".yml").name, str(inner), f"configs/{inner}", f"./{inner}"]
+    assert [Path(config_file(name)) for name in names] == [file] * len(names)
+    words, files = with_config_files(["fit", "--config", file.name, f"--config={file.name}", "-c", str(inner)])
+    assert files == [str(file)] * 3
+    assert words == ["fit", "--config", str(file), f"--config={file}", "-c", str(file)]
+
+
+def test_own_file_goes_before_a_recipe_and_another_folder_is_not_guessed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("elsewhere/tldr.yaml", "scale/tldr.yaml", str(tmp_path / "tldr.yaml"), "../configs/tldr.yaml"):
+        with pytest.raises(InputError, match=r"there is no file .*did you mean 'tldr'"):
+            config_file(name)
+    (tmp_path / "tldr.yaml").write_text("model: {}\n")
+    assert config_file("tldr.yaml") == "tldr.yaml"
+
+
+def test_recipe_is_found_by_its_file_name_by_every_verb(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for verb in ("fit", "validate", "predict", "check"):
+        assert parse(verb, "--config", "quickstart.yaml").model.beta == 0.3
+    assert read_run_config("quickstart.yaml").module.objective is not None
+    main(["recipes", "quickstart.yaml", "mine.yaml"])
+    assert (tmp_path / "mine.yaml").read_bytes() == (CONFIGS / "quickstart.yaml").read_bytes()
 
 
 def test_tldr_is_the_run_of_trls_example():

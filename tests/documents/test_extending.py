@@ -57,8 +57,8 @@ def test_extension_is_short(title):
 
 def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlay: Path, *more: str) -> tuple[XPOCLI, list[dict]]:
     monkeypatch.chdir(tmp_path)
-    logger = ["--trainer.default_root_dir=runs", "--trainer.logger.save_dir=runs"]
-    cli = XPOCLI(["fit", "--config", str(QUICKSTART), "--config", str(overlay), *SMALL, *logger, *more])
+    root = "--trainer.default_root_dir=runs"
+    cli = XPOCLI(["fit", "--config", str(QUICKSTART), "--config", str(overlay), *SMALL, root, *more])
     with (tmp_path / "runs" / "version_0" / "metrics.csv").open() as file:
         return cli, list(csv.DictReader(file))
 

@@ -72,7 +72,8 @@ def test_full_disk_while_predicting_keeps_what_there_was(
     before = snapshot(tmp_path / "runs")
     full("predictions.jsonl")
     assert "predictions.jsonl' could not be written: No space left" in refused(capsys, "predict", "--config", config)
-    assert snapshot(tmp_path / "runs")["predictions.jsonl"] == before["predictions.jsonl"]
+    name = "predict/predictions.jsonl"
+    assert snapshot(tmp_path / "runs")[name] == before[name]
 
 
 @pytest.mark.filterwarnings("ignore:.*metrics.csv of an earlier run is replaced")

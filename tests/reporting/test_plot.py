@@ -155,9 +155,11 @@ def test_plot_takes_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
 # ---- which run is meant ----
 
 
-def test_newest_version_is_meant_by_the_parent(tmp_path: Path):
+def test_newest_version_with_metrics_is_meant_by_the_parent(tmp_path: Path):
     for number in (0, 2, 10):
         write_metrics(tmp_path / f"version_{number}")
+    (tmp_path / "version_11").mkdir()  # has not logged anything
+    (tmp_path / "validate").mkdir()
     assert find_run(str(tmp_path)).folder == tmp_path / "version_10"
     assert find_run(str(tmp_path / "version_2")).folder == tmp_path / "version_2"
     assert find_run(str(tmp_path / "version_0" / "metrics.csv")).folder == tmp_path / "version_0"
@@ -181,15 +183,13 @@ def test_runs_have_the_shortest_names_that_tell_them_apart(tmp_path: Path, place
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write_metrics(tmp_path / "runs" / "version_0")
-    (tmp_path / "runs" / "version_1").mkdir()
     (tmp_path / "notes.txt").write_text("")
     (tmp_path / "empty").mkdir()
     run = str(tmp_path / "runs" / "version_0")
     for words, complaint in {
         ("nowhere",): "RUN: there is no nowhere",
         (str(tmp_path / "notes.txt"),): "neither a run's folder nor a metrics.csv",
-        (str(tmp_path / "empty"),): "empty has no metrics.csv and no version_0",
-        (str(tmp_path / "runs"),): "version_1, the newest in",
+        (str(tmp_path / "empty"),): "empty nor a version_0, version_1, ... in it has a metrics.csv",
         (run, f"{run}/metrics.csv"): "are the same run; give it once",
         (run, "--out", "a.pdf"): "--out must end with .png, but is 'a.pdf'",
         (): "are required: runs",

@@ -2,23 +2,23 @@
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from xpo_lightning.callbacks.base import is_fast_dev_run, runs_whole_sanity_check
+from xpo_lightning.callbacks.base import is_fast_dev_run
 from xpo_lightning.core.errors import InputError
 
 
 class Baseline(Callback):
     """Logs the validation of the untrained policy as step 0.
 
-    It logs the metrics of the sanity check before training, which Lightning otherwise drops. So it costs nothing, but
-    needs a sanity check on all validation data (`trainer.num_sanity_val_steps: -1`). A resumed run has no baseline of
-    its own, and `trainer.fast_dev_run` has none at all.
+    It makes Lightning's sanity check before training a validation on all validation data, whatever
+    `trainer.num_sanity_val_steps` is, and logs its metrics, which Lightning otherwise drops. A resumed run has no
+    baseline of its own, and `trainer.fast_dev_run` has none at all.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a trainer that would validate nothing, or only a part.
+        """Extend the sanity check to all validation data.
 
         Raises:
-            InputError: The sanity check is off, partial, or without data.
+            InputError: The trainer validates nothing.
         """
         if stage != "fit" or is_fast_dev_run(trainer):
             return
@@ -27,11 +27,7 @@ class Baseline(Callback):
                 "trainer.callbacks: Baseline needs validation prompts and trainer.limit_val_batches above 0; "
                 "give them, or remove Baseline"
             )
-        if not runs_whole_sanity_check(trainer):
-            raise InputError(
-                f"trainer.num_sanity_val_steps must be -1 for Baseline, but is {trainer.num_sanity_val_steps}; set it, "
-                f"or remove Baseline from trainer.callbacks"
-            )
+        trainer.num_sanity_val_steps = float("inf")
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Send the metrics to the loggers as step 0.

@@ -14,7 +14,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     It differs where Lightning's does not support a module that takes its optimizer steps itself: it honours
     `train_time_interval`; `every_n_train_steps` also saves if a batch takes several steps and passes a multiple of it;
-    and a checkpoint that is due together with a validation is saved after it, with its metrics.
+    and a checkpoint that is due together with a validation is saved after it, with its metrics. And with `save_last:
+    true`, the last checkpoint is that of the last step, also if training ends between two validations.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -43,6 +44,21 @@ class RunCheckpoint(ModelCheckpoint):
             self._save(trainer)
         else:
             super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what Lightning saves then, unless the watched metric waits for the first validation."""
+        no_validation_yet = not trainer.fit_loop.epoch_loop.val_loop._has_run
+        if not (no_validation_yet and self.monitor is not None and self.monitor not in trainer.callback_metrics):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last checkpoint, if training went on after it was saved."""
+        if self._should_skip_saving_checkpoint(trainer):
+            return
+        if self.save_last is True:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        else:
+            super().on_train_end(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Record that this step has been saved."""

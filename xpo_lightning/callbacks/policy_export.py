@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from xpo_lightning.callbacks.base import FileWriter, folder_id, goes_on_in, is_fast_dev_run
 from xpo_lightning.core.errors import InputError
-from xpo_lightning.models.saving import check_exportable, check_replaceable, save_policy
+from xpo_lightning.models.saving import can_merge, check_exportable, check_replaceable, save_policy
 from xpo_lightning.models.sharding import gather_full_model
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.reporting.model_card import facts_of_trainer, model_card
@@ -30,8 +30,9 @@ class PolicyExport(FileWriter):
         monitor: Metric that decides what is `best`. By default the validation's estimate of J_beta, the score less beta
             times KL.
         mode: Whether the best is the `max` or the `min`.
-        merge_adapters: With LoRA, save a full model with the adapters merged in; otherwise save only the adapters, for
-            `peft`. Training continues with unchanged weights either way.
+        merge_adapters: With LoRA, save a full model with the adapters merged in (true), or only the adapters, for
+            `peft` (false). By default, merge them unless the weights are quantized or tied, where merging loses
+            something. Training continues with unchanged weights either way.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class PolicyExport(FileWriter):
         at: Literal["end", "validation", "best"] = "end",
         monitor: str | None = None,
         mode: Literal["max", "min"] | None = None,
-        merge_adapters: bool = True,
+        merge_adapters: bool | None = None,
     ) -> None:
         super().__init__()
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", folder):
@@ -75,7 +76,7 @@ class PolicyExport(FileWriter):
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
             raise InputError(
                 "trainer.strategy: PolicyExport cannot put the weights of this strategy together; use ddp or "
-                "FSDP2Strategy, or remove PolicyExport"
+                "FSDP2Strategy, or leave the export out (defaults.policy_export: false)"
             )
         validates = trainer.enable_validation and getattr(trainer.datamodule, "has_validation", True)  # type: ignore[attr-defined]
         if self.at != "end" and not validates and not is_fast_dev_run(trainer):
@@ -84,7 +85,7 @@ class PolicyExport(FileWriter):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a loaded policy that could not be saved faithfully, and restore the best value of a resumed run."""
-        check_exportable(pl_module.policy, self.merge_adapters)
+        check_exportable(pl_module.policy, self.merges(pl_module.policy))
         if self._loaded and goes_on_in(self.folder, self._loaded["folder"], trainer):
             self.best = self._loaded["best"]
 
@@ -108,6 +109,14 @@ class PolicyExport(FileWriter):
         """Keep the state for `on_fit_start`, when the checkpoint's path is known."""
         self._loaded = state_dict
 
+    def merges(self, policy: Any) -> bool:
+        """Tell whether the adapters of a policy are merged.
+
+        Args:
+            policy: The policy, loaded.
+        """
+        return can_merge(policy) if self.merge_adapters is None else self.merge_adapters
+
     def _is_best(self, trainer: Trainer) -> bool:
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("eval/")))
@@ -126,7 +135,8 @@ class PolicyExport(FileWriter):
         if policy is None or not trainer.is_global_zero or is_fast_dev_run(trainer):
             return
         target = self.folder / self.export_folder
-        is_adapter = isinstance(policy, PeftModel) and not self.merge_adapters
+        merges = self.merges(policy)
+        is_adapter = isinstance(policy, PeftModel) and not merges
         card = model_card(module, facts_of_trainer(trainer), metrics, is_adapter)
-        save_policy(policy, module.tokenizer, target, self.merge_adapters, card)
+        save_policy(policy, module.tokenizer, target, merges, card)
         self.written["policy"] = target

@@ -18,16 +18,21 @@ class ResumableCSVLogger(CSVLogger):
     """Lightning's `CSVLogger`, with a `metrics.csv` that a resumed run continues.
 
     A run that is resumed in its old folder keeps the rows that its checkpoint counts, through the `RunContinuation`
-    callback; any other run begins a new file, as with `CSVLogger`. The file is complete at any moment: when its columns
-    change, the new file is written beside the old one and then replaces it.
+    callback; any other run begins a new file, as with `CSVLogger`, unless `appends` is set. The file is complete at any
+    moment: when its columns change, the new file is written beside the old one and then replaces it.
+
+    Attributes:
+        appends: Whether another run adds its rows to the file that is there, as each `xpo validate` does.
     """
+
+    appends = False
 
     @property
     @rank_zero_experiment
     def experiment(self) -> "MetricsFile":
         """The metrics file."""
         if not isinstance(self._experiment, MetricsFile):
-            self._experiment = MetricsFile(self.log_dir)
+            self._experiment = MetricsFile(self.log_dir, self.appends)
         return self._experiment
 
     @property
@@ -57,6 +62,7 @@ class MetricsFile(ExperimentWriter):
 
     Args:
         log_dir: The folder of the file; created if it does not exist.
+        appends: Whether to keep all rows of a file that is there.
 
     Attributes:
         rows: Number of this run's rows in the file.
@@ -65,7 +71,7 @@ class MetricsFile(ExperimentWriter):
         InputError: The folder is not on this machine, or cannot be created.
     """
 
-    def __init__(self, log_dir: str) -> None:
+    def __init__(self, log_dir: str, appends: bool = False) -> None:
         if "://" in log_dir:
             raise InputError(
                 f"trainer.logger: ResumableCSVLogger writes to local folders, and '{log_dir}' is none; use "
@@ -75,7 +81,7 @@ class MetricsFile(ExperimentWriter):
             super().__init__(log_dir)
         self.rows = 0
         self._path = Path(self.metrics_file_path)
-        self._begun = False
+        self._begun = appends
 
     def begin(self) -> None:
         """Remove the file of another run, unless this run continues it."""

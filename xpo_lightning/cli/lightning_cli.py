@@ -6,17 +6,18 @@ import warnings
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
 from transformers.utils.logging import disable_progress_bar
 
 import xpo_lightning.callbacks
 import xpo_lightning.rewards
-from xpo_lightning.callbacks import GracefulStop, PolicyWatch, PredictionsWriter, RunCheckpoint, RunContinuation
+from xpo_lightning.callbacks import PredictionsWriter
 from xpo_lightning.checkpointing import resume as resume_point
 from xpo_lightning.checkpointing.config_file import ConfigFile
 from xpo_lightning.checkpointing.io import CrashSafeCheckpointIO
+from xpo_lightning.checkpointing.looking import write_beside_the_run
+from xpo_lightning.checkpointing.refused_start import removing_refused_start
 from xpo_lightning.checkpointing.resume import make_resumable
 from xpo_lightning.cli import dispatch
 from xpo_lightning.cli.check.check import CheckingTrainer
@@ -26,12 +27,14 @@ from xpo_lightning.cli.error_messages import (
     refuse_nulls,
     refuse_values_for_groups,
 )
+from xpo_lightning.cli.run_defaults import TRAINER_DEFAULTS, RunDefaults
 from xpo_lightning.core.argument_parser import OneLineErrors
 from xpo_lightning.core.distributed import named, origin_of, speaks_for_host
 from xpo_lightning.core.errors import InputError, exit_with_error, input_error_in, write_line
 from xpo_lightning.core.explanations import explanation
 from xpo_lightning.core.recipes import with_config_files
 from xpo_lightning.data import PromptDataModule
+from xpo_lightning.evaluation.saved_run import find_saved_run
 from xpo_lightning.models.forward.cpu import limit_threads
 from xpo_lightning.module import XPOLightningModule
 
@@ -49,6 +52,10 @@ _TRAINER_KEYS_OF_THE_MODULE = {
     "gradient_clip_algorithm": (None, "model.max_grad_norm (gradients are clipped by norm)"),
     "accumulate_grad_batches": (1, "data.batch_size (prompts an optimizer step) and model.micro_batch_size"),
 }
+
+
+LOOKING = ("validate", "predict")
+"""Verbs that look at a run without changing it; they also take the run's folder in place of a config."""
 
 
 class XPOParser(OneLineErrors, LightningArgumentParser):
@@ -74,6 +81,7 @@ class XPOCLI(LightningCLI):
             XPOLightningModule,
             PromptDataModule,
             trainer_class=CheckingTrainer,
+            trainer_defaults=dict(TRAINER_DEFAULTS),
             args=args,
             auto_configure_optimizers=False,
             save_config_callback=ConfigFile,
@@ -93,6 +101,10 @@ class XPOCLI(LightningCLI):
         """Offer fit, validate, predict and check; a test would be a second validation."""
         offered = LightningCLI.subcommands()
         return {**{name: offered[name] for name in ("fit", "validate", "predict")}, "check": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the switches of what a run has by default."""
+        parser.add_class_arguments(RunDefaults, "defaults", fail_untyped=True)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the command line and the configs that it names."""
@@ -133,20 +145,25 @@ class XPOCLI(LightningCLI):
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
-        """Add the callbacks that every run has."""
-        own = config.get("callbacks") or []
-        given = [*(own if isinstance(own, list) else [own]), *callbacks]
-        added: list[Any] = [RunContinuation(), GracefulStop(), PolicyWatch()]
-        checkpoints = config.get("enable_checkpointing") is not False and not config.get("barebones")
-        if checkpoints and not any(isinstance(one, Checkpoint) for one in given):
-            added.append(RunCheckpoint())
-        kinds = {type(one) for one in given}
-        return super()._instantiate_trainer(config, [*callbacks, *(one for one in added if type(one) not in kinds)])
+        """Add the callbacks and the metrics file that a run has by default."""
+        defaults: RunDefaults = self.config_init[self.subcommand].defaults
+        if config["barebones"]:  # It logs nothing, and refuses an interval.
+            config["log_every_n_steps"] = None
+        config["logger"] = defaults.loggers(config)
+        added = defaults.callbacks(config, self.datamodule.has_validation)
+        return super()._instantiate_trainer(config, [*callbacks, *added])
 
     def after_instantiate_classes(self) -> None:
         """Replace `last` by the newest checkpoint; this needs the trainer, which knows where to look."""
         config = self.config_init[self.subcommand]
         config.ckpt_path = resume_point.resolve(str(self.subcommand), config.ckpt_path, self.trainer)
+        if self.subcommand in LOOKING:
+            write_beside_the_run(self.trainer, self.subcommand, config.ckpt_path)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the verb; a start that is refused leaves no folder."""
+        with removing_refused_start(self.trainer):
+            super()._run_subcommand(subcommand)
 
     def before_validate(self) -> None:
         """Refuse to validate without validation prompts."""
@@ -172,6 +189,18 @@ class XPOCLI(LightningCLI):
         """Read no settings from a checkpoint: those of a run come from its config and command line."""
 
 
+def _with_run(words: list[str]) -> list[str]:
+    """Replace a run's folder after the verb by the run's config and its newest checkpoint, for later options to change.
+
+    Args:
+        words: The command line.
+    """
+    if len(words) < 2 or words[1].startswith("-"):
+        return words
+    run = find_saved_run(words[1])
+    return [words[0], "--config", str(run.config), "--ckpt_path", str(run.checkpoint), *words[2:]]
+
+
 def main(args: ArgsType = None) -> None:
     """Run the command line.
 
@@ -193,7 +222,7 @@ def main(args: ArgsType = None) -> None:
                     disable_progress_bar()  # of transformers, one for each model that is loaded
                     dispatch.run(words[0], words[1:])
                 else:
-                    XPOCLI(args)
+                    XPOCLI(_with_run(words) if words[0] in LOOKING else args)
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning would end with 1.
             raise SystemExit(130) from end

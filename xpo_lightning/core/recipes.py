@@ -18,11 +18,27 @@ def purpose_of(file: Path) -> str:
         return lines.readline().lstrip("# ").strip()
 
 
+def recipe_named(name: str) -> str | None:
+    """Return the recipe that a name means: `tldr`, `tldr.yaml`, or its path among the configs; None if there is none.
+
+    Args:
+        name: A word of the command line.
+    """
+    path = Path(name)
+    stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
+    file = recipes().get(stem)
+    if file is None:
+        return None
+    inner = file.relative_to(SHIPPED_CONFIGS).with_suffix("")
+    places = (Path(stem), inner, SHIPPED_CONFIGS.name / inner)
+    return stem if path.with_name(stem) in places else None
+
+
 def config_file(name: str, key: str = "--config") -> str:
     """Resolve a name to a config file.
 
     Args:
-        name: A file or the name of a recipe; an existing file of that name comes first.
+        name: A file or the name of a recipe, with or without `.yaml`; an existing file of that name comes first.
         key: The option that holds it, for the error.
 
     Returns:
@@ -32,11 +48,13 @@ def config_file(name: str, key: str = "--config") -> str:
         InputError: No file and no recipe has that name.
     """
     known = recipes()
-    if existing_path(name) is not None:
+    found = existing_path(name)
+    if found is not None and not found.is_dir():
         return name
-    if name in known:
-        return str(known[name])
-    hint = did_you_mean(name.removesuffix(".yaml"), known)
+    recipe = recipe_named(name)
+    if recipe is not None:
+        return str(known[recipe])
+    hint = did_you_mean(Path(name).stem, known)
     raise InputError(
         f"{key}: there is no file '{name}', and no recipe of that name{hint} (there are {', '.join(known)})"
     )

@@ -50,6 +50,14 @@ def merged_copy(policy: PeftModel) -> nn.Module:
     return copy.deepcopy(policy, copies).cpu().merge_and_unload()  # type: ignore[no-any-return]
 
 
+def can_merge(policy: Any) -> bool:
+    """Tell whether adapters can be merged into the policy's weights without a loss; False if it has none."""
+    if not isinstance(policy, PeftModel):
+        return False
+    is_quantized = getattr(policy.get_base_model(), "quantization_method", None) is not None
+    return not is_quantized and not shares_adapted_weights(policy)
+
+
 def check_exportable(policy: Any, merge_adapters: bool, who: str = CALLBACK, apart: str = APART) -> None:
     """Refuse a policy that cannot be saved faithfully.
 

@@ -1,12 +1,13 @@
 """Names the files that a run leaves, and finds a run by its folder."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.run_folders import CONFIG, run_folders
 
-METRICS, CONFIG, COMPLETIONS, START = "metrics.csv", "config.yaml", "completions.jsonl", "start.json"
+METRICS, COMPLETIONS, START = "metrics.csv", "completions.jsonl", "start.json"
+__all__ = ["COMPLETIONS", "CONFIG", "METRICS", "START", "RunFiles", "find_run", "find_runs"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ def find_run(run: str) -> RunFiles:
     """Find the run that an argument of the command line names.
 
     Args:
-        run: A run's folder, the folder of its versions (the newest is taken), or its metrics file.
+        run: A run's folder, the folder of its versions (the newest that has logged anything is taken), or its metrics
+            file.
 
     Raises:
         InputError: There is no such run.
@@ -51,20 +53,13 @@ def find_run(run: str) -> RunFiles:
         return RunFiles(path)
     if not path.is_dir():
         raise InputError(f"RUN: there is no {path}; give a run's folder, as runs/quickstart/version_0")
-    if (path / METRICS).is_file():
-        return RunFiles(path / METRICS)
-    versions = {
-        int(number[1]): folder for folder in path.iterdir() if (number := re.fullmatch(r"version_(\d+)", folder.name))
-    }
-    if not versions:
+    found = next((folder for folder in run_folders(path) if (folder / METRICS).is_file()), None)
+    if found is None:
         raise InputError(
-            f"RUN: {path} has no {METRICS} and no version_0, version_1, ... in it; give the folder of a run whose "
-            f"logger is ResumableCSVLogger or CSVLogger"
+            f"RUN: neither {path} nor a version_0, version_1, ... in it has a {METRICS}; give the folder of a run that "
+            f"has logged something, and that has a ResumableCSVLogger or a CSVLogger"
         )
-    newest = versions[max(versions)]
-    if not (newest / METRICS).is_file():
-        raise InputError(f"RUN: {newest}, the newest in {path}, has no {METRICS} yet; name another version to see it")
-    return RunFiles(newest / METRICS)
+    return RunFiles(found / METRICS)
 
 
 def find_runs(runs: list[str]) -> dict[str, RunFiles]:

@@ -71,7 +71,7 @@ def check_loaded(trainer: Trainer, module: XPOLightningModule) -> None:
     callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         if isinstance(callback, PolicyExport):
-            check_exportable(module.policy, callback.merge_adapters)
+            check_exportable(module.policy, callback.merges(module.policy))
     where = module.reference_cache
     if where is not None and where != "memory" and (Path(where) / f"reference-{module.global_rank}.sqlite").is_file():
         module.collector.open_cache(where, module.reference_identity, trainer)

@@ -17,7 +17,8 @@ from xpo_lightning.core.printable import printable
 from xpo_lightning.core.rng import RolloutRNG, Stream
 from xpo_lightning.data.prompts import PromptTokenizer
 from xpo_lightning.evaluation.policies import REFERENCE, LoadedPolicy, NamedPolicy, device_named, find_policy
-from xpo_lightning.evaluation.run_config import override_sampling, read_run_config
+from xpo_lightning.evaluation.run_config import override_sampling
+from xpo_lightning.evaluation.saved_run import named_policies
 from xpo_lightning.rollout.sampling import Sampling
 
 NEW = "/new"
@@ -40,19 +41,20 @@ def chat(
     continues each line that you type.
 
     Args:
-        policy: An exported folder, a hub id, `package:name/path`; or a checkpoint, which needs `config`.
-        reference: A model given like `policy`, or `reference`, which is the default if there is a `config`.
+        policy: An exported folder, a hub id, `package:name/path`; a run's folder, of which the newest checkpoint is
+            taken; or a checkpoint, which needs `config` unless it is in its run's folder.
+        reference: A model given like `policy`, or `reference`, which is the default if the policy is that of a run.
         config: The config of the policy's run; its sampling is used.
         prompt: Answer only this prompt, then end.
         sampling: How both sample: `--sampling.temperature 0.7`, and so on for each option of `model.sampling`.
         seed: Seed of the random numbers.
         device: The device of the models; `auto` is a GPU if there is one.
     """
-    run = None if config is None else read_run_config(config)
+    (name, run), *others = named_policies([policy, *([] if reference is None else [reference])], config)
     how = override_sampling(Sampling() if run is None else run.module.sampling, sampling)
-    beside = [reference] if reference is not None else [REFERENCE] * (run is not None)
+    beside = others or [(REFERENCE, run)] * (run is not None)
     where = device_named(device)
-    writers = [find_policy(name, run) for name in (policy, *beside)]
+    writers = [find_policy(*named) for named in ((name, run), *beside)]
     speakers = [Speaker.seated(one, how, where, seed, place) for place, one in enumerate(writers)]
     if prompt is not None:
         _exchange(speakers, prompt)

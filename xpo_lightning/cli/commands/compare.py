@@ -17,7 +17,8 @@ from xpo_lightning.data.sources import Source, read
 from xpo_lightning.data.splits import first_rows
 from xpo_lightning.evaluation.compare import Comparison, Outcome, compare_completions, tokenize_for
 from xpo_lightning.evaluation.policies import device_named, find_policy
-from xpo_lightning.evaluation.run_config import RunConfig, override_sampling, read_run_config
+from xpo_lightning.evaluation.run_config import RunConfig, override_sampling
+from xpo_lightning.evaluation.saved_run import named_policies
 from xpo_lightning.evaluation.win_rate import check_level, win_rate_interval
 from xpo_lightning.rewards.base import Feedback, Judge
 from xpo_lightning.rollout.sampling import Sampling
@@ -49,10 +50,11 @@ def compare(
     minus this one.
 
     Args:
-        a: An exported folder, a hub id, `package:name/path`; or a checkpoint or `reference`, which need `config`.
+        a: An exported folder, a hub id, `package:name/path`; a run's folder, of which the newest checkpoint is taken;
+            or a checkpoint or `reference`, which need `config` unless a run's folder is named.
         b: The policy to compare with, given like `a`.
         config: The config of a run, whose reward, missing-EOS penalty, sampling and validation prompts are used unless
-            the options below replace them.
+            the options below replace them. By default, that of the first run's folder.
         prompts: The prompts: a file, or the name of a dataset, of which the split `train` is used.
         prompt_column: The column of the prompts; by default that of the config, or `prompt` if there is no config.
         max_prompts: Use only the first so many prompts.
@@ -71,15 +73,17 @@ def compare(
     if json is not None and not Path(json).parent.is_dir():
         raise InputError(f"--json: there is no folder '{Path(json).parent}'")
     check_level(level)
-    run = None if config is None else read_run_config(config)
+    (a, run_of_a), (b, run_of_b) = named_policies([a, b], config)
+    run = run_of_a or run_of_b
     feedback, penalty = _feedback(reward, missing_eos_penalty, run)
     how = override_sampling(run.module.sampling if run else Sampling(), sampling)
     if penalty and how.eos_token_ids == [] and not how.stop_strings:
         raise InputError("--missing_eos_penalty: --sampling.eos_token_ids names no EOS token; leave one of them out")
     rows, encoding, where = _prompts(prompts, prompt_column, run)
     # The two sample and are judged in sorted order, so that exchanging A and B mirrors the result exactly.
+    runs = {a: run_of_a, b: run_of_b}
     order = sorted((a, b))
-    writers = [find_policy(name, run) for name in order]
+    writers = [find_policy(name, runs[name]) for name in order]
     try:
         encoded = tokenize_for([one.encoder(how) for one in writers], first_rows(rows, max_prompts), encoding, where)
     except InputError as error:

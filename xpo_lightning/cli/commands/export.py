@@ -11,6 +11,7 @@ from xpo_lightning.callbacks.base import print_line
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.evaluation.policies import trained_policy
 from xpo_lightning.evaluation.run_config import read_run_config
+from xpo_lightning.evaluation.saved_run import checkpoint_and_config
 from xpo_lightning.models.saving import check_exportable, check_replaceable, save_policy
 from xpo_lightning.reporting.model_card import model_card, training_facts
 
@@ -19,8 +20,8 @@ def export(
     checkpoint: str,
     /,
     *,
-    config: str,
     out: str,
+    config: str | None = None,
     merge: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
@@ -30,9 +31,9 @@ def export(
     The folder appears, or is replaced, only when everything in it is written.
 
     Args:
-        checkpoint: The checkpoint's file.
-        config: The config of its run.
+        checkpoint: A run's folder, of which the newest checkpoint is taken; or a checkpoint's file.
         out: The folder to write.
+        config: The config of its run; not needed for a run's folder, and for a checkpoint in it.
         merge: With LoRA, save a full model with the adapters merged in, instead of only the adapters for `peft`.
         push_to_hub: Push the folder to this repository of the Hugging Face hub as well, `owner/name`. The token is that
             of `hf auth login` or of HF_TOKEN.
@@ -44,6 +45,9 @@ def export(
         check_push(push_to_hub)
     target = Path(out)
     check_replaceable(target, "--out")
+    checkpoint, config = checkpoint_and_config(checkpoint, config)
+    if config is None:
+        raise InputError(f"xpo export: '{checkpoint}' is not in a run's folder; give the config of its run, --config")
     run = read_run_config(config)
     if merge and run.module.lora is None:
         raise InputError("--merge is for adapters, and the run has none (model.lora); leave it out")

@@ -21,11 +21,12 @@ def recipes(name: str | None = None, target: str | None = None, /) -> None:
             print(f"{title:{width}}  {shipped.purpose_of(file)}")
         print("\nxpo fit --config NAME runs one; xpo recipes NAME copies its file.")
         return
-    if name not in known:
+    recipe = shipped.recipe_named(name)
+    if recipe is None:
         shipped.config_file(name, "xpo recipes")
         raise InputError(f"xpo recipes: '{name}' is a file, not a recipe (there are {', '.join(known)})")
-    path = Path(target or known[name].name)
+    path = Path(target or known[recipe].name)
     if path.exists():
         raise InputError(f"xpo recipes: '{path}' exists; name another file")
-    shutil.copyfile(known[name], path)
+    shutil.copyfile(known[recipe], path)
     print(f"{path}")
