@@ -23,8 +23,7 @@ class PolicyWatch(FileWriter):
     """Warns when the policy leaves a sane range: its KL, the length of its completions, their repetition.
 
     Each is a mean over the last `window` logged steps. A warning is printed, and recorded in `events.jsonl`, which the
-    report shows; another one of the same kind follows only after the mean was back in its range. The command line adds
-    this callback to every run.
+    report shows; another one of the same kind follows only after the mean was back in its range.
 
     Args:
         max_kl: Warn above this KL from the reference, in nats a completion; null never warns.
