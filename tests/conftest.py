@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from xpo_lightning.rewards.python import PythonReward
 from xpo_lightning.rollout import opening, replay
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup; processes that tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 VOCABULARY = 304  # more rows than the tokenizer has tokens, as in most published models

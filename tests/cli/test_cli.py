@@ -321,6 +321,8 @@ def test_missing_local_path_is_refused(write_config: Write, capsys: pytest.Captu
         ("trainer.gradient_clip_val", "1.0", "model.max_grad_norm"),
         ("trainer.accumulate_grad_batches", "4", "data.batch_size"),
         ("trainer.precision", "16-mixed", "bf16-mixed"),
+        ("trainer.strategy", "deepspeed", "use FSDP2Strategy"),
+        ("trainer.strategy", "fsdp", "use FSDP2Strategy"),
         ("trainer.precision", "bf16-true", "model.policy.dtype"),
         ("model.sampling.top_p", "1.5", "model.sampling.top_p"),
         ("model.micro_batch_size", "0", "model.micro_batch_size"),

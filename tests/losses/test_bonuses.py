@@ -310,7 +310,9 @@ def test_every_bonus_changes_the_step(make_module: MakeModule, bonus: Bonus):
 
 
 @pytest.mark.parametrize("kind", ["all weights", "LoRA"])
-@pytest.mark.parametrize("third", [PolicySampler(), ReferenceSampler(), PreviousPolicySampler()], ids=repr)
+@pytest.mark.parametrize(
+    "third", [PolicySampler(), ReferenceSampler(), PreviousPolicySampler()], ids=lambda sampler: type(sampler).__name__
+)
 def test_the_third_completion_alone_is_explored(
     make_module: MakeModule, third: Any, kind: str, load_model: Callable[..., nn.Module]
 ):

@@ -5,7 +5,6 @@ import re
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from peft import PeftModel
 
 from xpo_lightning.callbacks.base import FileWriter, folder_id, goes_on_in, is_fast_dev_run
@@ -63,8 +62,7 @@ class PolicyExport(FileWriter):
         """Refuse, before training, a run whose policy could not be saved.
 
         Raises:
-            InputError: Another module, an unsupported sharding strategy, no validation to save after, or a folder in
-                use.
+            InputError: Another module, no validation to save after, or a folder in use.
         """
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
@@ -72,11 +70,6 @@ class PolicyExport(FileWriter):
         if not isinstance(pl_module, XPOLightningModule):
             raise InputError(
                 f"trainer.callbacks: PolicyExport saves an XPOLightningModule, not {type(pl_module).__name__}"
-            )
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
-            raise InputError(
-                "trainer.strategy: PolicyExport cannot put the weights of this strategy together; use ddp or "
-                "FSDP2Strategy, or leave the export out (defaults.policy_export: false)"
             )
         validates = trainer.enable_validation and getattr(trainer.datamodule, "has_validation", True)  # type: ignore[attr-defined]
         if self.at != "end" and not validates and not is_fast_dev_run(trainer):

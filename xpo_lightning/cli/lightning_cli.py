@@ -37,6 +37,7 @@ from xpo_lightning.data import PromptDataModule
 from xpo_lightning.evaluation.saved_run import find_saved_run
 from xpo_lightning.models.forward.cpu import limit_threads
 from xpo_lightning.module import XPOLightningModule
+from xpo_lightning.training.config_checks import refuse_strategy
 
 # A config can name only imported classes by their short names, so all public classes are imported here.
 for _name in xpo_lightning.__all__:
@@ -124,6 +125,8 @@ class XPOCLI(LightningCLI):
                 raise InputError("ckpt_path: `xpo check` looks at a run as it starts from its beginning; leave it out")
         resume_point.check_request(str(self.subcommand), config.ckpt_path, config.weights_only)
         trainer = config.trainer
+        strategy = trainer.get("strategy")
+        refuse_strategy(str(getattr(strategy, "class_path", strategy)))
         if str(trainer.get("precision")) in ("16", "16-mixed"):  # On a CPU, Lightning would take bf16-mixed instead.
             raise InputError(f"trainer.precision={trainer.precision} is not supported; use 32-true or bf16-mixed")
         for key, (default, instead) in _TRAINER_KEYS_OF_THE_MODULE.items():

@@ -22,8 +22,9 @@ def check_trainer(trainer: Trainer) -> None:
 
     Raises:
         InputError: `trainer.precision` would convert the reward's weights as well, or a checkpoint callback has an
-            option that it would ignore.
+            option that it would ignore, or the strategy is one that cannot be used.
     """
+    refuse_strategy(type(trainer.strategy).__name__)
     if trainer.precision not in ("32-true", "bf16-mixed"):
         raise InputError(
             f"trainer.precision={trainer.precision} is not supported; use 32-true or bf16-mixed, and "
@@ -44,6 +45,23 @@ def check_trainer(trainer: Trainer) -> None:
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\(.*sync_dist=True")
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+
+
+def refuse_strategy(name: str) -> None:
+    """Refuse a strategy that shards weights in a way that the module cannot gather for rollouts.
+
+    Args:
+        name: The value or the class of `trainer.strategy`.
+
+    Raises:
+        InputError: It is DeepSpeed, or Lightning's own FSDP.
+    """
+    plain = name.rpartition(".")[2].lower()
+    if plain.startswith(("deepspeed", "fsdp")) and plain != "fsdp2strategy":
+        raise InputError(
+            f"trainer.strategy={name} is not supported: rollouts need whole weights, which this package gathers under "
+            f"FSDP2 alone; use FSDP2Strategy, or ddp where a model fits on each device"
+        )
 
 
 class Options(Protocol):
