@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         RemoteReward,
         Reward,
         SequenceClassifierReward,
+        VerifierReward,
         WeightedSum,
     )
     from xpo_lightning.rewards.labels import LabelRule
@@ -114,6 +115,7 @@ __all__ = [
     "SigmoidLoss",
     "VLLMRollout",
     "VPOBonus",
+    "VerifierReward",
     "WeightedSum",
     "XPOBonus",
     "XPOLightningModule",
@@ -149,6 +151,7 @@ _HOMES = {
         "RemoteReward",
         "Reward",
         "SequenceClassifierReward",
+        "VerifierReward",
         "WeightedSum",
     ),
     "rollout.engine": ("GenerationRequest", "RolloutEngine"),

@@ -355,6 +355,10 @@ SIGMOID = math.log(2)
 CHECKS: dict[str, Callable[[Run], Any]] = {
     "Reward model": lambda run: run.module.reward.max_tokens == 128 and run.module.reward.model is not None,
     "Python reward": scored(lambda text: -abs(len(text.split()) - 20)),
+    "Verified answers": every(
+        scored(lambda text: 0.0),  # stories have no answer
+        lambda run: run.module.reward.verifier == "math" and run.module.reward.format_score == 0.1,
+    ),
     "Reward over HTTP": scored(lambda text: -float(len(text))),
     "Weighted rewards": every(
         lambda run: run.module.reward.weights == (1.0, 0.5),
@@ -442,7 +446,11 @@ NEEDS: dict[str, dict[str, Any]] = {
 @contextlib.contextmanager
 def outside(title: str, tmp_path: Path) -> Iterator[dict[str, Any]]:
     """Stand in for what a block needs from outside; give the one key that is overridden for it."""
-    if title == "Reward over HTTP":
+    if title == "Verified answers":
+        rows = [{"prompt": f"What is {number} + 1?", "answer": str(number + 1)} for number in range(8)]
+        (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        yield {"data__source": tmp_path / "sums.jsonl"}
+    elif title == "Reward over HTTP":
         with reward_server(tmp_path) as url:
             yield {"model__reward__init_args__url": url}
     elif title == "HTTP judge":

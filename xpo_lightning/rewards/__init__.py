@@ -7,6 +7,7 @@ from xpo_lightning.rewards.local_judge import LocalJudge
 from xpo_lightning.rewards.python import PythonJudge, PythonReward
 from xpo_lightning.rewards.remote import RemoteReward
 from xpo_lightning.rewards.sequence_classifier.reward import SequenceClassifierReward
+from xpo_lightning.rewards.verifier.reward import VerifierReward
 from xpo_lightning.rewards.weighted_sum import WeightedSum
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "RemoteReward",
     "Reward",
     "SequenceClassifierReward",
+    "VerifierReward",
     "WeightedSum",
 ]

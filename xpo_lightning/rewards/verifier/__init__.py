@@ -1,0 +1,1 @@
+"""A reward that verifies answers in a process of its own."""
