@@ -52,7 +52,13 @@ from xpo_lightning.rollout.pair_selection import Candidates
 from xpo_lightning.rollout.samplers import ReferenceSampler, Sampler
 from xpo_lightning.rollout.sampling import Sampling
 from xpo_lightning.training.collector import Collector, check_rollout
-from xpo_lightning.training.config_checks import check_trainer, refuse_combinations, refuse_own_steps, refuse_sharding
+from xpo_lightning.training.config_checks import (
+    check_trainer,
+    refuse_combinations,
+    refuse_own_steps,
+    refuse_sharding,
+    warn_of_weights,
+)
 from xpo_lightning.training.gradients import add_gradients, clip_gradient
 from xpo_lightning.training.memory_budget import MemoryBudget, counts_memory
 from xpo_lightning.training.metrics import PairAverages, rollout_metrics
@@ -260,6 +266,8 @@ class XPOLightningModule(LightningModule):
         """Refuse trainer options that the module does not support."""
         watch(self.trainer)
         check_trainer(self.trainer)
+        if stage == "fit":
+            warn_of_weights(self.objective)
         self.run_state.seed = torch.initial_seed()
 
     def on_fit_start(self) -> None:
