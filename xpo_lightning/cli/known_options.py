@@ -11,7 +11,7 @@ from typing import Any, get_args
 from jsonargparse._parameter_resolvers import get_signature_parameters
 
 from xpo_lightning import __version__
-from xpo_lightning.cli.option_kinds import kinds_of
+from xpo_lightning.core.option_kinds import kinds_of
 
 FILE = Path(__file__).with_name("known_options.json")
 """The table of the installed versions, written by `python docs/tools/reference.py`."""

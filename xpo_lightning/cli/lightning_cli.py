@@ -36,6 +36,7 @@ from xpo_lightning.core.recipes import with_config_files
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.models.forward.cpu import limit_threads
 from xpo_lightning.module import XPOLightningModule
+from xpo_lightning.training.config_checks import refuse_inert_options
 
 # A config can name only imported classes by their short names, so all public classes are imported here.
 for _name in xpo_lightning.__all__:
@@ -46,11 +47,6 @@ WHERE_TO_LOOK = (
     "from, `--config quickstart --print_config` shows one with every value, `--model.reward.help CLASS` the options of "
     "a class, and docs/configuration.md has a tested config for each way to train."
 )
-_TRAINER_KEYS_OF_THE_MODULE = {
-    "gradient_clip_val": (None, "model.max_grad_norm"),
-    "gradient_clip_algorithm": (None, "model.max_grad_norm (gradients are clipped by norm)"),
-    "accumulate_grad_batches": (1, "data.batch_size (prompts an optimizer step) and model.micro_batch_size"),
-}
 
 
 class XPOParser(OneLineErrors, LightningArgumentParser):
@@ -120,9 +116,7 @@ class XPOCLI(LightningCLI):
         trainer = config.trainer
         if str(trainer.get("precision")) in ("16", "16-mixed"):  # On a CPU, Lightning would take bf16-mixed instead.
             raise InputError(f"trainer.precision={trainer.precision} is not supported; use 32-true or bf16-mixed")
-        for key, (default, instead) in _TRAINER_KEYS_OF_THE_MODULE.items():
-            if trainer.get(key) not in (None, default):
-                raise InputError(f"trainer.{key} has no effect here; set {instead} instead")
+        refuse_inert_options(trainer)
 
     def instantiate_classes(self) -> None:
         """Build everything; an error names in one line what cannot be built."""

@@ -9,8 +9,8 @@ import yaml
 
 from xpo_lightning.cli.config_text import COMMAND_LINE, Place, entries, read_config
 from xpo_lightning.cli.known_options import ClassOptions, KnownOptions
-from xpo_lightning.cli.option_kinds import classes_in, elements_of, in_words, takes_word
 from xpo_lightning.core.errors import InputError, did_you_mean
+from xpo_lightning.core.option_kinds import classes_in, elements_of, in_words, takes_word
 from xpo_lightning.core.paths import existing_path
 
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")

@@ -228,6 +228,10 @@ class PromptDataModule(LightningDataModule):
         """Return a loader of the validation prompts in order, or an empty list if there are none."""
         return self.batching.in_order(self._prompts["validation"], self._share()) if self.has_validation else []
 
+    def test_dataloader(self) -> DataLoader[Sample] | list[Any]:
+        """Return the loader of the validation prompts: a test measures what a validation does."""
+        return self.val_dataloader()
+
     def predict_dataloader(self) -> DataLoader[Sample]:
         """Return a loader of the validation prompts in order, or of the training prompts if there are none."""
         role: Role = "validation" if self.has_validation else "training"

@@ -1,6 +1,7 @@
 """Refuses unsupported combinations of options of the trainer and the module, before anything is loaded."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from lightning.pytorch import Trainer
@@ -19,6 +20,24 @@ from xpo_lightning.rollout.samplers import PreviousPolicySampler, Sampler
 from xpo_lightning.training.metric_names import check_monitors
 from xpo_lightning.training.objective import Objective
 from xpo_lightning.training.replay_buffer.buffer import BufferOptions
+
+INERT_OPTIONS = {
+    "gradient_clip_val": (None, "model.max_grad_norm"),
+    "gradient_clip_algorithm": (None, "model.max_grad_norm (gradients are clipped by norm)"),
+    "accumulate_grad_batches": (1, "data.batch_size (prompts an optimizer step) and model.micro_batch_size"),
+}
+"""Options of the trainer that have no effect with this module: their value then, and what to set instead."""
+
+
+def refuse_inert_options(options: Mapping[str, Any]) -> None:
+    """Refuse options of the trainer that would have no effect.
+
+    Raises:
+        InputError: One of them is set; the message names what to set instead.
+    """
+    for name, (default, instead) in INERT_OPTIONS.items():
+        if options.get(name) not in (None, default):
+            raise InputError(f"trainer.{name} has no effect here; set {instead} instead")
 
 
 def check_trainer(trainer: Trainer) -> None:
