@@ -3,10 +3,10 @@
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from xpo_lightning.checkpointing.run_state import RunState
 from xpo_lightning.checkpointing.weights import check_reference, check_trained_state, trained_state
+from xpo_lightning.core.argument_types import check_arguments
 from xpo_lightning.core.batch import Experience
 from xpo_lightning.core.distributed import all_gather
 from xpo_lightning.core.errors import InputError
@@ -55,7 +56,16 @@ from xpo_lightning.rollout.samplers import ReferenceSampler, Sampler
 from xpo_lightning.rollout.sampling import Sampling
 from xpo_lightning.training.bonus_options import choose_bonus, refuse_with_bonus_sampler
 from xpo_lightning.training.collector import Collector, check_rollout
-from xpo_lightning.training.config_checks import check_trainer, refuse_combinations, refuse_own_steps, refuse_sharding
+from xpo_lightning.training.config_checks import (
+    INERT_OPTIONS,
+    check_trainer,
+    refuse_combinations,
+    refuse_inert_options,
+    refuse_own_steps,
+    refuse_sharding,
+    warn_of_weights,
+)
+from xpo_lightning.training.conversions import as_policy, as_reward
 from xpo_lightning.training.gradients import add_gradients, clip_gradient
 from xpo_lightning.training.memory_budget import MemoryBudget, counts_memory
 from xpo_lightning.training.metrics import PairAverages, rollout_metrics
@@ -176,10 +186,12 @@ class XPOLightningModule(LightningModule):
         epochs_per_rollout: int = 1,
         max_skipped_steps: int = 0,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "policy", "reward")}
+        check_arguments(XPOLightningModule.__init__, given, "model.")
         super().__init__()
         self.automatic_optimization = False
-        self.policy_spec: ModelSpec | LoadedModel = policy
-        self.lora, self.sampling, self.reward = lora, sampling, reward
+        self.policy_spec: ModelSpec | LoadedModel = as_policy(policy)
+        self.lora, self.sampling, self.reward = lora, sampling, as_reward(reward)
         self.sampler, self.candidates, self.label_rule = sampler or ReferenceSampler(), candidates, labels
         self.bonus_sampler = bonus_sampler
         self.objective = Objective(
@@ -208,9 +220,23 @@ class XPOLightningModule(LightningModule):
         self.eval_rollout_averages, self.eval_averages = PairAverages(), PairAverages()
         self._is_configured = self._is_quiet = False
         self._steps_loaded = 0
+        self._sampled = 0  # batches, where there is no trainer to count them
         self._together = ExitStack()
         refuse_combinations(self)
         refuse_with_bonus_sampler(self)
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate of the built-in optimizer; Lightning's `lr_find` reads and sets it."""
+        if self.optimization.optimizer is not None:
+            raise InputError("model.optimizer has a learning rate of its own, which lr_find cannot set; set it to null")
+        return self.optimization.peak
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        self.optimization.learning_rate = rate
+        if self._trainer is not None and self._trainer.lr_scheduler_configs:
+            self._scheduler.base_lrs = [rate] * len(self._scheduler.base_lrs)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -224,6 +250,27 @@ class XPOLightningModule(LightningModule):
         if self.rollout is not None:
             limit = self.rollout.prompt_limit(limit, self.sampling.max_new_tokens)
         return PromptTokenizer(self.tokenizer, limit)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Build a module and load a checkpoint's trained weights into it.
+
+        Args:
+            checkpoint_path: The checkpoint.
+            args: As Lightning's method of this name has them.
+            kwargs: The same, and the arguments of the module, which a checkpoint does not hold.
+
+        Raises:
+            InputError: `policy` or `reward` is missing.
+        """
+        lacking = [f"{name}=..." for name in ("policy", "reward") if name not in kwargs]
+        if lacking:
+            raise InputError(
+                f"load_from_checkpoint({str(checkpoint_path)!r}, {', '.join(lacking)}): a checkpoint holds the trained "
+                f"weights, not the model and the reward; pass them as the run had them"
+            )
+        module: Self = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        return module
 
     def configure_model(self) -> None:
         """Load the policy, the reference and the reward; a second call does nothing."""
@@ -270,10 +317,18 @@ class XPOLightningModule(LightningModule):
     def _with_adapters(self, model: nn.Module) -> nn.Module:
         return model if self.lora is None else self.lora.wrap(model)
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Add no callbacks, but refuse what Lightning would refuse right after this, in other words."""
+        trainer = self.trainer
+        refuse_inert_options({name: getattr(trainer, name) for name in INERT_OPTIONS})
+        return []
+
     def setup(self, stage: str) -> None:
         """Refuse trainer options that the module does not support."""
         watch(self.trainer)
         check_trainer(self.trainer)
+        if stage == "fit":
+            warn_of_weights(self.objective)
         self.run_state.seed = torch.initial_seed()
 
     def on_fit_start(self) -> None:
@@ -293,8 +348,12 @@ class XPOLightningModule(LightningModule):
         if isinstance(self._scheduler, WarmupThenDecay):
             self._scheduler.begin(self._total_steps)
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Sample and label one pair per prompt of the batch, then take the optimizer steps on all kept pairs."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Sample and label one pair per prompt of the batch, then take the optimizer steps on all kept pairs.
+
+        Returns:
+            The mean of the objective, for callbacks that look at it, or None if no step was taken.
+        """
         begin_batch(self.trainer)
         done = batches_done(self.trainer)
         rng = self._rng(Stream.TRAINING, done)
@@ -307,8 +366,9 @@ class XPOLightningModule(LightningModule):
                 settings = self._take_steps(experience, rng)
                 if settings and self.objective.bonus.learns:
                     self._teach_bonus(experience, done, settings["beta"])
-            self._log_step(experience if settings else None, settings)
+            loss = self._log_step(experience if settings else None, settings)
             self.memory.after_batch(done + 1, self.policy, taken=bool(settings))
+        return loss
 
     def _show_pairs(self, experience: Experience) -> None:
         """Call `on_pairs_collected(trainer, module, experience)` of each callback that has it."""
@@ -370,9 +430,12 @@ class XPOLightningModule(LightningModule):
             self.run_state.tokens_together = min(all_gather(tokens))
         return {**weights, "lr": learning_rate, "grad_norm": norm}
 
-    def _log_step(self, experience: Experience | None, settings: dict[str, Any]) -> None:
-        """Log the metrics of a batch and of its optimizer steps; of a skipped batch, only the guard's counts."""
-        averages = {}
+    def _log_step(self, experience: Experience | None, settings: dict[str, Any]) -> Tensor | None:
+        """Log the metrics of a batch and of its optimizer steps, and return the objective.
+
+        Of a skipped batch, only the guard's counts are logged.
+        """
+        averages: dict[str, Tensor] = {}
         if experience is None:
             forget_logged(self.trainer)
         else:
@@ -382,6 +445,7 @@ class XPOLightningModule(LightningModule):
         self.log_dict({**averages, **settings, **self.guard.counts(), "step": float(self.global_step)})
         if self.rollout is not None:  # how far the engine's log-probabilities were from ours
             self.log_dict(self.rollout.measured, sync_dist=True)
+        return averages.get("loss/total")
 
     def on_validation_start(self) -> None:
         """Store the random state of training, and reset the averages of the last validation."""
@@ -411,6 +475,18 @@ class XPOLightningModule(LightningModule):
         named = {f"eval/{name}": value for name, value in numbers.items()}
         self.log_dict({**named, "step": float(self.steps_taken)})
 
+    def on_test_start(self) -> None:
+        """See `on_validation_start`."""
+        self.on_validation_start()
+
+    def test_step(self, batch: Any, batch_idx: int) -> Experience:  # type: ignore[override]
+        """Measure held-out prompts as a validation does, under the same names."""
+        return self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """See `on_validation_epoch_end`."""
+        self.on_validation_epoch_end()
+
     def on_predict_start(self) -> None:
         """Unshard the models for all batches, as ranks may have different batch counts; sync the engine once."""
         self._together.enter_context(self._models_unsharded())
@@ -437,7 +513,9 @@ class XPOLightningModule(LightningModule):
         return [weight for weight in self.policy.parameters() if weight.requires_grad]
 
     def sample(self, batch: Any) -> Experience:
-        """Sample and label pairs, for the training step of a module that contains this one and takes its own steps.
+        """Sample and label pairs, for a training step of your own: in a module that contains this one, or with Fabric.
+
+        Without a trainer, schedules of alpha and beta see one step for each call.
 
         Args:
             batch: B prompts, in any form that this module accepts as a batch.
@@ -449,7 +527,10 @@ class XPOLightningModule(LightningModule):
             InputError: An option is set that only this module's own steps implement, or the rollout refuses its input.
         """
         refuse_own_steps(self)
-        rng = self._rng(Stream.TRAINING, batches_done(self.trainer))
+        if self._trainer is None and self._sampled == 0:
+            self.run_state.seed = torch.initial_seed()
+        rng = self._rng(Stream.TRAINING, self._sampled if self._trainer is None else batches_done(self.trainer))
+        self._sampled += 1
         with self._models_unsharded(), self.guard.together():
             return self._collect(batch, rng, training=True)
 
@@ -489,13 +570,18 @@ class XPOLightningModule(LightningModule):
 
     def _weights(self) -> dict[str, float]:
         """Return the current alpha and beta; those of the first step if no training has begun."""
+        if self._trainer is None:
+            done = max(0, self._sampled - 1)
+            return self.objective.weights(Progress(step=done, epoch=0, total_steps=None, batches=done))
         if not has_begun(self.trainer):
             return self.objective.weights(FIRST_STEP)
         batches = batches_done(self.trainer)
         return self.objective.weights(Progress(self.global_step, self.current_epoch, self._total_steps, batches))
 
     def _rng(self, stream: Stream, number: int) -> RolloutRNG:
-        return RolloutRNG(self.run_state.seed, stream, number, self.global_rank, self.trainer.world_size)
+        processes = self._trainer or self._fabric  # neither: this process is alone
+        rank, world_size = (processes.global_rank, processes.world_size) if processes else (0, 1)
+        return RolloutRNG(self.run_state.seed, stream, number, rank, world_size)
 
     @property
     def _optimizer(self) -> LightningOptimizer:

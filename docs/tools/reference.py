@@ -1,4 +1,4 @@
-"""Writes docs/reference.md, all options of a config, from signatures and docstrings."""
+"""Writes docs/reference.md, all options of a config, and the table of them that `xpo` reads before it imports torch."""
 
 import argparse
 import collections.abc
@@ -17,6 +17,8 @@ from docstring_parser import parse
 
 import xpo_lightning as xpo
 from xpo_lightning import callbacks
+from xpo_lightning.cli import dispatch, known_options
+from xpo_lightning.cli.lightning_cli import XPOCLI
 from xpo_lightning.cli.run_defaults import TRAINER_DEFAULTS, RunDefaults
 
 PAGE = Path(__file__).parents[1] / "reference.md"
@@ -213,6 +215,22 @@ def page() -> str:
     return OPENING + model() + f"## data\n\n{table(xpo.PromptDataModule, 'data.')}" + trainer() + run_defaults() + RUN
 
 
+class _Parsers(XPOCLI):
+    """Builds the parsers of a run, and stops there."""
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        raise StopIteration({verb: self._parser(verb) for verb in dispatch.RUNS})
+
+
+def options_table() -> str:
+    """Write the table of the options and their kinds of value."""
+    try:
+        _Parsers([])
+    except StopIteration as stopped:
+        return known_options.as_table(stopped.value)
+    raise AssertionError
+
+
 def _arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the page is out of date")
@@ -221,11 +239,13 @@ def _arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> int:
     """Write the page, or tell whether it is up to date."""
-    if not _arguments(words).check:
-        PAGE.write_text(page())
-    elif PAGE.read_text() != page():
-        print("docs/reference.md is out of date; run `python docs/tools/reference.py`", file=sys.stderr)
-        return 1
+    check = _arguments(words).check
+    for file, text in {PAGE: page(), known_options.FILE: options_table()}.items():
+        if not check:
+            file.write_text(text)
+        elif file.read_text() != text:
+            print(f"{file.name} is out of date; run `python docs/tools/reference.py`", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -405,7 +405,8 @@ def test_value_in_place_of_a_group_is_refused_though_a_later_option_would_hide_i
 ):
     key = group.replace("__", ".")
     line = refused(capsys, "fit", "--config", write_config(**{group: value}), option)
-    assert f"{key} must be a group of options, but is {value!r} (in run.yaml)" in line
+    assert f"{key} must be a group of options, but is" in line
+    assert "run.yaml, line" in line
 
 
 # ---- verbs ----

@@ -834,3 +834,30 @@ def test_options_on_the_command_line(capsys: pytest.CaptureFixture[str]):
     options = list(inspect.signature(PromptDataModule).parameters)
     described = (inspect.getdoc(PromptDataModule) or "").partition("Args:")[2].partition("Raises:")[0]
     assert re.findall(r"^    (\w+): [A-Z]", described, re.MULTILINE) == options
+
+
+# ---- preference pairs ----
+
+
+@both_ways
+def test_prompt_of_a_preference_pair_is_what_both_sides_begin_with(tmp_path: Path, streaming: bool):
+    begin = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    asked = [*begin, {"role": "user", "content": "Who?"}]
+    chats = {name: [*asked, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    text = "\n\nHuman: Hello\n\nAssistant:"
+    for pair, expected in (
+        (chats, asked),
+        ({"chosen": f"{text} I am well", "rejected": f"{text} I am ill"}, text),
+        ({"chosen": chats["chosen"], "rejected": chats["chosen"]}, asked),  # the answer is none of the prompt
+    ):
+        path = write_jsonl(tmp_path / "pairs.jsonl", [{**pair, "prompt_number": 1}])
+        (batch,) = set_up(path, streaming=streaming).train_dataloader()
+        assert batch["prompt"] == [expected]
+        assert batch["chosen"] == [pair["chosen"]]
+
+
+@both_ways
+def test_preference_pair_that_does_not_say_where_its_prompt_ends_is_refused(tmp_path: Path, streaming: bool):
+    for pair in ({"chosen": "It is warm", "rejected": "It is cold"}, {"chosen": None, "rejected": "a"}):
+        path = write_jsonl(tmp_path / "pairs.jsonl", [pair])
+        assert "pairs.jsonl, line 1 has 'chosen' and 'rejected'" in refusal(path, streaming=streaming)

@@ -1,15 +1,20 @@
 """Runs the function of `xpo VERB ...`, and answers `--help` and the like without importing torch."""
 
+import ast
 import inspect
+import re
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from xpo_lightning import __version__
+from xpo_lightning.cli import known_options, mistakes
 from xpo_lightning.core.argument_parser import OneLineErrors
 from xpo_lightning.core.errors import InputError, did_you_mean, exit_with_error
+from xpo_lightning.core.recipes import with_config_files
 
 RUNS = {
     "fit": "train",
@@ -56,13 +61,16 @@ def overview() -> str:
 
 
 def is_answered(words: list[str]) -> bool:
-    """Handle `--help`, `--version` and unknown verbs without importing torch.
+    """Handle `--help`, `--version`, unknown verbs and mistakes in their options without importing torch.
 
     Args:
         words: The command line.
 
     Returns:
         Whether the command line was handled.
+
+    Raises:
+        InputError: An option of a verb, or the config that it names, is a mistake.
     """
     if not words or words[0] in ("-h", "--help"):
         print(overview())
@@ -71,8 +79,12 @@ def is_answered(words: list[str]) -> bool:
         print(f"xpo-lightning {__version__}")
         return True
     known = {**RUNS, **VERBS}
+    if words[0].startswith("-") and not known.keys() & set(words):
+        exit_with_error(f"the verb comes first: xpo fit {' '.join(words):.200} (there are {', '.join(known)})")
     if not words[0].startswith("-") and words[0] not in known:
         exit_with_error(f"there is no verb '{words[0]}'{did_you_mean(words[0], known)} (there are {', '.join(known)})")
+    if words[0] in VERBS:
+        _refuse_mistakes(words[0], words[1:])
     return False
 
 
@@ -94,6 +106,27 @@ def run(verb: str, args: list[str]) -> None:
         if error.filename is None:
             raise
         raise InputError(f"'{error.filename}' cannot be used ({error.strerror})") from error
+
+
+def options_of(verb: str) -> list[str]:
+    """Read the names of a verb's options from its source, since importing it takes seconds."""
+    source = Path(__file__).with_name("commands") / f"{verb}.py"
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    (function,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == verb]
+    return [argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)]
+
+
+def _refuse_mistakes(verb: str, args: list[str]) -> None:
+    known = options_of(verb)
+    for word in args:
+        name = re.split(r"[.=+]", word.removeprefix("--"))[0]
+        if word.startswith("--") and name not in (*known, "", "help", "print_config"):
+            hint = did_you_mean(name, known) or f" (there are {', '.join(known)})" * bool(known)
+            raise InputError(f"`xpo {verb}` has no option '--{name}'{hint}")
+    table = known_options.shipped("fit")
+    if table is not None and "config" in known:
+        for file in with_config_files(args)[1]:
+            mistakes.check_config(file, table)
 
 
 def parser_of(function: Callable[..., Any]) -> VerbParser:

@@ -34,30 +34,26 @@ def refuse_nulls(parser: Any, config: Any) -> None:
             raise InputError(f"{action.dest} must not be null; remove the line, to take the default")
 
 
-def refuse_values_for_groups(parser: Any, config: Any, file: str = "") -> None:
-    """Refuse a value in place of a group of options, which a later option of the group would silently replace.
-
-    Args:
-        parser: The parser of a run.
-        config: The parsed config.
-        file: The file of the config, if any.
-
-    Raises:
-        InputError: A group has a value instead of options.
-    """
-    names = [action.dest for action in parser._actions]
-    for action in parser._actions:
-        group = action.dest
-        if hasattr(action, "_typehint") or not any(name.startswith(f"{group}.") for name in names):
-            continue
-        value = config.get(group, {})
-        if not hasattr(value, "get"):
-            raise InputError(
-                f"{group} must be a group of options, but is {value!r:.60}" + (f" (in {file})" if file else "")
-            )
-
-
 def reason(error: Exception) -> str:
     """Return why a config cannot be built: the error of the given `class_path`, if there is one, else the full text."""
     problem = re.search(r"Problem with given class_path ('[^']+'):\s*(.+)", str(error))
     return f"{problem[1]}: {problem[2]}" if problem else str(error)
+
+
+_JARGON = {
+    r"^Parser key \"([^\"]*)\":": r"\1:",
+    r"- Expected a path but .*? either not accessible or invalid\s*": "",
+    r"Does not validate against any of the Union subtypes\s+Subtypes: .*?Errors:": "",
+    r"Subclass types expect one of:.*?(?=Given value|$)": "",
+    r"Given value type: .*?(?=Given value:|$)": "",
+    r"Type collections\.abc\.Callable\[.*?\] expects a function or a callable class:": "there is no such function:",
+    r"<class '(?:[\w.]*\.)?(\w+)'>": r"\1",
+}
+
+
+def plain(message: str) -> str:
+    """Put a message of the parser into plain words: without its types, and without all that it tried."""
+    message = reason(ValueError(message))
+    for jargon, words in _JARGON.items():
+        message = re.sub(jargon, words, message, flags=re.DOTALL)
+    return message.strip()

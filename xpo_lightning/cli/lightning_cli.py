@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -19,14 +19,16 @@ from xpo_lightning.checkpointing.io import CrashSafeCheckpointIO
 from xpo_lightning.checkpointing.looking import write_beside_the_run
 from xpo_lightning.checkpointing.refused_start import removing_refused_start
 from xpo_lightning.checkpointing.resume import make_resumable
-from xpo_lightning.cli import dispatch
+from xpo_lightning.cli import dispatch, mistakes
 from xpo_lightning.cli.check.check import CheckingTrainer
 from xpo_lightning.cli.error_messages import (
     explaining_trainer_errors,
+    plain,
     reason,
     refuse_nulls,
-    refuse_values_for_groups,
 )
+from xpo_lightning.cli.known_options import of_parser
+from xpo_lightning.cli.mistakes import NEGATIVE_NUMBER, with_place
 from xpo_lightning.cli.run_defaults import TRAINER_DEFAULTS, RunDefaults
 from xpo_lightning.core.argument_parser import OneLineErrors
 from xpo_lightning.core.distributed import named, origin_of, speaks_for_host
@@ -37,7 +39,7 @@ from xpo_lightning.data import PromptDataModule
 from xpo_lightning.evaluation.saved_run import find_saved_run
 from xpo_lightning.models.forward.cpu import limit_threads
 from xpo_lightning.module import XPOLightningModule
-from xpo_lightning.training.config_checks import refuse_strategy
+from xpo_lightning.training.config_checks import refuse_inert_options, refuse_strategy
 
 # A config can name only imported classes by their short names, so all public classes are imported here.
 for _name in xpo_lightning.__all__:
@@ -48,11 +50,6 @@ WHERE_TO_LOOK = (
     "from, `--config quickstart --print_config` shows one with every value, `--model.reward.help CLASS` the options of "
     "a class, and docs/configuration.md has a tested config for each way to train."
 )
-_TRAINER_KEYS_OF_THE_MODULE = {
-    "gradient_clip_val": (None, "model.max_grad_norm"),
-    "gradient_clip_algorithm": (None, "model.max_grad_norm (gradients are clipped by norm)"),
-    "accumulate_grad_batches": (1, "data.batch_size (prompts an optimizer step) and model.micro_batch_size"),
-}
 
 
 LOOKING = ("validate", "predict")
@@ -62,16 +59,18 @@ LOOKING = ("validate", "predict")
 class XPOParser(OneLineErrors, LightningArgumentParser):
     """Parses the options of a run; accepts recipes by name."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = NEGATIVE_NUMBER  # argparse would take -1e-5 for an option.
+
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
         """Replace the names of recipes by their files, then parse."""
-        words, OneLineErrors.config_files = with_config_files(list(sys.argv[1:] if args is None else args))
+        words, _ = with_config_files(list(sys.argv[1:] if args is None else args))
         return super().parse_args(words, *others, **options)
 
-    def parse_string(self, content: str, path: Any = "", *others: Any, **options: Any) -> Any:
-        """Parse a config; refuse it here if later options would hide an error in it."""
-        parsed = super().parse_string(content, path, *others, **options)
-        refuse_values_for_groups(self, parsed, str(path))
-        return parsed
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say in plain words what the parser says of types and classes."""
+        super().error(with_place(plain(message)), ex)
 
 
 class XPOCLI(LightningCLI):
@@ -109,15 +108,17 @@ class XPOCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the command line and the configs that it names."""
-        try:
-            super().parse_arguments(parser, args)
-        except UnicodeDecodeError as error:
-            raise InputError(f"--config: the file is not valid UTF-8 ({error}); save it as UTF-8") from error
+        words = sys.argv[1:] if args is None else args
+        if isinstance(words, list) and words and words[0] in dispatch.RUNS:
+            try:
+                mistakes.check(with_config_files(words)[0], of_parser(self._parser(words[0])))
+            except InputError as error:
+                parser.error(str(error))
+        super().parse_arguments(parser, args)
 
     def before_instantiate_classes(self) -> None:
         """Refuse options that have no effect or no meaning here, and a checkpoint that does not load."""
         config = self.config[self.subcommand]
-        refuse_values_for_groups(self._parser(self.subcommand), config)
         refuse_nulls(self._parser(self.subcommand), config)
         if self.subcommand == "check":
             self.save_config_callback = None  # It writes a file.
@@ -129,9 +130,7 @@ class XPOCLI(LightningCLI):
         refuse_strategy(str(getattr(strategy, "class_path", strategy)))
         if str(trainer.get("precision")) in ("16", "16-mixed"):  # On a CPU, Lightning would take bf16-mixed instead.
             raise InputError(f"trainer.precision={trainer.precision} is not supported; use 32-true or bf16-mixed")
-        for key, (default, instead) in _TRAINER_KEYS_OF_THE_MODULE.items():
-            if trainer.get(key) not in (None, default):
-                raise InputError(f"trainer.{key} has no effect here; set {instead} instead")
+        refuse_inert_options(trainer)
 
     def instantiate_classes(self) -> None:
         """Build everything; an error names in one line what cannot be built."""
@@ -240,4 +239,4 @@ def main(args: ArgsType = None) -> None:
             raise SystemExit(1 if message is None else 2) from None
         if message is None or os.environ.get("XPO_DEBUG"):
             raise
-        exit_with_error(named(message))
+        exit_with_error(named(with_place(message)))

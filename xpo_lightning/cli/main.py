@@ -4,8 +4,9 @@ import logging
 import sys
 from importlib import import_module
 
-from xpo_lightning.cli import dispatch
+from xpo_lightning.cli import dispatch, known_options, mistakes
 from xpo_lightning.core.errors import InputError, exit_with_error
+from xpo_lightning.core.recipes import with_config_files
 
 
 def main() -> None:
@@ -13,12 +14,15 @@ def main() -> None:
     # peft imports bitsandbytes if it is installed, which warns at each start about an optional speed-up for CPUs.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.msg)
     words = sys.argv[1:]
-    if dispatch.is_answered(words):
-        return
-    if words[0] not in dispatch.LIGHT:
-        import_module("xpo_lightning.cli.lightning_cli").main()
-        return
     try:
-        dispatch.run(words[0], words[1:])
+        if dispatch.is_answered(words):
+            return
+        known = known_options.shipped(words[0])
+        if known is not None:  # The same check, without the seconds that it takes to import what is checked.
+            mistakes.check(with_config_files(words)[0], known)
+        if words[0] in dispatch.LIGHT:
+            dispatch.run(words[0], words[1:])
+            return
     except InputError as error:
         exit_with_error(str(error))
+    import_module("xpo_lightning.cli.lightning_cli").main()

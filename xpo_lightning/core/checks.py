@@ -1,13 +1,15 @@
 """Checks of options: one error for a number out of range, with the config key that it stands under."""
 
 import math
+from typing import Any
 
+from xpo_lightning.core.argument_types import fits
 from xpo_lightning.core.errors import InputError
 
 
 def check_range(
     key: str,
-    value: float | None,
+    value: Any,
     *,
     least: float | None = None,
     above: float | None = None,
@@ -33,6 +35,8 @@ def check_range(
     """
     if value is None:
         return
+    if not fits(value, float):
+        raise InputError(f"{key} must be a number, but is {value!r:.60}, a {type(value).__name__}")
     bounds = [
         ("at least", least, least is None or value >= least),
         ("above", above, above is None or value > above),

@@ -28,7 +28,7 @@ def explanation(error: BaseException) -> str | None:
     cause, key = input_error_in(error), _option_behind(error)
     if cause is not None:
         return str(cause)
-    if isinstance(error, OSError) and error.errno in REFUSALS:
+    if isinstance(error, OSError) and (error.errno in REFUSALS or _is_of_a_folder(error)):
         what = "a file" if error.filename is None else f"'{error.filename}'"
         return (
             f"{what} could not be written or read: {error.strerror}; see that there is room and that the path is right"
@@ -39,6 +39,11 @@ def explanation(error: BaseException) -> str | None:
             f"({type(error).__name__}: {error!s:.200}); give another file"
         )
     return f"{key}: {type(error).__name__}: {error}" if key else None
+
+
+def _is_of_a_folder(error: OSError) -> bool:
+    """Tell whether a folder could not be made, as in /proc, where nobody may and the error is `no such file`."""
+    return any(frame.f_code.co_name in ("mkdir", "makedirs") for frame in _frames(error))
 
 
 def _is_of_a_checkpoint(error: BaseException) -> bool:

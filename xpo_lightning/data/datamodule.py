@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from xpo_lightning.core.checks import check_range
@@ -186,11 +187,17 @@ class PromptDataModule(LightningDataModule):
         if stage in ("fit", None) or (stage == "predict" and not self.has_validation):
             needed.insert(0, "training")
         for role, rows in self._rows([role for role in needed if role not in self._prompts]).items():
-            name = f"{role} prompts of {self.source_of(role).name}"
+            source = self.source_of(role)
+            name = f"{source.key}: {role} prompts of {source.name}"
             if isinstance(rows, Stream):
                 self._prompts[role] = PromptStream(rows, self.encoding, name)
             else:
-                self._prompts[role] = PromptDataset(rows, self.encoding, name)
+                self._prompts[role] = prompts = PromptDataset(rows, self.encoding, name)
+                if role == "training" and len(prompts) < self.batching.size:
+                    rank_zero_warn(
+                        f"data.batch_size={self.batching.size} is more than the {len(prompts)} training prompts of "
+                        f"{source.name}, so that each step sees only these"
+                    )
 
     def require_validation(self) -> None:
         """Raise an error if there are no validation prompts.
@@ -220,6 +227,10 @@ class PromptDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
         """Return a loader of the validation prompts in order, or an empty list if there are none."""
         return self.batching.in_order(self._prompts["validation"], self._share()) if self.has_validation else []
+
+    def test_dataloader(self) -> DataLoader[Sample] | list[Any]:
+        """Return the loader of the validation prompts: a test measures what a validation does."""
+        return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Sample]:
         """Return a loader of the validation prompts in order, or of the training prompts if there are none."""

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.data.implicit_prompts import PAIR
 from xpo_lightning.data.prompts import PromptTokenizer, Truncation, check_prompt
 from xpo_lightning.data.readers import LocatedRow, Row
 
@@ -60,7 +61,7 @@ class PromptPreprocessor:
                 truncated += was_cut
                 yield total - 1, row, ids
         if total == 0:
-            raise InputError(f"{name}: there are no rows; give data.source or data.validation_source one that has some")
+            raise InputError(f"{name}: there are no rows; give it some, or name another file")
         if kept == 0:
             raise InputError(
                 f"{name}: all {total} were dropped, being longer than data.max_prompt_tokens={self.max_tokens}"
@@ -96,9 +97,16 @@ class PromptPreprocessor:
             yield where, row
 
     def _check_columns(self, columns: list[str], where: str) -> None:
+        if self.prompt_column in PAIR and set(columns) >= PAIR:
+            raise InputError(
+                f"data.prompt_column: '{self.prompt_column}' of {where} holds the answer too; remove the line: the "
+                f"prompt is then taken from what 'chosen' and 'rejected' have in common"
+            )
         if self.prompt_column not in columns:
             close = get_close_matches(self.prompt_column, columns, 1)
-            hint = f" (did you mean '{close[0]}'?)" if close else ""
+            chats = [name for name in ("messages", "conversations", "conversation") if name in columns]
+            meant = [*close, *chats]
+            hint = f" (did you mean '{meant[0]}'?)" if meant else ""
             raise InputError(
                 f"data.prompt_column: {where} has no column '{self.prompt_column}'{hint}; "
                 f"it has {_named(columns) or 'none'}"

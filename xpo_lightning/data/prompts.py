@@ -200,6 +200,20 @@ class PromptTokenizer:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def _uncollated(prompts: Any) -> Any:
+    """Return the conversations of a batch that DataLoader's own `collate_fn` has turned inside out.
+
+    It makes of B conversations of M messages each a list of M messages that hold B roles and B contents.
+    """
+    messages = prompts if isinstance(prompts, list | tuple) else []
+    if not messages or not all(isinstance(one, Mapping) for one in messages):
+        return prompts
+    if not all(isinstance(value, list | tuple) for one in messages for value in one.values()):
+        return prompts
+    size = len(next(iter(messages[0].values())))
+    return [[{name: values[row] for name, values in one.items()} for one in messages] for row in range(size)]
+
+
 def as_prompts(batch: Any, encoder: PromptTokenizer, device: torch.device) -> Prompts:
     """Turn a batch from a data loader into tokenized prompts.
 
@@ -212,7 +226,9 @@ def as_prompts(batch: Any, encoder: PromptTokenizer, device: torch.device) -> Pr
         InputError: The batch has no prompts, or a prompt is malformed or too long.
     """
     columns = dict(batch) if isinstance(batch, Mapping) else {"prompt": batch}
-    if "prompt" not in columns:
+    columns["prompt"] = _uncollated(columns.get("prompt"))
+    if columns["prompt"] is None:
+        del columns["prompt"]
         raise InputError(f"a batch needs the key 'prompt', but has {sorted(columns)}; see data.prompt_column")
     for name, values in columns.items():
         if isinstance(values, str) or not hasattr(values, "__len__"):

@@ -150,6 +150,13 @@ def _checked_row(row: Any, where: str) -> Row:
 
 
 def _checked_header(header: list[str], path: str) -> list[str]:
+    if len(header) == 1:
+        for separator in (";", "\t", "|"):
+            if separator in header[0]:
+                raise InputError(
+                    f"{path}, line 1: the columns are separated by {separator!r}, and are read only if separated by "
+                    f"commas; save the file with commas, or as .jsonl"
+                )
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise InputError(f"{path}, line 1: the header names {', '.join(map(repr, twice)):.300} more than once")

@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.paths import explaining_hub_errors, is_local, resolve
+from xpo_lightning.data.implicit_prompts import has_implicit_prompt, with_prompt
 from xpo_lightning.data.readers import (
     LocatedRow,
     explaining_row,
@@ -94,12 +95,37 @@ class _ArrowRows(Sequence[LocatedRow]):
             return where, self.dataset[index]
 
 
+@dataclass(frozen=True)
+class _PairRows(Sequence[LocatedRow]):
+    """Preference pairs with their prompts, which are found on access."""
+
+    rows: Sequence[LocatedRow]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> LocatedRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[LocatedRow]: ...
+    def __getitem__(self, index: int | slice) -> LocatedRow | Sequence[LocatedRow]:
+        if isinstance(index, slice):
+            return _PairRows(self.rows[index])
+        where, row = self.rows[index]
+        return where, with_prompt(row, where) if has_implicit_prompt(row.keys()) else row
+
+
 def read(source: Source) -> Sequence[LocatedRow]:
     """Read all rows: text files into memory, anything else as an Arrow table.
 
     Raises:
         InputError: There is no such data set or split, or the file is broken.
     """
+    rows = _read(source)
+    return _PairRows(rows) if len(rows) and has_implicit_prompt(rows[0][1].keys()) else rows
+
+
+def _read(source: Source) -> Sequence[LocatedRow]:
     path = resolve(source.name, source.key)
     if not is_local(path):
         return _ArrowRows(_label(source), _load_from_hub(source, streaming=False))
@@ -119,6 +145,11 @@ def stream(source: Source, limit: int | None = None) -> Stream:
     Raises:
         InputError: There is no such data set or split. Broken rows are found when they are read.
     """
+    rows = _stream(source, limit)
+    return Stream(partial(_with_prompts, rows))
+
+
+def _stream(source: Source, limit: int | None) -> Stream:
     path = resolve(source.name, source.key)
     if not is_local(path):
         return Stream(partial(numbered, _label(source), _load_from_hub(source, streaming=True)), limit)
@@ -128,6 +159,12 @@ def stream(source: Source, limit: int | None = None) -> Stream:
     if suffix == ".parquet":
         return Stream(partial(stream_parquet, path), limit)
     return Stream(partial(numbered, _label(source), _load_from_directory(path, source)), limit)
+
+
+def _with_prompts(rows: Iterable[LocatedRow]) -> Iterator[LocatedRow]:
+    """Yield rows, preference pairs with their prompts."""
+    for where, row in rows:
+        yield where, with_prompt(row, where) if has_implicit_prompt(row.keys()) else row
 
 
 def _label(source: Source) -> str:

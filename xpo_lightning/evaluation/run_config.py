@@ -46,7 +46,6 @@ def read_run_config(config: str) -> RunConfig:
         InputError: It is not a config of a run, or its module or data module cannot be built.
     """
     path = config_file(config)
-    OneLineErrors.config_files = [path]
     parser = _PartsParser(prog="xpo", exit_on_error=True)
     for name, part in PARTS.items():
         parser.add_class_arguments(part, name, fail_untyped=False)

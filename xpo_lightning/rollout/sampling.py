@@ -14,6 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from xpo_lightning.core.argument_types import check_arguments
 from xpo_lightning.core.errors import InputError
 
 BLOCK = 256
@@ -46,7 +47,8 @@ class Sampling:
     eos_token_ids: list[int] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Refuse values of another type or out of range."""
+        check_arguments(Sampling.__init__, vars(self), "model.sampling.")
         _require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
         # Outside this range, quotients leave the range of float32, and the samples would be silently wrong.
         sensible = self.temperature == 0 or 1e-3 <= self.temperature <= 1e3

@@ -1,20 +1,43 @@
 """Refuses unsupported combinations of options of the trainer and the module, before anything is loaded."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.losses.schedules import FIRST_STEP
 from xpo_lightning.models.policy import LoadedModel, LoRASpec, ModelSpec
 from xpo_lightning.models.reference import ReferenceRefresh
 from xpo_lightning.rewards.base import Feedback, Judge
 from xpo_lightning.rollout.engine import RolloutEngine
 from xpo_lightning.rollout.pair_selection import Candidates
 from xpo_lightning.rollout.samplers import PreviousPolicySampler, Sampler
+from xpo_lightning.training.metric_names import check_monitors
 from xpo_lightning.training.objective import Objective
 from xpo_lightning.training.replay_buffer.buffer import BufferOptions
+
+INERT_OPTIONS = {
+    "gradient_clip_val": (None, "model.max_grad_norm"),
+    "gradient_clip_algorithm": (None, "model.max_grad_norm (gradients are clipped by norm)"),
+    "accumulate_grad_batches": (1, "data.batch_size (prompts an optimizer step) and model.micro_batch_size"),
+}
+"""Options of the trainer that have no effect with this module: their value then, and what to set instead."""
+
+
+def refuse_inert_options(options: Mapping[str, Any]) -> None:
+    """Refuse options of the trainer that would have no effect.
+
+    Raises:
+        InputError: One of them is set; the message names what to set instead.
+    """
+    for name, (default, instead) in INERT_OPTIONS.items():
+        if options.get(name) not in (None, default):
+            raise InputError(f"trainer.{name} has no effect here; set {instead} instead")
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -30,6 +53,11 @@ def check_trainer(trainer: Trainer) -> None:
             f"trainer.precision={trainer.precision} is not supported; use 32-true or bf16-mixed, and "
             f"model.policy.dtype for the type of the weights (other settings would convert the reward as well)"
         )
+    if trainer.state.fn == TrainerFn.FITTING:
+        lengths = {"max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
+        for name in (name for name, length in lengths.items() if length == 0):
+            raise InputError(f"trainer.{name}=0 trains nothing; give a number, or -1 for no limit")
+        check_monitors(trainer.callbacks)  # type: ignore[attr-defined]
     for callback in trainer.checkpoint_callbacks:
         if type(callback) is ModelCheckpoint and callback._train_time_interval is not None:
             raise InputError(
@@ -79,6 +107,16 @@ class Options(Protocol):
     rollout: RolloutEngine | None
     lora: LoRASpec | None
     policy_spec: ModelSpec | LoadedModel
+
+
+def warn_of_weights(objective: Objective) -> None:
+    """Warn of an alpha with which the preferences hardly count at the first step."""
+    weights = objective.weights(FIRST_STEP)
+    if abs(weights["alpha"]) > weights["beta"]:
+        rank_zero_warn(
+            f"model.alpha={weights['alpha']:g} is more than model.beta={weights['beta']:g}: the exploration term then "
+            f"pulls at each completion harder than any preference can; shipped recipes have 1e-5"
+        )
 
 
 def refuse_combinations(options: Options) -> None:

@@ -55,6 +55,11 @@ class Optimization:
         if self.lr_scheduler is not None and given:
             raise InputError(f"{', '.join(given)} cannot be set together with model.lr_scheduler; set one or the other")
 
+    @property
+    def peak(self) -> float:
+        """Peak learning rate of the built-in optimizer."""
+        return DEFAULT_LEARNING_RATE if self.learning_rate is None else self.learning_rate
+
     def build(self, trained: list[nn.Parameter]) -> tuple[Optimizer, LRScheduler]:
         """Build the optimizer and its schedule.
 
@@ -67,9 +72,8 @@ class Optimization:
         Raises:
             InputError: The optimizer or the scheduler is not supported, or refuses its arguments.
         """
-        rate = DEFAULT_LEARNING_RATE if self.learning_rate is None else self.learning_rate
         with _naming("model.optimizer"):
-            optimizer = self.optimizer(trained) if self.optimizer else AdamW(trained, lr=rate, weight_decay=0.0)
+            optimizer = self.optimizer(trained) if self.optimizer else AdamW(trained, lr=self.peak, weight_decay=0.0)
         if isinstance(optimizer, torch.optim.LBFGS):
             raise InputError("model.optimizer: LBFGS evaluates the loss several times a step; it is not supported")
         if self.lr_scheduler is None:
