@@ -79,6 +79,7 @@ RUN = """## the run
 | `config` | file | | A YAML file; given several times, each lies over those before it. |
 | `seed_everything` | int or true or false | `0` | Seed of all randomness, the samples' too; `true` draws one. |
 | `ckpt_path` | text | `null` | Checkpoint to go on from (`fit`) or to look at; `last` is the newest that is whole. |
+| `import_from` | list of text or null | `null` | Further folders to import from; a saved config has those of its run. |
 | `print_config` | flag | | Prints the whole config, defaults and all, and ends. |
 """
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,15 +95,26 @@ def rows_of(metrics: Path) -> list[dict[str, float]]:
 
 
 def test_own_config_of_15_lines_gives_what_the_quickstart_gives(
-    write: Write, model_folder: Callable[..., str], capsys: pytest.CaptureFixture[str]
+    write: Write, model_folder: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    text = MINE.format(model=model_folder(), function=f"{__name__}.positive")
-    assert len(text.splitlines()) == 16  # the accelerator is for this test
-    Path("mine.yaml").write_text(text)
-    main(["fit", "--config", "mine.yaml"])
+    """The config of docs/quickstart.md, and its `myreward.py` beside it, in a folder that nothing else is in."""
+    page = (ROOT / "docs" / "quickstart.md").read_text()
+    (config,), (reward,) = (re.findall(rf"^```{kind}\n(.*?)^```", page, re.S | re.M) for kind in ("yaml", "python"))
+    assert len(config.splitlines()) <= 15
+    Path("mine.yaml").write_text(config)
+    Path("myreward.py").write_text(reward)
+    Path("my_model").symlink_to(model_folder())
+    Path("prompts.jsonl").rename("my_prompts.jsonl")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "myreward", raising=False)
+    before = {path.name for path in Path().iterdir()}
+    small = ["--trainer.max_steps=2", "--data.batch_size=4", "--data.validation_size=4", "--trainer.accelerator=cpu"]
+    small += ["--model.sampling.max_new_tokens=5"]
+    main(["check", "--config", "mine.yaml", *small])
+    main(["fit", "--config", "mine.yaml", *small])
     folder = Path("runs/version_0")
     assert [name for name in FILES if not (folder / name).is_file()] == []
-    assert {path.name for path in Path().iterdir()} == {"mine.yaml", "prompts.jsonl", "runs"}
+    assert {path.name for path in Path().iterdir()} - before == {"runs"}
     rows = rows_of(folder / "metrics.csv")
     assert [row["step"] for row in rows if "loss/dpo" in row] == [1, 2]
     assert [row["step"] for row in rows if "eval/win_rate" in row] == [0, 2]
@@ -111,8 +123,21 @@ def test_own_config_of_15_lines_gives_what_the_quickstart_gives(
         assert re.search(f"^{line}", shown, re.MULTILINE), line
     main(["report", "runs"])
     main(["plot", "runs"])
+    main(["compare", "runs"])
     assert Path("report.html").is_file()
     assert Path("curves.png").is_file()
+
+
+def test_page_lists_the_switches(write: Write):
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    section = page.split("\n## What every run has\n")[1].split("\n## ")[0]
+    switches = re.findall(r"`((?:defaults|trainer)\.\w+: false)`", section)
+    assert {key.partition(":")[0] for key in switches} >= {f"defaults.{name}" for name in (*BARE, "metrics_file")}
+    write()
+    Path("over.yaml").write_text(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])
+    trainer = built("--config", "over.yaml")
+    assert names(trainer) == sorted({*SHOWN, "RunCheckpoint", "Throughput"} - {"RunReport"})
+    assert [one.rows for one in trainer.callbacks if isinstance(one, CompletionsTable)] == [3]
 
 
 def test_own_config_has_the_callbacks_of_the_quickstart(write: Write):
@@ -280,4 +305,4 @@ def test_run_without_a_metrics_file_says_so_when_it_is_read(write: Write, capsys
     main(["fit", "--config", "mine.yaml"])
     with pytest.raises(SystemExit):
         main(["report", "runs"])
-    assert "has no metrics.csv" in capsys.readouterr().err
+    assert "has a metrics.csv; give the folder of a run that has logged something" in capsys.readouterr().err

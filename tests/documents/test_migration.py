@@ -13,7 +13,7 @@ from test_configs import CONFIGS, parse
 
 PAGE = CONFIGS.parent / "docs" / "migration.md"
 TLDR = CONFIGS / "tldr.yaml"
-KEY = r"(?:(?:model|data|trainer)\.[\w.]*\w|seed_everything|ckpt_path|config)"
+KEY = r"(?:(?:model|data|trainer|defaults)\.[\w.]*\w|seed_everything|ckpt_path|config)"
 
 # TRL 1.13.0's names, with transformers 5.23.0; `warmup_ratio` is an older transformers'.
 TRL = {

@@ -14,6 +14,7 @@ import torch
 from test_configs import parse
 
 from xpo_lightning.cli.dispatch import VERBS, parser_of
+from xpo_lightning.cli.lightning_cli import LOOKING
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -53,7 +54,10 @@ def check_run(words: list[str], checkpoint: Path) -> None:
         verb = getattr(importlib.import_module(f"xpo_lightning.cli.commands.{words[0]}"), words[0])
         parser_of(verb).parse_args(words[1:])
         return
-    if "--ckpt_path" in words:
+    if words[0] in LOOKING and not words[1].startswith("-"):
+        assert words[1].startswith("runs/quickstart")
+        words[1:2] = ["--config", "quickstart", "--ckpt_path", str(checkpoint)]
+    elif "--ckpt_path" in words:
         place = words.index("--ckpt_path") + 1
         named = words[place]
         if named != "last":

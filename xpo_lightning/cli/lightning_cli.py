@@ -34,6 +34,8 @@ from xpo_lightning.core.argument_parser import OneLineErrors
 from xpo_lightning.core.distributed import named, origin_of, speaks_for_host
 from xpo_lightning.core.errors import InputError, exit_with_error, input_error_in, write_line
 from xpo_lightning.core.explanations import explanation
+from xpo_lightning.core.importing import KEY as IMPORT_FROM
+from xpo_lightning.core.importing import folders_in_use, search_beside
 from xpo_lightning.core.recipes import with_config_files
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.evaluation.saved_run import find_saved_run
@@ -64,8 +66,12 @@ class XPOParser(OneLineErrors, LightningArgumentParser):
         self._negative_number_matcher = NEGATIVE_NUMBER  # argparse would take -1e-5 for an option.
 
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
-        """Replace the names of recipes by their files, then parse."""
-        words, _ = with_config_files(list(sys.argv[1:] if args is None else args))
+        """Replace the names of recipes by their files, let classes and functions beside them be found, then parse."""
+        given = list(sys.argv[1:] if args is None else args)
+        if any(word.partition("=")[0] == f"--{IMPORT_FROM}" for word in given):
+            raise InputError(f"--{IMPORT_FROM} is a key of config files; on the command line, set PYTHONPATH instead")
+        words, files = with_config_files(given)
+        search_beside(files)
         return super().parse_args(words, *others, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -103,8 +109,15 @@ class XPOCLI(LightningCLI):
         return {**{name: offered[name] for name in ("fit", "validate", "predict")}, "check": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the switches of what a run has by default."""
+        """Add the switches of what a run has by default, and the folders to import from."""
         parser.add_class_arguments(RunDefaults, "defaults", fail_untyped=True)
+        parser.add_argument(
+            f"--{IMPORT_FROM}",
+            type=list[str] | None,
+            default=None,
+            help="Further folders to import classes and functions from, besides those of the config files and the "
+            "current one; for config files. A saved config lists those of its run.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the command line and the configs that it names."""
@@ -149,6 +162,7 @@ class XPOCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         """Add the callbacks and the metrics file that a run has by default."""
         defaults: RunDefaults = self.config_init[self.subcommand].defaults
+        self.config[self.subcommand][IMPORT_FROM] = folders_in_use() or None  # For the saved config.
         if config["barebones"]:  # It logs nothing, and refuses an interval.
             config["log_every_n_steps"] = None
         config["logger"] = defaults.loggers(config)

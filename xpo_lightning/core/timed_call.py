@@ -14,6 +14,7 @@ import torch
 
 from xpo_lightning.core.errors import InputError, describe_error
 from xpo_lightning.core.fingerprint import import_path
+from xpo_lightning.core.importing import import_function
 
 _LONGEST_WAIT = 1.0  # seconds until a signal is noticed, if it does not end the wait at once
 
@@ -113,7 +114,7 @@ class TimedFunction:
     def __init__(
         self,
         kind: str,
-        function: Callable[..., Any],
+        function: Callable[..., Any] | str,
         given: Collection[str],
         arguments: Mapping[str, Any] | None,
         timeout: float | None,
@@ -122,8 +123,11 @@ class TimedFunction:
         self.key = f"{key}.init_args"
         if timeout is not None and not timeout > 0:
             raise InputError(f"{self.key}.timeout must be above 0 or null, but is {timeout}")
-        self.function, self.arguments, self.timeout = function, dict(arguments or {}), timeout
-        self.name = import_path(function)
+        self.function: Callable[..., Any] = (
+            import_function(function, f"{self.key}.function") if isinstance(function, str) else function
+        )
+        self.arguments, self.timeout = dict(arguments or {}), timeout
+        self.name = import_path(self.function)
         self.who = f"{kind} {self.name}"
         self._thread = CallThread()
         self._check_signature(given)

@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 
 from xpo_lightning.core.argument_parser import OneLineErrors
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.importing import search_beside
 from xpo_lightning.core.recipes import config_file
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.module import XPOLightningModule
@@ -46,6 +47,7 @@ def read_run_config(config: str) -> RunConfig:
         InputError: It is not a config of a run, or its module or data module cannot be built.
     """
     path = config_file(config)
+    search_beside([path])
     parser = _PartsParser(prog="xpo", exit_on_error=True)
     for name, part in PARTS.items():
         parser.add_class_arguments(part, name, fail_untyped=False)

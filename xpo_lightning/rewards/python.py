@@ -26,7 +26,8 @@ class PythonReward(Reward):
     forever.
 
     Args:
-        function: The function; in YAML its import path, for example `my_rewards.exact_match`.
+        function: The function; in YAML its import path or its file, for example `my_rewards.exact_match` or
+            `path/to/my_rewards.py:exact_match`. The folder of the YAML file and the current folder are searched.
         arguments: Further keyword arguments of the function.
         timeout: How many seconds a call may take before the run ends with an error; null waits forever.
 
@@ -35,7 +36,7 @@ class PythonReward(Reward):
     """
 
     def __init__(
-        self, function: Callable[..., Any], arguments: dict[str, Any] | None = None, timeout: float | None = 1800
+        self, function: str | Callable[..., Any], arguments: dict[str, Any] | None = None, timeout: float | None = 1800
     ) -> None:
         super().__init__()
         self.function = TimedFunction("reward function", function, _SCORED, arguments, timeout)
@@ -90,7 +91,8 @@ class PythonJudge(Judge):
     forever.
 
     Args:
-        function: The function; in YAML its import path, for example `my_judges.shorter`.
+        function: The function; in YAML its import path or its file, for example `my_judges.shorter` or
+            `path/to/my_judges.py:shorter`. The folder of the YAML file and the current folder are searched.
         arguments: Further keyword arguments of the function.
         timeout: How many seconds a call may take before the run ends with an error; null waits forever.
         shuffle: Whether a hash of the texts decides which completion comes first, so that a function that prefers the
@@ -104,7 +106,7 @@ class PythonJudge(Judge):
 
     def __init__(
         self,
-        function: Callable[..., Any],
+        function: str | Callable[..., Any],
         arguments: dict[str, Any] | None = None,
         timeout: float | None = 1800,
         shuffle: bool = True,

@@ -139,7 +139,8 @@ class PythonSampler(Sampler):
     at its first stop string; one of more than `model.sampling.max_new_tokens` tokens, EOS included, is cut there.
 
     Args:
-        function: The function; in YAML its import path, for example `my_samplers.from_teacher`.
+        function: The function; in YAML its import path or its file, for example `my_samplers.from_teacher` or
+            `path/to/my_samplers.py:from_teacher`. The folder of the YAML file and the current folder are searched.
         arguments: Further keyword arguments of the function.
         timeout: How many seconds a call may take before the run ends with an error; null waits forever.
 
@@ -148,7 +149,7 @@ class PythonSampler(Sampler):
     """
 
     def __init__(
-        self, function: Callable[..., Any], arguments: dict[str, Any] | None = None, timeout: float | None = 1800
+        self, function: str | Callable[..., Any], arguments: dict[str, Any] | None = None, timeout: float | None = 1800
     ) -> None:
         given = ("prompts", "columns")
         self.function = TimedFunction("sampler function", function, given, arguments, timeout, "model.sampler")
