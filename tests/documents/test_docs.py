@@ -118,3 +118,21 @@ def test_site_fetches_nothing_from_elsewhere():
     assert settings["theme"]["font"] is False
     assert settings["strict"] is True
     assert not {"extra_javascript", "extra_css"} & settings.keys()
+
+
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        "tells the completions not apart",
+        "Still less of it costs time",
+        "What cannot be gone on with",
+        "the least that is worth a word",
+        "Of a run, the reward",
+        "One thing after another",
+        "nonsense is asked again",
+        "somebody who means ill",
+    ],
+)
+def test_sentences_that_readers_had_to_read_twice_are_gone(phrase: str):
+    for page in [ROOT / "README.md", *PAGES]:
+        assert phrase not in " ".join(page.read_text().split()), page.name

@@ -106,8 +106,8 @@ class RunState:
         changed = differences(state["optimization"], optimization)
         if changed:
             raise InputError(
-                f"ckpt_path: the checkpoint was made with another {', '.join(changed)}, whose state cannot be gone on "
-                f"with; resume with the settings that it was made with"
+                f"ckpt_path: the checkpoint was made with another {', '.join(changed)}, whose state cannot be "
+                f"continued; resume with the settings that it was made with"
             )
         before, now = len(state["processes"]), trainer.world_size
         if before != now:
