@@ -124,13 +124,13 @@ def test_other_verb_finds_the_reward_of_its_config(config: Config, tmp_path: Pat
     ("function", "complaint"),
     [
         ("myrewrd.positive", "there is no module 'myrewrd' for 'myrewrd.positive', neither installed nor in '"),
-        ("myreward.positve", "myreward.py) has no 'positve'; did you mean 'positive'?"),
+        ("myreward.positives", "myreward.py) has no 'positives'; did you mean 'positive'?"),
         ("myreward.number", "'myreward.number' is no function, but of type int"),
         ("positive", "'positive' is neither an import path, as myreward.positive, nor a file and a function"),
         ("broken.positive", "importing 'broken' raised ZeroDivisionError: division by zero"),
         ("lacking.positive", "importing 'lacking' raised ModuleNotFoundError: No module named 'no_such_package'"),
         ("nowhere/myreward.py:positive", "there is no file 'nowhere/myreward.py' in '"),
-        ("myreward.py:positve", "has no 'positve'; did you mean 'positive'?"),
+        ("myreward.py:positives", "has no 'positives'; did you mean 'positive'?"),
         ("broken.py:positive", "raised ZeroDivisionError: division by zero"),
     ],
 )

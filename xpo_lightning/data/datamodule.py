@@ -94,7 +94,8 @@ class PromptDataModule(LightningDataModule):
 
     Args:
         source: Where the prompts are. A hub id, a file (.jsonl, .json, .csv or .parquet; the values of a CSV are text),
-            a directory written by `save_to_disk`, or `package:name/path` for a file inside an installed package.
+            a directory written by `save_to_disk`, `package:name/path` for a file inside an installed package, or
+            `reasoning-gym:TASK?size=1000&seed=1` for problems that reasoning-gym makes up, with the task's options.
         subset: Configuration of a hub data set.
         revision: Version of a hub data set: a branch, tag or commit.
         split: Split of `source` to train on.

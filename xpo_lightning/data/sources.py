@@ -24,6 +24,7 @@ from xpo_lightning.data.readers import (
     read_jsonl,
     stream_parquet,
 )
+from xpo_lightning.data.reasoning_tasks import PREFIX, read_task
 
 _TEXT_FILES: dict[str, Callable[[str], Iterator[LocatedRow]]] = {
     ".jsonl": read_jsonl,
@@ -38,7 +39,7 @@ class Source:
     """One split of one data set.
 
     Args:
-        name: Hub id, local path, or `package:name/path`.
+        name: Hub id, local path, `package:name/path`, or `reasoning-gym:TASK`.
         split: The split.
         subset: Configuration of a hub data set.
         revision: Version of a hub data set.
@@ -126,6 +127,8 @@ def read(source: Source) -> Sequence[LocatedRow]:
 
 
 def _read(source: Source) -> Sequence[LocatedRow]:
+    if source.name.startswith(PREFIX):
+        return read_task(source.name, source.key)
     path = resolve(source.name, source.key)
     if not is_local(path):
         return _ArrowRows(_label(source), _load_from_hub(source, streaming=False))
@@ -150,6 +153,8 @@ def stream(source: Source, limit: int | None = None) -> Stream:
 
 
 def _stream(source: Source, limit: int | None) -> Stream:
+    if source.name.startswith(PREFIX):
+        return Stream(partial(iter, read_task(source.name, source.key)), limit)
     path = resolve(source.name, source.key)
     if not is_local(path):
         return Stream(partial(numbered, _label(source), _load_from_hub(source, streaming=True)), limit)
