@@ -76,6 +76,7 @@ def write_config(folder: Path, model: str, processes: int, folders: bool = False
                 {"class_path": "RunCheckpoint", "init_args": {"every_n_train_steps": 1, "save_last": True}},
             ],
         },
+        "defaults": {"baseline": False, "learning_curves": False},
     }
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(config))

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS, make_tokenizer
+from conftest import BARE, CONFIGS, make_tokenizer
 from interruptions import FOLDERS, quiet_trainer_of
 from test_fuzz import TIMES, within
 from transformers import AutoModelForCausalLM
@@ -101,6 +101,7 @@ def config_of(folder: Path, **trainer: Any) -> Path:
             ],
             **trainer,
         },
+        "defaults": BARE,
     }
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(config))

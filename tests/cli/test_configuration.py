@@ -22,7 +22,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from conftest import GROUPED, make_tokenizer
+from conftest import BARE, GROUPED, make_tokenizer
 from test_cli import refused
 from test_combinations import COMBINATIONS
 from torch import Tensor
@@ -43,7 +43,7 @@ from xpo_lightning import (
     Schedule,
     XPOLightningModule,
 )
-from xpo_lightning.callbacks import PolicyExport, RunCheckpoint
+from xpo_lightning.callbacks import CompletionsTable, PolicyExport, RunCheckpoint
 from xpo_lightning.cli.lightning_cli import main
 from xpo_lightning.rewards.llm_judge import is_exchanged
 
@@ -61,7 +61,7 @@ trainer:
   enable_checkpointing: false
   enable_model_summary: false
   callbacks: []
-"""
+""" + yaml.safe_dump({"defaults": BARE})
 SIZES = {"trainer.max_steps": 2, "data.batch_size": 4, "model.sampling.max_new_tokens": 6}
 
 
@@ -422,6 +422,10 @@ CHECKS: dict[str, Callable[[Run], Any]] = {
         step["loss/total"] - step["loss/dpo"] - step["loss/xpo"]
         == pytest.approx(-0.01 * step["objective/token_entropy"], abs=1e-5)
         for step in run.steps
+    ),
+    "Other callbacks": lambda run: (
+        [one.rows for one in run.trainer.callbacks if isinstance(one, CompletionsTable)] == [3]
+        and "throughput/tokens_per_second" in run.steps[-1]
     ),
     "Own loss": every(first_loss(1.0), is_a("objective.preference_loss", "SquaredHinge")),
 }

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import pytest
 import yaml
-from conftest import make_tokenizer
+from conftest import BARE, make_tokenizer
 from fuzz_configs import changes, damages
 from fuzz_strategies import DataFile, data_files, data_options
 from hypothesis import HealthCheck, Phase, event, given, settings
@@ -212,6 +212,7 @@ def config(tmp_path: Path, model_folder: Callable[..., str], monkeypatch: pytest
             "callbacks": [{"class_path": f"{__name__}.LoggedNumbers"}],
             **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
         },
+        "defaults": BARE,
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TEST_PATHS
+from conftest import BARE, TEST_PATHS
 
 pytestmark = pytest.mark.slow
 Begin = Callable[..., subprocess.Popen[str]]
@@ -96,6 +96,7 @@ def begin(model_folder: Callable[..., str]) -> Begin:
                     *callbacks,
                 ],
             },
+            "defaults": BARE,
         }
         (folder / "run.yaml").write_text(yaml.safe_dump(config))
         words = [sys.executable, "-m", "xpo_lightning", command, "--config", str(folder / "run.yaml")]

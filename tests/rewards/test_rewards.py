@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TEST_PATHS
+from conftest import BARE, TEST_PATHS
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
@@ -991,6 +991,7 @@ def run_with(folder: Path, policy: str, function: str, **init_args: Any) -> list
             "enable_model_summary": False,
             "default_root_dir": str(folder),
         },
+        "defaults": BARE,
     }
     (folder / "run.json").write_text(json.dumps(config))  # JSON is YAML
     return ["fit", "--config", str(folder / "run.json")]

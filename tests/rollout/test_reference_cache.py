@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import (
+    BARE,
     PROMPTS,
     ChainModel,
     Recorder,
@@ -433,7 +434,7 @@ def write_config(tmp_path: Path, model_folder: Callable[..., str]) -> Callable[[
         }
         data = {"source": str(prompts), "validation_size": 2, "batch_size": 3}
         file = tmp_path / "run.yaml"
-        file.write_text(yaml.safe_dump({"model": model, "data": data, "trainer": trainer}))
+        file.write_text(yaml.safe_dump({"model": model, "data": data, "trainer": trainer, "defaults": BARE}))
         return str(file)
 
     return write

@@ -18,6 +18,7 @@ import requests
 import torch
 import yaml
 from conftest import (
+    BARE,
     CONFIGS,
     GROUPED,
     PROMPTS,
@@ -694,6 +695,7 @@ def write_config(tmp_path: Path, model_folder: Callable[..., str]) -> Callable[.
                 "callbacks": [{"class_path": "RunCheckpoint", "init_args": {"every_n_train_steps": 1}}],
                 **trainer,
             },
+            "defaults": BARE,
         }
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
         return str(tmp_path / "run.yaml")
