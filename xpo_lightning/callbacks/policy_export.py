@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from peft import PeftModel
 
 from xpo_lightning.callbacks.base import FileWriter, folder_id, goes_on_in, is_fast_dev_run
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.models.adapters import is_peft_model
 from xpo_lightning.models.saving import check_exportable, check_replaceable, save_policy
 from xpo_lightning.models.sharding import gather_full_model
 from xpo_lightning.module import XPOLightningModule
@@ -126,7 +126,7 @@ class PolicyExport(FileWriter):
         if policy is None or not trainer.is_global_zero or is_fast_dev_run(trainer):
             return
         target = self.folder / self.export_folder
-        is_adapter = isinstance(policy, PeftModel) and not self.merge_adapters
+        is_adapter = is_peft_model(policy) and not self.merge_adapters
         card = model_card(module, facts_of_trainer(trainer), metrics, is_adapter)
         save_policy(policy, module.tokenizer, target, self.merge_adapters, card)
         self.written["policy"] = target
