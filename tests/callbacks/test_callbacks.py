@@ -3,6 +3,7 @@
 import csv
 import html
 import importlib.util
+import io
 import json
 import math
 import re
@@ -471,7 +472,7 @@ def test_export_of_the_best_is_that_of_the_estimate_of_j_beta(make_trainer: Call
     recorder, best = Recorder(), PolicyExport(at="best")
     make_trainer(recorder, best, max_epochs=6).fit(build_module(), loader(), loader())
     assert best.best == max(metrics["eval/objective/rlhf_reward"] for metrics in recorder.metrics)
-    with pytest.raises(InputError, match=r"PolicyExport\.monitor is .eval/quality., which was not logged"):
+    with pytest.raises(InputError, match=r"PolicyExport\.monitor is .eval/quality., which no run logs"):
         make_trainer(PolicyExport(at="best", monitor="eval/quality")).fit(build_module(), loader(), loader())
     with pytest.raises(InputError, match=r"PolicyExport\.monitor and PolicyExport\.mode are for at: best"):
         PolicyExport(monitor="eval/win_rate")
@@ -595,6 +596,20 @@ def test_progress_bar_names_the_epoch(make_trainer: Callable[..., pl.Trainer], e
     bar = XPOProgressBar()
     bar._trainer = make_trainer(bar, enable_progress_bar=True, max_epochs=epochs, max_steps=5)
     assert bar._get_train_description(3) == text
+
+
+def test_progress_bar_fits_a_terminal_of_80_columns(make_trainer: Callable[..., pl.Trainer]) -> None:
+    shown = io.StringIO()
+    bar = XPOProgressBar(leave=True, console_kwargs={"width": 80, "force_terminal": True, "file": shown})
+    trainer = make_trainer(bar, Throughput(), enable_progress_bar=True, max_epochs=1)
+    trainer.fit(build_module(), loader(), loader())
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-ln-z]", "\n", re.sub(r"\x1b\[[\d;]*m", "", shown.getvalue()))
+    lines = [line.rstrip() for line in re.split(r"[\r\n]", text)]
+    assert max(map(len, lines)) <= 80
+    assert any(all(name in line for name in ("Epoch", " win: ", "kl: ", "left: ", "eval win: ")) for line in lines), (
+        lines
+    )
+    assert not any(line.startswith(("margin:", "tok/s:", "left:")) for line in lines)  # nothing was wrapped
 
 
 def test_progress_bar_renders(make_trainer: Callable[..., pl.Trainer], capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from xpo_lightning import InputError, PythonReward, SigmoidLoss, XPOLightningMod
 from xpo_lightning.callbacks import RunCheckpoint
 from xpo_lightning.core.errors import NonFiniteError
 from xpo_lightning.core.fault_tolerance.guard import StopAsked
+from xpo_lightning.losses.schedules import FIRST_STEP
 
 MakeModule = Callable[..., XPOLightningModule]
 CALLS_BEFORE = 2
@@ -150,6 +151,8 @@ def test_stop_iteration_anywhere_in_a_step_is_an_error(make_module: MakeModule):
     module = make_module()
 
     def weights(progress: Any) -> dict[str, float]:
+        if progress is FIRST_STEP:  # what alpha and beta are is looked at before training, too
+            return {"alpha": 0.0, "beta": 0.1}
         raise StopIteration("no more")
 
     module.objective.weights = weights  # type: ignore[method-assign]

@@ -5,10 +5,10 @@ import re
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from peft import PeftModel
 
 from xpo_lightning.callbacks.base import FileWriter, folder_id, goes_on_in, is_fast_dev_run
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.models.adapters import is_peft_model
 from xpo_lightning.models.saving import can_merge, check_exportable, check_replaceable, save_policy
 from xpo_lightning.models.sharding import gather_full_model
 from xpo_lightning.module import XPOLightningModule
@@ -129,7 +129,7 @@ class PolicyExport(FileWriter):
             return
         target = self.folder / self.export_folder
         merges = self.merges(policy)
-        is_adapter = isinstance(policy, PeftModel) and not merges
+        is_adapter = is_peft_model(policy) and not merges
         card = model_card(module, facts_of_trainer(trainer), metrics, is_adapter)
         save_policy(policy, module.tokenizer, target, merges, card)
         self.written["policy"] = target

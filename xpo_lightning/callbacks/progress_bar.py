@@ -20,6 +20,9 @@ SHORT_NAMES = {
 }
 
 
+FIRST = ("win", "kl", "left", "eval win", "loss", "tok/s", "margin")
+"""Which metrics to show where there is no room for all."""
+NARROW = 120  # columns of a terminal; below, the metrics need the room of the bar itself
 SPEED = "throughput/tokens_per_second"
 FADING = 0.9  # weight of all earlier steps in the speed, at each step
 
@@ -30,6 +33,8 @@ class XPOProgressBar(RichProgressBar):
     After them come the completion tokens per second (`tok/s`, as `Throughput` counts them; without that callback, over
     about the last ten steps) and the time until the end of the run, validations included (`left`). Metrics that a
     module logs with `prog_bar=True` come last.
+
+    In a terminal of less than 120 columns the line is shortened to the numbers that fit, without the bar itself.
 
     Args:
         refresh_rate: Updates per second; 0 shows no bar.
@@ -80,7 +85,31 @@ class XPOProgressBar(RichProgressBar):
         shown |= self._speed(trainer, pl_module)
         others = super().get_metrics(trainer, pl_module)
         others.pop("v_num", None)
-        return {**shown, **{name: value for name, value in others.items() if name not in SHORT_NAMES}}
+        shown |= {name: value for name, value in others.items() if name not in SHORT_NAMES}
+        return self._fitting(shown, trainer)
+
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        """Leave only the epoch and the batch before the metrics in a narrow terminal."""
+        description, _, batches, *_ = columns = super().configure_columns(trainer)
+        return [description, batches] if self._width < NARROW else columns
+
+    @property
+    def _width(self) -> int:
+        return NARROW if self._console is None else self._console.width
+
+    def _fitting(self, shown: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
+        """Keep the metrics that fit beside the epoch and the batch, the most important first."""
+        if self._width >= NARROW:
+            return shown
+        room = self._width - len(self.validation_description) - 2 * len(str(trainer.num_training_batches)) - 4
+        kept = []
+        for name in sorted(shown, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST)):
+            value = shown[name] if isinstance(shown[name], str) else f"{shown[name]:{self.theme.metrics_format}}"
+            room -= len(f"{name}: {value}{self.theme.metrics_text_delimiter}")
+            if room < 0:
+                break
+            kept.append(name)
+        return {name: value for name, value in shown.items() if name in kept}
 
     def _speed(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
         if not isinstance(pl_module, XPOLightningModule) or not self._begun:

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 
 from xpo_lightning import __version__
 from xpo_lightning.cli import known_options, mistakes
+from xpo_lightning.cli.run_help import run_help
 from xpo_lightning.core.argument_parser import OneLineErrors
 from xpo_lightning.core.errors import InputError, did_you_mean, exit_with_error
 from xpo_lightning.core.recipes import with_config_files
@@ -54,8 +55,8 @@ def overview() -> str:
         "Exploratory Preference Optimization of language models.\n\n"
         f"A run, from a config (xpo fit --config quickstart):\n{listed(RUNS)}\n\n"
         f"Before and after it:\n{listed(VERBS)}\n\n"
-        "`xpo VERB --help` has the options of a verb; those of a run are many: docs/configuration.md\n"
-        "shows them at work, and `xpo fit --config quickstart --print_config` prints them with their\n"
+        "`xpo VERB --help` has the options of a verb, of a run those that matter most; docs/configuration.md\n"
+        "shows all at work, and `xpo fit --config quickstart --print_config` prints them with their\n"
         "values. `xpo --version` prints the version."
     )
 
@@ -83,6 +84,9 @@ def is_answered(words: list[str]) -> bool:
         exit_with_error(f"the verb comes first: xpo fit {' '.join(words):.200} (there are {', '.join(known)})")
     if not words[0].startswith("-") and words[0] not in known:
         exit_with_error(f"there is no verb '{words[0]}'{did_you_mean(words[0], known)} (there are {', '.join(known)})")
+    if words[0] in RUNS and {"-h", "--help"} & set(words):
+        print(run_help(words[0], RUNS[words[0]]))
+        return True
     if words[0] in VERBS:
         _refuse_mistakes(words[0], words[1:])
     return False

@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
-from transformers.utils.logging import disable_progress_bar
 
 import xpo_lightning.callbacks
 import xpo_lightning.rewards
@@ -29,6 +28,7 @@ from xpo_lightning.cli.error_messages import (
 )
 from xpo_lightning.cli.known_options import of_parser
 from xpo_lightning.cli.mistakes import NEGATIVE_NUMBER, with_place
+from xpo_lightning.cli.quiet import silence_banners
 from xpo_lightning.cli.run_defaults import TRAINER_DEFAULTS, RunDefaults
 from xpo_lightning.core.argument_parser import OneLineErrors
 from xpo_lightning.core.distributed import named, origin_of, speaks_for_host
@@ -63,6 +63,7 @@ class XPOParser(OneLineErrors, LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.add_argument("--help_all", action="help", help="show every option and exit")
         self._negative_number_matcher = NEGATIVE_NUMBER  # argparse would take -1e-5 for an option.
 
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
@@ -227,6 +228,7 @@ def main(args: ArgsType = None) -> None:
     """
     # Lightning 2.6 warns about its own use of torch, which a user cannot change.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    silence_banners()
     limit_threads()
     try:
         with explaining_trainer_errors():
@@ -235,7 +237,6 @@ def main(args: ArgsType = None) -> None:
                 XPOCLI(args)
             elif not dispatch.is_answered(words):
                 if words[0] in dispatch.VERBS:
-                    disable_progress_bar()  # of transformers, one for each model that is loaded
                     dispatch.run(words[0], words[1:])
                 else:
                     XPOCLI(_with_run(words) if words[0] in LOOKING else args)

@@ -14,7 +14,7 @@ from xpo_lightning.core.option_kinds import classes_in, elements_of, in_words, t
 from xpo_lightning.core.paths import existing_path
 
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-_WITHOUT_KEY = ("config", "c", "h", "help", "print_config", "version")
+_WITHOUT_VALUE = ("help", "h", "help_all", "print_config", "version")
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 _HAS_PLACE = re.compile(r"\((in .+, line \d+|on the command line)\)")
 _OTHER_NAMES = {
@@ -66,7 +66,7 @@ class Written:
                 self._check_stray_word(str(value))
             elif option in ("config", "c"):
                 self.read_config_file(value or "")
-            elif option.split(".")[-1] in ("help", "h", "print_config", "version"):
+            elif option.split(".")[-1] in _WITHOUT_VALUE:
                 is_help = True
             else:
                 self._read_option(option, value, place)
@@ -307,8 +307,7 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str | None, str | None, Pla
         if equals:
             yield option, value, COMMAND_LINE
         elif left and (not left[0].startswith("-") or NEGATIVE_NUMBER.fullmatch(left[0]) or " " in left[0]):
-            takes_none = option in ("print_config", "h", "help", "version")
-            yield option, None if takes_none else left.pop(0), COMMAND_LINE
+            yield option, None if option in _WITHOUT_VALUE else left.pop(0), COMMAND_LINE
         else:
             yield option, None, COMMAND_LINE
 

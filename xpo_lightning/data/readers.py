@@ -6,13 +6,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
-
-import pyarrow  # type: ignore[import-untyped,unused-ignore]
-import pyarrow.parquet  # type: ignore[import-untyped,unused-ignore]
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any
 
 from xpo_lightning.core.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Row = dict[str, Any]
 LocatedRow = tuple[str, Row]
@@ -63,6 +62,9 @@ def read_csv(path: str) -> Iterator[LocatedRow]:
 
 def stream_parquet(path: str) -> Iterator[LocatedRow]:
     """Read a Parquet file, one batch of rows at a time."""
+    import pyarrow.parquet  # type: ignore[import-untyped,unused-ignore]  # noqa: PLC0415  (takes a second)
+    from datasets import Dataset  # noqa: PLC0415
+
     with explaining_parquet(path):
         file = pyarrow.parquet.ParquetFile(path)
     with file:
@@ -70,11 +72,14 @@ def stream_parquet(path: str) -> Iterator[LocatedRow]:
         yield from numbered(path, chain.from_iterable(map(Dataset, tables)))
 
 
-def load_parquet(path: str) -> Dataset:
+def load_parquet(path: str) -> "Dataset":
     """Read a Parquet file into memory.
 
     The Arrow table is read directly: `Dataset.from_parquet` would first copy it into the Hugging Face cache.
     """
+    import pyarrow.parquet  # noqa: PLC0415  (takes a second)
+    from datasets import Dataset  # noqa: PLC0415
+
     with explaining_parquet(path):
         return Dataset(pyarrow.parquet.read_table(path))
 

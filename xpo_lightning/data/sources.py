@@ -5,11 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import overload
-
-import datasets
-import pyarrow  # type: ignore[import-untyped,unused-ignore]
-from datasets import Dataset, DatasetDict, IterableDataset
+from typing import TYPE_CHECKING, overload
 
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.paths import explaining_hub_errors, is_local, resolve
@@ -25,6 +21,9 @@ from xpo_lightning.data.readers import (
     stream_parquet,
 )
 from xpo_lightning.data.reasoning_tasks import PREFIX, read_task
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 _TEXT_FILES: dict[str, Callable[[str], Iterator[LocatedRow]]] = {
     ".jsonl": read_jsonl,
@@ -77,7 +76,7 @@ class _ArrowRows(Sequence[LocatedRow]):
     """The rows of a `datasets.Dataset`, decoded on access."""
 
     name: str
-    dataset: Dataset
+    dataset: "Dataset"
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -195,9 +194,12 @@ def _checked_suffix(path: str, source: Source) -> str:
     return suffix
 
 
-def _load_from_directory(path: str, source: Source) -> Dataset:
+def _load_from_directory(path: str, source: Source) -> "Dataset":
+    import datasets  # noqa: PLC0415  (takes a second)
+    import pyarrow  # type: ignore[import-untyped,unused-ignore]  # noqa: PLC0415
+
     try:
-        found: Dataset | DatasetDict = datasets.load_from_disk(path)
+        found: datasets.Dataset | datasets.DatasetDict = datasets.load_from_disk(path)
     except FileNotFoundError as error:
         raise InputError(
             f"{source.key}: the directory '{path}' holds no data set that `save_to_disk` of datasets wrote; "
@@ -207,14 +209,16 @@ def _load_from_directory(path: str, source: Source) -> Dataset:
         raise InputError(f"{source.key}: '{path}': there are no rows") from error
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{source.key}: the data set in '{path}' cannot be read ({_one_line(error)})") from error
-    splits = found if isinstance(found, DatasetDict) else {_SPLIT_OF_A_FILE: found}
+    splits = found if isinstance(found, datasets.DatasetDict) else {_SPLIT_OF_A_FILE: found}
     if source.split not in splits:
         existing = ", ".join(map(str, splits))
         raise InputError(f"{source.split_key}: '{path}' has no split '{source.split}'; it has {existing}")
     return splits[source.split]
 
 
-def _load_from_hub(source: Source, streaming: bool) -> Dataset | IterableDataset:
+def _load_from_hub(source: Source, streaming: bool) -> "Dataset | IterableDataset":
+    import datasets  # noqa: PLC0415  (takes a second)
+
     with explaining_hub_errors(source.name, source.key):
         try:
             return datasets.load_dataset(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -108,7 +107,12 @@ class CausalLMSource:
             InputError: They cannot be loaded.
         """
         source, arguments = self._location()
-        loader = AutoModelForCausalLM if self._adapter_base(source) is None else AutoPeftModelForCausalLM
+        loader: Any = AutoModelForCausalLM
+        is_adapter = self._adapter_base(source) is not None
+        if is_adapter:
+            import peft  # noqa: PLC0415  (takes a second)
+
+            loader = peft.AutoPeftModelForCausalLM
         if "gguf_file" in arguments:
             arguments["quantization_config"] = unpacked(arguments["gguf_file"])
         if self.attn_implementation is not None:
@@ -122,7 +126,7 @@ class CausalLMSource:
                 revision=self.revision,
                 **arguments,
             )
-        if loader is AutoPeftModelForCausalLM:
+        if is_adapter:
             if shares_adapted_weights(model):
                 raise InputError(
                     f"{self.key}.path: the adapter in '{self.path}' is on weights that the model has in several "
@@ -168,5 +172,7 @@ class CausalLMSource:
         """Return the base model of a LoRA adapter's folder, or None for any other folder."""
         if existing_path(f"{source}/adapter_config.json") is None:
             return None
+        from peft import LoraConfig  # noqa: PLC0415
+
         with explaining_hub_errors(source, f"{self.key}.path"):
             return str(LoraConfig.from_pretrained(source).base_model_name_or_path)

@@ -8,12 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from xpo_lightning.models.adapters import is_adapted_layer, is_lora_layer, is_lora_parameter
 from xpo_lightning.models.forward.causal_forward import is_checkpointing
 
 
@@ -32,7 +30,7 @@ def cast_lora_weights(model: nn.Module) -> Iterator[None]:
     # Layers recomputed in the backward pass must find the same adapter weights there.
     again = torch.is_grad_enabled() and is_checkpointing(model)
     for layer in [] if again else model.modules():
-        if not isinstance(layer, ParamWrapper) and isinstance(layer, LoraLayer):
+        if is_lora_layer(layer) and not is_lora_parameter(layer):
             dtype = layer.get_base_layer().get_parameter("weight").dtype
             for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
                 weight = matrix._parameters["weight"]
@@ -51,7 +49,7 @@ def cast_lora_weights(model: nn.Module) -> Iterator[None]:
 def shares_adapted_weights(model: nn.Module) -> bool:
     """Tell whether a weight with adapters is tied to another layer, so that merging would change both."""
     owners = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
-    layers = [layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    layers = [layer.get_base_layer() for layer in model.modules() if is_adapted_layer(layer)]
     return any(owners[id(weight)] > 1 for layer in layers for weight in layer.parameters(recurse=False))
 
 

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.models.adapters import is_lora_layer
 from xpo_lightning.models.causal_lm import CausalLMSource, Dtype
 from xpo_lightning.models.forward.lengths import context_length_in
 from xpo_lightning.models.forward.randomness import keep_all_layers, set_dropout
@@ -148,6 +147,8 @@ class LoRASpec:
         widest = max(max(weight.shape, default=1) for weight in model.parameters())
         if self.r > widest:
             raise InputError(f"model.lora.r={self.r} is above every dimension of the model ({widest}); lower it")
+        from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (takes a second)
+
         unsuitable = find_unsuitable_linears(model)
         takes_all = self.target_modules == "all-linear"
         config = LoraConfig(
@@ -169,17 +170,15 @@ class LoRASpec:
                     f"only without dropout; set it to 0, or name model.lora.target_modules without them{advice}"
                 ) from error
             raise InputError(f"model.lora.target_modules: {error}") from error
-        adapted = {name.removeprefix("base_model.model.") for name, layer in wrapped.named_modules() if _is_lora(layer)}
+        adapted = {
+            name.removeprefix("base_model.model.") for name, layer in wrapped.named_modules() if is_lora_layer(layer)
+        }
         for name in sorted(adapted & unsuitable.keys()):
             raise InputError(
                 f"model.lora.target_modules: {name!r} cannot have adapters, because {unsuitable[name]}; leave it out"
                 f"{advice}"
             )
         return wrapped
-
-
-def _is_lora(layer: nn.Module) -> bool:
-    return isinstance(layer, LoraLayer)
 
 
 def _named_projections(model: nn.Module) -> str:

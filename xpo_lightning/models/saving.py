@@ -5,17 +5,20 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
 from torch import nn
 
 from xpo_lightning.core.atomic_files import replacing_folder
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.models.adapters import is_peft_model
 from xpo_lightning.models.lora import shares_adapted_weights
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 CALLBACK, APART = "trainer.callbacks: PolicyExport", "set merge_adapters to false"
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def save_policy(policy: nn.Module, tokenizer: Any, target: Path, merge_adapters: bool, card: str) -> None:
@@ -29,9 +32,9 @@ def save_policy(policy: nn.Module, tokenizer: Any, target: Path, merge_adapters:
         card: Text of the README.
     """
     check_replaceable(target)
-    model: Any = merged_copy(policy) if merge_adapters and isinstance(policy, PeftModel) else policy
+    model: Any = merged_copy(policy) if merge_adapters and is_peft_model(policy) else policy
     with replacing_folder(target) as folder, _cached_generation(model):
-        if isinstance(model, PeftModel):
+        if is_peft_model(model):
             # The embeddings are the base model's own; by default peft would ask the hub to find that out.
             model.save_pretrained(str(folder), save_embedding_layers=False)
             model.generation_config.save_pretrained(folder)
@@ -41,7 +44,7 @@ def save_policy(policy: nn.Module, tokenizer: Any, target: Path, merge_adapters:
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def merged_copy(policy: PeftModel) -> nn.Module:
+def merged_copy(policy: "PeftModel") -> nn.Module:
     """Merge the adapters into a copy in main memory.
 
     Merging in place and unmerging would leave rounding errors in the weights, and a copy on the device might not fit.
@@ -73,7 +76,7 @@ def check_exportable(policy: Any, merge_adapters: bool, who: str = CALLBACK, apa
     """
     if not hasattr(policy, "save_pretrained"):
         raise InputError(f"{who} saves transformers models, and {type(policy).__name__} is none")
-    if isinstance(policy, PeftModel) and merge_adapters:
+    if is_peft_model(policy) and merge_adapters:
         if getattr(policy.get_base_model(), "quantization_method", None) is not None:
             raise InputError(
                 f"{who} cannot merge adapters into quantized weights (model.policy.quantize) without a loss; {apart}"

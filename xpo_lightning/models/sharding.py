@@ -9,12 +9,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.models.adapters import is_peft_model
 
 
 def shard_all(modules: Sequence[nn.Module], mesh: Any) -> None:
@@ -25,7 +25,7 @@ def shard_all(modules: Sequence[nn.Module], mesh: Any) -> None:
         mesh: The device mesh of `ModelParallelStrategy`.
     """
     for module in modules:
-        if isinstance(module, PreTrainedModel | PeftModel):
+        if isinstance(module, PreTrainedModel) or is_peft_model(module):
             shard(module, mesh)
         else:
             shard_all(list(module.children()), mesh)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from xpo_lightning.models.adapters import is_adapted_layer
 from xpo_lightning.models.forward.buckets import rows_of_bucket
 from xpo_lightning.models.forward.capabilities import capabilities_of
 from xpo_lightning.models.forward.judging import is_coarse
@@ -190,6 +190,6 @@ def identity_of(model: nn.Module) -> Hashable:
     adapters = [
         (module.disable_adapters, module.merged, tuple(module.active_adapters))
         for module in model.modules()
-        if isinstance(module, BaseTunerLayer)
+        if is_adapted_layer(module)
     ]
     return hash((tuple(tensors), tuple(adapters)))

@@ -5,13 +5,13 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
-from peft import PeftModel
 
 from xpo_lightning.callbacks.base import print_line
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.evaluation.policies import trained_policy
 from xpo_lightning.evaluation.run_config import read_run_config
 from xpo_lightning.evaluation.saved_run import checkpoint_and_config
+from xpo_lightning.models.adapters import is_peft_model
 from xpo_lightning.models.saving import check_exportable, check_replaceable, save_policy
 from xpo_lightning.reporting.model_card import model_card, training_facts
 
@@ -55,7 +55,7 @@ def export(
     check_exportable(policy, merge, "xpo export", "leave --merge out")
     states = content.get("optimizer_states") or [{}]
     facts = training_facts(content.get("global_step", 0), states[0].get("param_groups", []), run.data)
-    is_adapter = isinstance(policy, PeftModel) and not merge
+    is_adapter = is_peft_model(policy) and not merge
     save_policy(policy, run.module.tokenizer, target, merge, model_card(run.module, facts, {}, is_adapter))
     print_line(f"{'adapter' if is_adapter else 'policy'}  {target}")
     if push_to_hub is not None:

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.models.adapters import is_lora_layer
 from xpo_lightning.models.forward.causal_forward import last_features, positions_from
 
 DROPOUTS = (
@@ -91,7 +91,7 @@ def _find_drawing(model: nn.Module) -> list[nn.Module]:
     found: dict[nn.Module, None] = {}
     with torch.random.fork_rng([device] if device.type == "cuda" else []), _watched(model, device, found):
         last_features(model, ids, mask, positions_from(mask), 1)
-    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    layers = [layer for layer in model.modules() if is_lora_layer(layer)]
     wanted = {module for layer in layers for module in layer.lora_dropout.modules()}
     return [module for module in found if module not in wanted]
 
