@@ -53,7 +53,7 @@ from xpo_lightning.rollout.opening import try_ways
 from xpo_lightning.rollout.pair_selection import Candidates
 from xpo_lightning.rollout.samplers import ReferenceSampler, Sampler
 from xpo_lightning.rollout.sampling import Sampling
-from xpo_lightning.training.bonus_options import choose_bonus, refuse_with_bonus_sampler
+from xpo_lightning.training.bonus_options import choose_bonus, refuse_with_bonus_sampler, refuse_with_previous
 from xpo_lightning.training.collector import Collector, check_rollout
 from xpo_lightning.training.config_checks import check_trainer, refuse_combinations, refuse_own_steps, refuse_sharding
 from xpo_lightning.training.gradients import add_gradients, clip_gradient
@@ -210,6 +210,7 @@ class XPOLightningModule(LightningModule):
         self._together = ExitStack()
         refuse_combinations(self)
         refuse_with_bonus_sampler(self)
+        refuse_with_previous(self)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -258,7 +259,14 @@ class XPOLightningModule(LightningModule):
             self.rollout.begin(rollout)
         scorer = PairScorer(self.reward, self.missing_eos_penalty, self.timer)
         self.collector = Collector(
-            rollout, self.memory, self.candidates, scorer, self.label_rule, self.timer, self.rollout
+            rollout,
+            self.memory,
+            self.candidates,
+            scorer,
+            self.label_rule,
+            self.timer,
+            self.rollout,
+            keeps_previous=self.objective.preference_loss.needs_previous,
         )
         speed_up_linears(self.policy, self.reference, self.reward)
 
