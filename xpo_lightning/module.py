@@ -346,7 +346,10 @@ class XPOLightningModule(LightningModule):
         with self.guard.together(), eval_mode(self.policy):
             observed = self.objective.observe(self.policy, [experience.select(rows) for rows in groups], beta)
             in_order = observed[torch.tensor(order_of(groups), device=observed.device)]
-        everything = torch.cat([part.to(observed.device) for part in all_gather(in_order.cpu())])
+        parts = all_gather(in_order.cpu())
+        # In the order of the global batch, of which rank r has rows r, r + n, r + 2n, ...
+        rows = [part[row : row + 1] for row in range(max(map(len, parts))) for part in parts]
+        everything = torch.cat(rows).to(observed.device)
         self.objective.bonus.learn(everything, RolloutRNG(self.run_state.seed, Stream.BONUS, number).uniforms)
 
     def _optimizer_step(self, pairs: Pairs, micro_batches: list[list[int]], may_stop: bool) -> dict[str, Any]:

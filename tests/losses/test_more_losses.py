@@ -97,7 +97,7 @@ def test_divergence_gives_its_own_margin(divergence: Any, slope: Callable[[float
 
 
 def test_geb_authors_margins_are_those_of_two_divergences():
-    """WindyLee0822/GEB: (exp(-lr_l / 2) - exp(-lr_w / 2)) / 0.5 for hel, exp(-lr_l) - exp(-lr_w) for fkl."""
+    """WindyLee0822/GEB: (exp(-lr_l / 2) - exp(-lr_w / 2)) / 0.5 (Hellinger), exp(-lr_l) - exp(-lr_w) (forward KL)."""
     for divergence, margin in (
         ("hellinger", (math.exp(0.5) - math.exp(-1)) / 0.5),
         ("forward_kl", math.e - math.exp(-2)),
