@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from xpo_lightning.losses.bonus import Bonus, BonusInput, Scored
     from xpo_lightning.losses.bonuses import GEBBonus, SELMBonus, SEPOPOBonus, VPOBonus, XPOBonus
     from xpo_lightning.losses.counts import COPOBonus
+    from xpo_lightning.losses.divergence import FDivergenceLoss, MixedLoss, NLLLoss
+    from xpo_lightning.losses.game import INPOLoss, NashMDLoss, SPPOLoss
     from xpo_lightning.losses.preference import (
         DPOPositiveLoss,
         HingeLoss,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from xpo_lightning.rollout.engine import GenerationRequest, RolloutEngine
     from xpo_lightning.rollout.pair_selection import Candidates
     from xpo_lightning.rollout.samplers import (
+        MixtureSampler,
         PolicySampler,
         PreviousPolicySampler,
         PythonSampler,
@@ -70,12 +73,14 @@ __all__ = [
     "CrashSafeCheckpointIO",
     "DPOPositiveLoss",
     "Experience",
+    "FDivergenceLoss",
     "FSDP2Strategy",
     "GEBBonus",
     "GenerationRequest",
     "HTTPJudge",
     "HingeLoss",
     "HumanJudge",
+    "INPOLoss",
     "IPOLoss",
     "InputError",
     "Judge",
@@ -84,7 +89,11 @@ __all__ = [
     "LoRASpec",
     "LoadedModel",
     "LocalJudge",
+    "MixedLoss",
+    "MixtureSampler",
     "ModelSpec",
+    "NLLLoss",
+    "NashMDLoss",
     "Pair",
     "PerEpoch",
     "PerIteration",
@@ -107,6 +116,7 @@ __all__ = [
     "RolloutEngine",
     "SELMBonus",
     "SEPOPOBonus",
+    "SPPOLoss",
     "Sampler",
     "Sampling",
     "Schedule",
@@ -135,6 +145,8 @@ _HOMES = {
     "losses.bonus": ("Bonus", "BonusInput", "Scored"),
     "losses.bonuses": ("GEBBonus", "SELMBonus", "SEPOPOBonus", "VPOBonus", "XPOBonus"),
     "losses.counts": ("COPOBonus",),
+    "losses.divergence": ("FDivergenceLoss", "MixedLoss", "NLLLoss"),
+    "losses.game": ("INPOLoss", "NashMDLoss", "SPPOLoss"),
     "losses.xpo": ("XPOLoss", "xpo_loss"),
     "models.policy": ("LoRASpec", "LoadedModel", "ModelSpec"),
     "module": ("XPOLightningModule",),
@@ -157,7 +169,14 @@ _HOMES = {
     "rollout.engine": ("GenerationRequest", "RolloutEngine"),
     "rollout.sampling": ("Sampling",),
     "rollout.vllm.engine": ("VLLMRollout",),
-    "rollout.samplers": ("PolicySampler", "PreviousPolicySampler", "PythonSampler", "ReferenceSampler", "Sampler"),
+    "rollout.samplers": (
+        "MixtureSampler",
+        "PolicySampler",
+        "PreviousPolicySampler",
+        "PythonSampler",
+        "ReferenceSampler",
+        "Sampler",
+    ),
     "losses.schedules": ("Constant", "Cosine", "Linear", "PerEpoch", "PerIteration", "Progress", "Schedule"),
     "strategies": ("FSDP2Strategy",),
 }

@@ -54,7 +54,7 @@ from xpo_lightning.rollout.opening import try_ways
 from xpo_lightning.rollout.pair_selection import Candidates
 from xpo_lightning.rollout.samplers import ReferenceSampler, Sampler
 from xpo_lightning.rollout.sampling import Sampling
-from xpo_lightning.training.bonus_options import choose_bonus, refuse_with_bonus_sampler
+from xpo_lightning.training.bonus_options import choose_bonus, refuse_with_bonus_sampler, refuse_with_previous
 from xpo_lightning.training.collector import Collector, check_rollout
 from xpo_lightning.training.config_checks import (
     INERT_OPTIONS,
@@ -224,6 +224,7 @@ class XPOLightningModule(LightningModule):
         self._together = ExitStack()
         refuse_combinations(self)
         refuse_with_bonus_sampler(self)
+        refuse_with_previous(self)
 
     @property
     def learning_rate(self) -> float:
@@ -306,7 +307,14 @@ class XPOLightningModule(LightningModule):
             self.rollout.begin(rollout)
         scorer = PairScorer(self.reward, self.missing_eos_penalty, self.timer)
         self.collector = Collector(
-            rollout, self.memory, self.candidates, scorer, self.label_rule, self.timer, self.rollout
+            rollout,
+            self.memory,
+            self.candidates,
+            scorer,
+            self.label_rule,
+            self.timer,
+            self.rollout,
+            keeps_previous=self.objective.preference_loss.needs_previous,
         )
         speed_up_linears(self.policy, self.reference, self.reward)
 
@@ -399,7 +407,10 @@ class XPOLightningModule(LightningModule):
         with self.guard.together(), eval_mode(self.policy):
             observed = self.objective.observe(self.policy, [experience.select(rows) for rows in groups], beta)
             in_order = observed[torch.tensor(order_of(groups), device=observed.device)]
-        everything = torch.cat([part.to(observed.device) for part in all_gather(in_order.cpu())])
+        parts = all_gather(in_order.cpu())
+        # In the order of the global batch, of which rank r has rows r, r + n, r + 2n, ...
+        rows = [part[row : row + 1] for row in range(max(map(len, parts))) for part in parts]
+        everything = torch.cat(rows).to(observed.device)
         self.objective.bonus.learn(everything, RolloutRNG(self.run_state.seed, Stream.BONUS, number).uniforms)
 
     def _optimizer_step(self, pairs: Pairs, micro_batches: list[list[int]], may_stop: bool) -> dict[str, Any]:

@@ -393,10 +393,16 @@ CHECKS: dict[str, Callable[[Run], Any]] = {
     "Online DPO": every(is_a("sampler", "PolicySampler"), alphas(0.0, 0.0)),
     "The policy with a bonus": every(is_a("sampler", "PolicySampler"), bonus_of("logps/chosen", "logps/rejected")),
     "Previous policy": every(is_a("sampler", "PreviousPolicySampler"), lambda run: run.module.sampler.every == 10),
+    "Mixture": every(is_a("sampler", "MixtureSampler"), lambda run: run.module.sampler.reference_share == 0.25),
     "Python sampler": lambda run: all(
         text and "They lived happily ever after.".startswith(text) for text in run.pairs[0].completions.by_sampler.texts
     ),
     "Rejected completion": bonus_of("logps/rejected"),
+    "Another bonus": every(is_a("objective.bonus", "GEBBonus"), bonus_of("logps/rejected")),
+    "Third completion": every(
+        is_a("bonus_sampler", "ReferenceSampler"),
+        lambda run: run.of("loss/xpo")[0] == pytest.approx(1e-5 * float(run.pairs[0].sample.reference_logps.mean())),
+    ),
     "Clipped bonus": lambda run: run.module.objective.bonus_clip == 500.0,
     "Alpha in beta": every(alphas(0.05 * BETA, 0.05 * BETA), is_a("objective.alpha", "Constant")),
     "Alpha by epoch": every(alphas(1e-5, 5e-6), is_a("objective.alpha", "PerEpoch")),
@@ -418,6 +424,11 @@ CHECKS: dict[str, Callable[[Run], Any]] = {
     "Label smoothing": lambda run: run.module.objective.preference_loss.label_smoothing == 0.1,
     "DPO-Positive": every(first_loss(SIGMOID), lambda run: run.module.objective.preference_loss.penalty == 5.0),
     "Length-normalised": lambda run: run.module.objective.preference_loss.length_normalized,
+    "Nash-MD": every(first_loss(0.0), is_a("objective.preference_loss", "NashMDLoss")),
+    "SPPO": first_loss(2 * (1 / (2 * BETA)) ** 2),
+    "INPO": first_loss((0.25 / (2 * BETA)) ** 2),
+    "Other divergences": every(first_loss(SIGMOID), lambda run: run.module.objective.preference_loss.margin_clip == 10),
+    "Mixed losses": every(first_loss(1.0), lambda run: run.module.objective.preference_loss.weights == [1.0, 0.2]),
     "Entropy bonus": lambda run: all(
         step["loss/total"] - step["loss/dpo"] - step["loss/xpo"]
         == pytest.approx(-0.01 * step["objective/token_entropy"], abs=1e-5)

@@ -18,6 +18,7 @@ OVERLAYS = {
     "iterated.yaml": "quickstart.yaml",
     "8b_full_nodes.yaml": "scale/8b_full_8_gpus.yaml",
     "8b_lora_vllm.yaml": "scale/8b_lora_one_gpu.yaml",
+    **{file.name: "quickstart.yaml" for file in CONFIGS.glob("methods/*.yaml")},
 }
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
@@ -79,7 +80,9 @@ def test_config_by_its_name_is_the_file(file, tmp_path, monkeypatch):
     expected = parse_file(file)
     monkeypatch.chdir(tmp_path)
     bases = [OVERLAYS[file.name]] if file.name in OVERLAYS else []
-    named = parse("fit", *(part for name in [*bases, file.name] for part in ("--config", Path(name).stem)))
+    own = f"methods/{file.stem}" if file.parent.name == "methods" else file.stem
+    names = [*(Path(name).stem for name in bases), own]
+    named = parse("fit", *(part for name in names for part in ("--config", name)))
     for group in ("model", "data", "trainer"):
         assert named[group] == expected[group]
 

@@ -170,9 +170,17 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
-def test_two_processes_take_the_steps_of_one_on_all_that_is_kept(begin: Begin, tmp_path: Path):
+LEARNING: dict[str, Any] = {
+    "bonus": {"class_path": "COPOBonus", "init_args": {"learning_rate": 0.1}},
+    "bonus_sampler": {"class_path": "MixtureSampler"},
+    "alpha": 1.0,
+}
+
+
+@pytest.mark.parametrize("options", [EVERYTHING, LEARNING], ids=["everything", "a bonus that learns"])
+def test_two_processes_take_the_steps_of_one_on_all_that_is_kept(begin: Begin, tmp_path: Path, options: dict[str, Any]):
     for processes in (1, 2):
-        ended(begin(tmp_path, processes, **EVERYTHING))
+        ended(begin(tmp_path, processes, **options))
     assert_same_steps(tmp_path / "1", tmp_path / "2")
 
 

@@ -9,11 +9,14 @@ import torch
 from xpo_lightning import (
     BufferOptions,
     Candidates,
+    GEBBonus,
     InputError,
     Judge,
     PolicySampler,
     PythonReward,
     ReferenceRefresh,
+    ReferenceSampler,
+    SELMBonus,
     WeightedSum,
     XPOLightningModule,
 )
@@ -52,6 +55,12 @@ COMBINATIONS: dict[tuple[str, str], dict[str, Any]] = {
         "reference_cache": "memory",
     },
     ("model.buffer", "model.reference_refresh"): {"reference_refresh": ReferenceRefresh(1), "buffer": BufferOptions()},
+    ("model.bonus is SELMBonus", "model.bonus_on=both"): {"bonus": SELMBonus(), "bonus_on": "both"},
+    ("model.bonus_sampler=PolicySampler", "model.bonus "): {"bonus": GEBBonus(), "bonus_sampler": PolicySampler()},
+    ("model.bonus_sampler=ReferenceSampler", "model.reference_cache"): {
+        "bonus_sampler": ReferenceSampler(),
+        "reference_cache": "memory",
+    },
 }
 
 

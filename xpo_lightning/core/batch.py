@@ -194,6 +194,8 @@ class Experience:
             nowhere. (B,)
         answered: False where a judge gave no usable answer. None means nowhere. (B,)
         sample: A third completion of each prompt, for the exploration term alone. None if there is none.
+        previous_logps: The log-probability of each completion under the policy that wrote it, summed over tokens, for
+            a loss that needs it. None if none does. (B,) a side.
     """
 
     prompts: Prompts
@@ -204,6 +206,7 @@ class Experience:
     silent: Tensor | None = None
     answered: Tensor | None = None
     sample: BonusSample | None = None
+    previous_logps: Pair[Tensor] | None = None
 
     def __len__(self) -> int:
         """Return B."""
@@ -258,6 +261,7 @@ class Experience:
             silent=None if self.silent is None else change(self.silent),
             answered=None if self.answered is None else change(self.answered),
             sample=third and BonusSample(completions(third.completions), change(third.reference_logps)),
+            previous_logps=self.previous_logps and self.previous_logps.map(change),
         )
 
 

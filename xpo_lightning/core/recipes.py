@@ -8,8 +8,9 @@ from xpo_lightning.core.paths import SHIPPED_CONFIGS, existing_path
 
 
 def recipes() -> dict[str, Path]:
-    """Return the file of each recipe by its name."""
-    return {file.stem: file for file in sorted(SHIPPED_CONFIGS.rglob("*.yaml"))}
+    """Return the file of each recipe by its name; that of an overlay for a method begins with `methods/`."""
+    files = sorted(SHIPPED_CONFIGS.rglob("*.yaml"))
+    return {f"methods/{file.stem}" if file.parent.name == "methods" else file.stem: file for file in files}
 
 
 def purpose_of(file: Path) -> str:

@@ -19,7 +19,12 @@ class PreferenceLoss(ABC):
         length_normalized: Divide each log-ratio by its completion's number of tokens, so that a long completion weighs
             no more than a short one; beta is then per token and wants to be larger. (Length-normalised DPO; Lambert et
             al. 2024, Tulu 3, arXiv 2411.15124.)
+
+    Attributes:
+        needs_previous: Whether it also sees the log-ratios of the policy that wrote the pair, see `against_previous`.
     """
+
+    needs_previous = False
 
     def __init__(self, label_smoothing: float = 0.0, length_normalized: bool = False) -> None:
         check_range("model.preference_loss.init_args.label_smoothing", label_smoothing, least=0, below=0.5)
@@ -56,17 +61,33 @@ class PreferenceLoss(ABC):
         Raises:
             ValueError: `length_normalized` is set, and the lengths are missing.
         """
-        if self.length_normalized:
-            if lengths is None:
-                raise ValueError("a length-normalised preference loss needs the completions' lengths")
-            log_ratios = Pair(
-                log_ratios.by_policy / lengths.by_policy.clamp(min=1),
-                log_ratios.by_sampler / lengths.by_sampler.clamp(min=1),
-            )
-        labels = labels * (1 - self.label_smoothing) + (1 - labels) * self.label_smoothing
+        log_ratios, labels = self._normalized(log_ratios, lengths), self._smoothed(labels)
         won = self.of_preferred(log_ratios.by_policy, log_ratios.by_sampler, beta)
         lost = self.of_preferred(log_ratios.by_sampler, log_ratios.by_policy, beta)
         return labels * won + (1 - labels) * lost
+
+    def against_previous(self, log_ratios: Pair[Tensor], previous: Pair[Tensor]) -> Pair[Tensor]:
+        """Return the log-ratios that the loss is of, if it `needs_previous`.
+
+        Args:
+            log_ratios: log pi(y)/ref(y), summed over tokens, in nats, with gradient. (B,) a side
+            previous: The same of the policy that wrote the pair. (B,) a side
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs no previous log-ratios")
+
+    def _normalized(self, log_ratios: Pair[Tensor], lengths: Pair[Tensor] | None) -> Pair[Tensor]:
+        """Return the log-ratios, per token if `length_normalized`."""
+        if not self.length_normalized:
+            return log_ratios
+        if lengths is None:
+            raise ValueError("a length-normalised preference loss needs the completions' lengths")
+        return Pair(
+            log_ratios.by_policy / lengths.by_policy.clamp(min=1),
+            log_ratios.by_sampler / lengths.by_sampler.clamp(min=1),
+        )
+
+    def _smoothed(self, labels: Tensor) -> Tensor:
+        return labels * (1 - self.label_smoothing) + (1 - labels) * self.label_smoothing
 
 
 class SigmoidLoss(PreferenceLoss):

@@ -74,6 +74,7 @@ def xpo_loss(
     bonus: Bonus | None = None,
     sample: Scored | None = None,
     hidden: Pair[Tensor | None] | None = None,
+    previous: Pair[Tensor] | None = None,
 ) -> XPOLoss:
     """Evaluate the XPO objective of each pair (arXiv 2405.21046, Algorithm 1).
 
@@ -100,6 +101,7 @@ def xpo_loss(
         bonus: What alpha multiplies.
         sample: A third completion, for a bonus that takes one; None is the sampler's completion.
         hidden: The policy's last hidden states, for a bonus that needs them. (B, T, D) a side
+        previous: Log-ratios of the policy that wrote the pair, for a loss that needs them. (B,) a side
 
     Returns:
         The objective of each pair and its parts.
@@ -112,7 +114,8 @@ def xpo_loss(
         policy_logps.by_policy - reference_logps.by_policy,
         policy_logps.by_sampler - reference_logps.by_sampler,
     )
-    preference = preference_loss(log_ratios, labels, beta, lengths)
+    compared = log_ratios if previous is None else preference_loss.against_previous(log_ratios, previous)
+    preference = preference_loss(compared, labels, beta, lengths)
 
     def scored(of: Callable[[Pair[Any]], Any]) -> Scored:
         optional = (None if given is None else of(given) for given in (lengths, hidden))

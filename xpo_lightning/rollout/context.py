@@ -11,6 +11,7 @@ from xpo_lightning.core.timer import PhaseTimer
 from xpo_lightning.models.forward.causal_forward import eval_mode
 from xpo_lightning.models.lora import cast_lora_weights
 from xpo_lightning.rollout.local import LocalRollout
+from xpo_lightning.rollout.mixture import MixtureKind, MixtureSession
 from xpo_lightning.rollout.opening import AnySession
 from xpo_lightning.rollout.reference_cache import Entry, missing_rows, with_kept
 
@@ -91,6 +92,30 @@ class RolloutContext:
         """
         with self.timer("reference_rollout", self.device), lent as model:
             return self.rollout.several(model, self.prompts, uniforms, None)[1]
+
+    def generate_with_mixture(
+        self, uniforms: Sequence[Tensor], share: float, kind: MixtureKind = "geometric"
+    ) -> list[Completions]:
+        """Generate with a mixture of the policy's and the reference's next-token distributions.
+
+        Args:
+            uniforms: Random numbers in [0, 1) for each completion of a prompt, float64. (B, max_new_tokens) each
+            share: Weight of the reference, in [0, 1].
+            kind: How the two are mixed, see `MixtureSession`.
+
+        Returns:
+            B completions for each entry of `uniforms`, with the mixture's log-probabilities of their tokens.
+        """
+        written: list[Completions] = []
+        with self.timer("reference_rollout", self.device), eval_mode(self.policy), cast_lora_weights(self.policy):
+            own = self.rollout.open(self.policy, self.prompts, replays=False)
+            with self.lend_reference() as reference:
+                other = self.rollout.open(reference, self.prompts, replays=False)
+            session = MixtureSession(own, other, self.lend_reference, share, kind)
+            for number, numbers in enumerate(uniforms):
+                session = session.again() if number else session
+                written.append(self.rollout.sample(session, numbers))
+        return written
 
     @deprecated("by_reference is generate_with_reference now")
     def by_reference(self, uniforms: Sequence[Tensor]) -> list[Completions]:

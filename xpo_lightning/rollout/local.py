@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase, StopStringCriteria
 from xpo_lightning.core.batch import Completions, Prompts, chunk, concat_completions
 from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.rng import RolloutRNG
-from xpo_lightning.models.forward.capabilities import capabilities_of
 from xpo_lightning.models.forward.causal_forward import eval_mode
 from xpo_lightning.models.forward.lm_head import apply_head
 from xpo_lightning.models.logprobs import token_logps
@@ -18,6 +17,7 @@ from xpo_lightning.models.lora import cast_lora_weights
 from xpo_lightning.rollout.decoding import CompletionDecoder
 from xpo_lightning.rollout.from_text import given_completions
 from xpo_lightning.rollout.kv_cache import most_rows
+from xpo_lightning.rollout.mixture import MixtureSession
 from xpo_lightning.rollout.opening import AnySession, open_session
 from xpo_lightning.rollout.replay import Replay
 from xpo_lightning.rollout.sampling import Sampling, TokenSampler
@@ -136,12 +136,19 @@ class LocalRollout:
         """
         return noise.uniforms(len(prompts), self.sampling.max_new_tokens).to(prompts.ids.device)
 
-    def open(self, model: nn.Module, prompts: Prompts) -> AnySession:
-        """Encode prompts with a model, which must be in eval mode, and return the session."""
-        at_once = TOKENS_AT_ONCE.get(prompts.ids.device.type, TOKENS_AT_ONCE["cuda"])
-        return open_session(model, prompts, self.sampling.max_new_tokens, at_once, self.workspaces)
+    def open(self, model: nn.Module, prompts: Prompts, *, replays: bool = True) -> AnySession:
+        """Encode prompts with a model, which must be in eval mode, and return the session.
 
-    def sample(self, session: AnySession, uniforms: Tensor) -> Completions:
+        Args:
+            model: A transformers causal language model on the device of the prompts.
+            prompts: B prompts.
+            replays: Whether a GPU may replay the session's steps; the buffers for it serve one session at a time.
+        """
+        at_once = TOKENS_AT_ONCE.get(prompts.ids.device.type, TOKENS_AT_ONCE["cuda"])
+        workspaces = self.workspaces if replays else None
+        return open_session(model, prompts, self.sampling.max_new_tokens, at_once, workspaces)
+
+    def sample(self, session: AnySession | MixtureSession, uniforms: Tensor) -> Completions:
         """Sample token by token until every row has ended.
 
         Args:
@@ -160,9 +167,9 @@ class LocalRollout:
             return completions
         return replace(completions, token_logps=token_logps(session.model, session.given, completions))
 
-    def _written(self, session: AnySession, uniforms: Tensor) -> Written:
+    def _written(self, session: AnySession | MixtureSession, uniforms: Tensor) -> Written:
         """Sample with the active rows only: rows that have ended leave the batch at the next check."""
-        most, head = self.sampling.max_new_tokens, capabilities_of(session.model).head
+        most, head = self.sampling.max_new_tokens, session.head
         written = self._empty(len(uniforms), session.given.ids.shape[1] + most, uniforms.device)
         written.begin(session.given, uniforms)
         features, active = session.first, len(uniforms)

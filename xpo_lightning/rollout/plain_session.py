@@ -27,6 +27,7 @@ class PlainSession:
 
     def __init__(self, model: nn.Module, prompts: Prompts, tokens_at_once: int, way: Writing) -> None:
         self.model, self.given, self.tokens_at_once, self.way = model, prompts, tokens_at_once, way
+        self.head = capabilities_of(model).head
         self.places = torch.arange(len(prompts), device=prompts.ids.device)
         counts = list(prompts.counts)
         self.rows = [list(range(len(counts)))]

@@ -12,6 +12,7 @@ from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.timed_call import TimedFunction
 from xpo_lightning.models.snapshot import Snapshot
 from xpo_lightning.rollout.context import RolloutContext
+from xpo_lightning.rollout.mixture import MixtureKind
 
 
 class Sampler(ABC):
@@ -129,6 +130,30 @@ class PreviousPolicySampler(Sampler):
             )
         self.previous.load_state(state["previous"], "model.sampler")
         self.current.load_state(state["current"], "model.sampler")
+
+
+class MixtureSampler(Sampler):
+    """A mixture of the policy and the reference, token by token, writes the second completion.
+
+    Nash-MD (Munos et al. 2023, arXiv 2312.00886) compares the policy with a geometric mixture. Both models read each
+    prompt and each token, so it costs as much as both writing.
+
+    Args:
+        reference_share: Weight of the reference, in [0, 1]: 0 is the policy, 1 the reference.
+        kind: `geometric`: the next-token probabilities are proportional to pi^(1 - share) ref^share; `by_token`: they
+            are (1 - share) pi + share ref, as if each token were drawn from the reference with that probability.
+
+    Raises:
+        InputError: `reference_share` is out of range.
+    """
+
+    def __init__(self, reference_share: float = 0.5, kind: MixtureKind = "geometric") -> None:
+        check_range("model.sampler.init_args.reference_share", reference_share, least=0, most=1)
+        self.reference_share, self.kind = reference_share, kind
+
+    def write(self, context: RolloutContext, uniforms: Sequence[Tensor]) -> list[Completions]:
+        """See `Sampler.write`."""
+        return context.generate_with_mixture(uniforms, self.reference_share, self.kind)
 
 
 class PythonSampler(Sampler):

@@ -1,4 +1,4 @@
-"""Chooses the exploration bonus, and refuses options that a bonus sampler does not go with."""
+"""Chooses the exploration bonus, and refuses options that a bonus sampler or a loss does not go with."""
 
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.losses.bonus import Bonus
@@ -50,3 +50,24 @@ def refuse_with_bonus_sampler(options: Options) -> None:
     for is_refused, message in refused:
         if is_refused:
             raise InputError(message)
+
+
+def refuse_with_previous(options: Options) -> None:
+    """Refuse options that a loss on the log-probabilities of the policy that wrote the pair does not go with.
+
+    Raises:
+        InputError: Two options exclude each other; the message names both.
+    """
+    if not options.objective.preference_loss.needs_previous:
+        return
+    named = f"model.preference_loss={type(options.objective.preference_loss).__name__}"
+    if not options.sampler.is_policy:
+        raise InputError(
+            f"{named} compares with the policy that wrote both completions, and model.sampler="
+            f"{type(options.sampler).__name__} has another write the second; set model.sampler to PolicySampler"
+        )
+    if options.rollout is not None:
+        raise InputError(
+            f"{named} needs the policy's log-probabilities from when it wrote, and model.rollout has a server write; "
+            f"set model.rollout to null"
+        )

@@ -44,6 +44,7 @@ class Collector:
         label_rule: Turns the scores into labels.
         timer: Times the phases.
         engine: Generates the policy's and the reference's completions in place of `rollout`, if it is not None.
+        keeps_previous: Whether pairs keep the log-probabilities of the policy that wrote both of them.
     """
 
     rollout: LocalRollout
@@ -53,6 +54,7 @@ class Collector:
     label_rule: LabelRule
     timer: PhaseTimer
     engine: RolloutEngine | None = None
+    keeps_previous: bool = False
 
     @torch.no_grad()
     def collect(self, policy: nn.Module, prompts: Prompts, rng: RolloutRNG, *, training: bool = False) -> Experience:
@@ -107,21 +109,23 @@ class Collector:
         scored = self.scorer.score(prompts, completions, [None if entry is None else entry.score for entry in kept])
         missing = missing_rows(kept)
         if cache is not None and missing:
-            written = completions.by_sampler[0].select(missing)
-            cache.put(prompts.select(missing), written, scored.raw.by_sampler[0, missing])
+            fresh = completions.by_sampler[0].select(missing)
+            cache.put(prompts.select(missing), fresh, scored.raw.by_sampler[0, missing])
         places = candidates.select(scored.scores, one_writer=sampler.is_policy)
         scores = chosen_values(scored.scores, places)
         uniforms = None if of_labels is None else of_labels.to(scores.by_policy)
         labels = self.label_rule.label(scored.preferences(scores), uniforms)
+        written = chosen_completions(completions, places)
         return Experience(
             prompts=prompts,
-            completions=chosen_completions(completions, places),
+            completions=written,
             scores=scores,
             labels=labels.labels,
             reference_logps=chosen_values(logps, places),
             silent=labels.silent,
             answered=scored.answered,
             sample=third,
+            previous_logps=written.map(lambda side: side.logps) if training and self.keeps_previous else None,
         )
 
     def open_cache(self, where: str | None, reference: dict[str, Any], trainer: Trainer) -> None:

@@ -84,6 +84,7 @@ class Objective:
             sample=third[0] if third else None,
             lengths=experience.completions.map(lambda side: side.lengths),
             hidden=Pair(by_policy.hidden, by_sampler.hidden),
+            previous=self._previous(experience, by_policy, by_sampler),
             entropies=entropies,
             entropy_weight=self.entropy_bonus,
         )
@@ -108,6 +109,16 @@ class Objective:
         by_policy, by_sampler, *third = self._scored(experience, logps, features)
         sample = third[0] if third else None
         return bonus_input(Pair(by_policy, by_sampler), sample, experience.labels, beta, self.bonus_clip)
+
+    def _previous(self, experience: Experience, by_policy: Scored, by_sampler: Scored) -> Pair[Tensor] | None:
+        """Return the log-ratios of the policy that wrote the pair; in validation, that is the policy as it is."""
+        if not self.preference_loss.needs_previous:
+            return None
+        before = experience.previous_logps
+        if before is None:
+            return Pair(by_policy.log_ratios.detach(), by_sampler.log_ratios.detach())
+        reference = experience.reference_logps
+        return Pair(before.by_policy - reference.by_policy, before.by_sampler - reference.by_sampler)
 
     def _scored(
         self, experience: Experience, logps: Sequence[Tensor], features: Sequence[Tensor] | None

@@ -33,6 +33,7 @@ class MemoryInputs:
         prompt_tokens: Tokens of the longest prompt.
         new_tokens: `model.sampling.max_new_tokens`.
         micro_batch_size: `model.micro_batch_size`, in pairs.
+        completions: Completions of each pair: 2, or 3 with `model.bonus_sampler`.
         reward_rows: Rows that the reward model scores together.
         replays: Whether each token's step is replayed as a CUDA graph, whose buffers stay allocated.
         read_tokens: Most prompt tokens in one prefill call: 65536 on a GPU, 2048 on a CPU.
@@ -55,6 +56,7 @@ class MemoryInputs:
     prompt_tokens: int = 512
     new_tokens: int = 64
     micro_batch_size: int = 8
+    completions: int = 2
     reward_rows: int = 16
     replays: bool = False
     read_tokens: int = 2**16
@@ -209,7 +211,7 @@ def micro_batch_bytes(plan: MemoryInputs, *, trains_head: bool = True, cast_weig
         cast_weights: Number of weights that are converted if layers compute in a smaller type than the weights'.
     """
     shape, pairs = plan.policy, plan.micro_batch_size
-    prompts, completions = pairs * plan.prompt_tokens, 2 * pairs * plan.new_tokens
+    prompts, completions = pairs * plan.prompt_tokens, plan.completions * pairs * plan.new_tokens
     a_layer = layer_bytes(shape, plan.compute_bytes)
     if plan.gradient_checkpointing:  # It switches prompt sharing off, and keeps only the inputs of layers.
         tokens = 2 * prompts + completions

@@ -65,6 +65,7 @@ def memory_inputs(
         prompt_tokens=longest,
         new_tokens=new,
         micro_batch_size=min(batch_size, module.plan.most_pairs(longest, new)),
+        completions=module.plan.completions,
         replays=device in REPLAYING and module.rollout_graphs and module.device_mesh is None,
         read_tokens=TOKENS_AT_ONCE.get(device, TOKENS_AT_ONCE["cuda"]),
         policy_weights=sum(map(torch.numel, base)),

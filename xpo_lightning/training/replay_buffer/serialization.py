@@ -30,6 +30,8 @@ def encoded(experience: Experience) -> list[str]:
     prompt_ids = _ids(prompts.ids, prompts.mask)
     sides = experience.written
     ids, ended = [_ids(side.ids, side.mask) for side in sides], [side.ended.tolist() for side in sides]
+    if experience.previous_logps is not None:
+        numbers["previous"] = [side.tolist() for side in vars(experience.previous_logps).values()]
     lines = []
     for row, label in enumerate(experience.labels.tolist()):
         pair = {
@@ -85,6 +87,7 @@ def decoded(lines: Sequence[str], device: torch.device | str) -> Experience:
         reference_logps=both("logps"),
         silent=torch.tensor([pair["silent"] for pair in pairs]),
         sample=BonusSample(completions(2), of_side("logps", 2)) if len(pairs[0]["ids"]) > 2 else None,
+        previous_logps=both("previous") if "previous" in pairs[0] else None,
     ).to(device)
 
 

@@ -1,0 +1,76 @@
+"""A session that samples from a mixture of two models' next-token distributions."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.models.forward.lm_head import apply_head
+from xpo_lightning.rollout.opening import AnySession
+
+MixtureKind = Literal["geometric", "by_token"]
+Lend = Callable[[], AbstractContextManager[nn.Module]]
+
+
+class MixtureSession:
+    """Runs the policy and the reference side by side on the same rows, and mixes their logits at each token.
+
+    It has the part of `Session`'s interface that `LocalRollout.sample` needs. Both sessions sort and retire rows in the
+    same way, so that a row is at the same place in both.
+
+    Args:
+        own: Session of the policy.
+        other: Session of the reference for the same prompts.
+        lend: Lends the reference; the policy is not used meanwhile.
+        share: Weight of the reference, in [0, 1].
+        kind: `geometric`: its logits weigh that much; `by_token`: each token is drawn from it with that probability.
+
+    Raises:
+        InputError: The two models run their rows in different ways.
+    """
+
+    scores_again = False
+    head = None
+
+    def __init__(self, own: AnySession, other: AnySession, lend: Lend, share: float, kind: MixtureKind) -> None:
+        self.own, self.other, self.lend, self.share, self.kind = own, other, lend, share, kind
+        self.given, self.model = own.given, own.model
+        if type(own) is not type(other):
+            raise InputError(
+                "model.sampler=MixtureSampler runs the policy and the reference on the same rows, and they decode in "
+                "different ways here; take another sampler"
+            )
+        self.first = self._mixed(own.first, lambda: other.first)
+
+    @property
+    def places(self) -> Tensor:
+        """The prompt of each row."""
+        return self.own.places
+
+    def advance(self, tokens: Tensor, step: int) -> Tensor:
+        """Append a token to each of the first N rows; return the mixture's logits of the next one, (N, V)."""
+        return self._mixed(self.own.advance(tokens, step), lambda: self.other.advance(tokens, step))
+
+    def retire(self, ended: Tensor) -> Tensor:
+        """See `Session.retire`."""
+        self.other.retire(ended)
+        return self.own.retire(ended)
+
+    def again(self) -> "MixtureSession":
+        """See `Session.again`."""
+        with self.lend():
+            other = self.other.again()
+        return MixtureSession(self.own.again(), other, self.lend, self.share, self.kind)
+
+    def _mixed(self, own: Tensor, other: Callable[[], Tensor]) -> Tensor:
+        """Return logits of the mixture (N, V) from both models' features; each head is applied to its own."""
+        ours = apply_head(own, self.own.head).float()
+        with self.lend():
+            theirs = apply_head(other(), self.other.head).float()
+        if self.kind == "geometric":
+            return ours.lerp(theirs, self.share)
+        weights = torch.tensor([1 - self.share, self.share], device=ours.device).log()
+        return torch.logaddexp(ours.log_softmax(1) + weights[0], theirs.log_softmax(1) + weights[1])
