@@ -50,7 +50,8 @@ for _name in xpo_lightning.__all__:
 WHERE_TO_LOOK = (
     "The options that matter most are model.*, data.* and a few of trainer.*. `xpo recipes` lists configs to start "
     "from, `--config quickstart --print_config` shows one with every value, `--model.reward.help CLASS` the options of "
-    "a class, and docs/configuration.md has a tested config for each way to train."
+    "a class, and docs/configuration.md has a tested config for each way to train. `xpo validate RUN_FOLDER` and `xpo "
+    "predict RUN_FOLDER` need no config."
 )
 
 
