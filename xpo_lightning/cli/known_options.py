@@ -56,7 +56,7 @@ class KnownOptions:
 
 def installed_versions() -> dict[str, str]:
     """Return the versions that the options depend on."""
-    return {"xpo-lightning": __version__} | {name: version(name) for name in ("lightning", "jsonargparse")}
+    return {"xpo-lightning": __version__, "lightning": version("lightning")}
 
 
 def shipped(verb: str) -> KnownOptions | None:
