@@ -42,9 +42,10 @@ class Seconds(pl.Callback):
 
 
 def seconds_of_step(folder: str, *configs: str) -> float:
-    """Run a few steps, and return the median of their seconds without the first ones."""
+    """Train on a few batches, and return the median of their seconds without the first ones."""
     words = [word for config in ("quickstart", *configs) for word in ("--config", config)]
-    words += [f"--trainer.max_steps={STEPS}", "--trainer.val_check_interval=null", "--trainer.limit_val_batches=0"]
+    words += ["--trainer.max_steps=-1", "--trainer.max_epochs=1", f"--trainer.limit_train_batches={STEPS}"]
+    words += ["--trainer.val_check_interval=null", "--trainer.limit_val_batches=0"]
     words += ["--trainer.num_sanity_val_steps=0", f"--trainer.default_root_dir={folder}", "--trainer.logger=false"]
     words += ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
     words += ["--model.learning_rate=1e-12", f"--trainer.callbacks=[{{class_path: {__name__}.Seconds}}]"]
