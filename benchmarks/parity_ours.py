@@ -141,7 +141,8 @@ class Noting:
     """
 
     def __init__(self, objective: Any, note: Callable[[Any, dict[str, Tensor]], None]) -> None:
-        self.objective, self.note, self.weights = objective, note, objective.weights
+        self.objective, self.note = objective, note
+        self.weights, self.bonus = objective.weights, objective.bonus
 
     def evaluate(self, policy: nn.Module, experience: Any, **weights: float) -> Any:
         """Evaluate."""

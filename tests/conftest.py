@@ -44,6 +44,7 @@ BARE = {
     "baseline": False,
     "completions_table": False,
     "policy_export": False,
+    "policy_watch": False,
     "learning_curves": False,
     "run_report": False,
     "run_summary": False,

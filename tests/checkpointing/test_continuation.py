@@ -306,7 +306,7 @@ def test_summary_of_a_resumed_run_begins_where_the_run_began(runs: Runs, capsys:
     runs.run("stopped", resume=folder / "checkpoints" / "step=6.ckpt")
     assert changes() == expected
     assert expected[0].startswith("eval/win_rate")
-    assert "0.667 ->" in expected[0]
+    assert "0.667 at step 0 ->" in expected[0]
 
 
 def test_summary_of_a_resumed_run_names_its_completions(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:

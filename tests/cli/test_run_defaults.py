@@ -23,7 +23,8 @@ from xpo_lightning.cli.lightning_cli import XPOCLI, main
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 EVERY_RUN = ["RunContinuation", "GracefulStop"]
-SHOWN = ["XPOProgressBar", "Baseline", "CompletionsTable", "PolicyExport", "LearningCurves", "RunReport", "RunSummary"]
+SHOWN = ["XPOProgressBar", "Baseline", "CompletionsTable", "PolicyExport", "PolicyWatch", "LearningCurves", "RunReport"]
+SHOWN += ["RunSummary"]
 FILES = ["config.yaml", "metrics.csv", "completions.jsonl", "curves.png", "report.html", "start.json"]
 FILES += ["checkpoints/last.ckpt", "policy/model.safetensors"]
 MINE = """\
@@ -180,6 +181,7 @@ def test_last_checkpoint_is_that_of_the_last_step_between_two_validations(write:
         ("defaults.baseline", ["Baseline"]),
         ("defaults.completions_table", ["CompletionsTable"]),
         ("defaults.policy_export", ["PolicyExport"]),
+        ("defaults.policy_watch", ["PolicyWatch"]),
         ("defaults.learning_curves", ["LearningCurves"]),
         ("defaults.run_report", ["RunReport"]),
         ("defaults.run_summary", ["RunSummary"]),

@@ -34,7 +34,7 @@ def test_rows_have_what_a_verifier_needs_and_are_the_same_each_time():
     ("name", "message"),
     [
         ("chain_sun", "reasoning-gym has no task 'chain_sun'; did you mean 'chain_sum'?"),
-        ("chain_sum?siez=3", "siez"),
+        ("chain_sum?number=3", "number"),
         ("chain_sum?min_terms=0", "min_terms"),
         ("chain_sum?size", "bad query field"),
     ],

@@ -92,9 +92,10 @@ def test_config_by_its_file_name_is_the_recipe_in_any_folder(file, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / file.stem).mkdir()  # a folder is no config
     inner = file.relative_to(CONFIGS)
-    names = [file.stem, file.name, file.with_suffix(".yml").name, str(inner), f"configs/{inner}", f"./{inner}"]
+    own = f"methods/{file.stem}" if file.parent.name == "methods" else file.stem
+    names = [own, f"{own}.yaml", f"{own}.yml", str(inner), f"configs/{inner}", f"./{inner}"]
     assert [Path(config_file(name)) for name in names] == [file] * len(names)
-    words, files = with_config_files(["fit", "--config", file.name, f"--config={file.name}", "-c", str(inner)])
+    words, files = with_config_files(["fit", "--config", f"{own}.yaml", f"--config={own}.yaml", "-c", str(inner)])
     assert files == [str(file)] * 3
     assert words == ["fit", "--config", str(file), f"--config={file}", "-c", str(file)]
 

@@ -62,9 +62,10 @@ class RunSummary(FileWriter):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the first and the last validation of the run."""
-        if isinstance(pl_module, XPOLightningModule) and counts_as_validation(trainer):
+        if counts_as_validation(trainer):
+            step = getattr(pl_module, "steps_taken", trainer.global_step)
             texts = {name: _with_error(trainer, name) for name in HELD_OUT}
-            self._last = {name: f"{text} at step {pl_module.steps_taken}" for name, text in texts.items() if text}
+            self._last = {name: f"{text} at step {step}" for name, text in texts.items() if text}
             self._first = self._first if trainer.state.fn == "fit" and self._first else self._last
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -35,6 +35,9 @@ class ResumableCSVLogger(CSVLogger):
             self._experiment = MetricsFile(self.log_dir, self.appends)
         return self._experiment
 
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Write no `hparams.yaml`: the run's `config.yaml` has the same settings."""
+
     @property
     def rows_written(self) -> int:
         """Number of this run's rows in the file, without those that `save` has not written yet. Rank 0 only."""

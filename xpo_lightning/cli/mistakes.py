@@ -182,7 +182,7 @@ class Written:
         if "class_path" in given:
             where, value = given["class_path"]
             self._take_class(key, kinds, str(value.value), where)
-        if key not in self._classes and not (given and self._has_default_class(kinds)):
+        if key not in self._classes and not self._has_default_class(kinds):
             names = _listed(self._names(kinds))
             known = f": one of {names}, or the import path of your own" if names else ""
             raise InputError(f"{key} needs a class_path ({place}){known}; its options stand under init_args beside it")

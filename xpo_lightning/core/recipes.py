@@ -26,13 +26,12 @@ def recipe_named(name: str) -> str | None:
         name: A word of the command line.
     """
     path = Path(name)
-    stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
-    file = recipes().get(stem)
-    if file is None:
-        return None
-    inner = file.relative_to(SHIPPED_CONFIGS).with_suffix("")
-    places = (Path(stem), inner, SHIPPED_CONFIGS.name / inner)
-    return stem if path.with_name(stem) in places else None
+    bare = path.with_suffix("") if path.suffix in (".yaml", ".yml") else path
+    for recipe, file in recipes().items():
+        inner = file.relative_to(SHIPPED_CONFIGS).with_suffix("")
+        if bare in (Path(recipe), inner, SHIPPED_CONFIGS.name / inner):
+            return recipe
+    return None
 
 
 def config_file(name: str, key: str = "--config") -> str:

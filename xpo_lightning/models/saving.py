@@ -55,7 +55,7 @@ def merged_copy(policy: "PeftModel") -> nn.Module:
 
 def can_merge(policy: Any) -> bool:
     """Tell whether adapters can be merged into the policy's weights without a loss; False if it has none."""
-    if not isinstance(policy, PeftModel):
+    if not is_peft_model(policy):
         return False
     is_quantized = getattr(policy.get_base_model(), "quantization_method", None) is not None
     return not is_quantized and not shares_adapted_weights(policy)

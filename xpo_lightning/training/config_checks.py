@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.losses.bonuses import XPOBonus
 from xpo_lightning.losses.schedules import FIRST_STEP
 from xpo_lightning.models.policy import LoadedModel, LoRASpec, ModelSpec
 from xpo_lightning.models.reference import ReferenceRefresh
@@ -112,7 +113,7 @@ class Options(Protocol):
 def warn_of_weights(objective: Objective) -> None:
     """Warn of an alpha with which the preferences hardly count at the first step."""
     weights = objective.weights(FIRST_STEP)
-    if abs(weights["alpha"]) > weights["beta"]:
+    if isinstance(objective.bonus, XPOBonus) and abs(weights["alpha"]) > weights["beta"]:
         rank_zero_warn(
             f"model.alpha={weights['alpha']:g} is more than model.beta={weights['beta']:g}: the exploration term then "
             f"pulls at each completion harder than any preference can; shipped recipes have 1e-5"
