@@ -252,7 +252,7 @@ def test_adapters_on_weights_that_layers_share_are_not_merged(make_module: MakeM
     spec = ModelSpec(str(tmp_path / "base"))
     module = make_module(policy=spec, lora=LoRASpec(r=2), sampling=Sampling(max_new_tokens=2))
     with pytest.raises(InputError, match=r"model\.lora\.target_modules: .* in several places.* merge_adapters to"):
-        fit_quietly(module, PROMPTS, callbacks=[PolicyExport()], default_root_dir=tmp_path)
+        fit_quietly(module, PROMPTS, callbacks=[PolicyExport(merge_adapters=True)], default_root_dir=tmp_path)
     LoRASpec(r=2).wrap(spec.load_model()).save_pretrained(tmp_path / "adapter")
     with pytest.raises(InputError, match=r"model\.policy\.path: .* in several places"):
         ModelSpec(str(tmp_path / "adapter")).load_model()
