@@ -69,7 +69,7 @@ FLAGS = {
     "--model.alpha [1,x]": (HERE, "model.alpha[1] must be a number, but is 'x'"),
     "--model.learning_rate fast": (HERE, "model.learning_rate must be a number or null, but is 'fast'"),
     "--model.lora yes": (HERE, "model.lora must be a LoRASpec or null", "its options are r, alpha"),
-    "--model.bonus_on chosen": (HERE, "model.bonus_on must be sampler, both or rejected, but is 'chosen'"),
+    "--model.bonus_on chosen": (HERE, "model.bonus_on must be sampler, both, rejected or null, but is 'chosen'"),
     "--trainer.logger tensorbord": (HERE, "trainer.logger must be", "TensorBoardLogger"),
     "--trainer.callbacks [{class_path:RunCheckpont}]": (HERE, "trainer.callbacks"),
     "--model.reward PythonRewrd": (HERE, "did you mean 'PythonReward'?"),

@@ -375,7 +375,7 @@ def resume(module: XPOLightningModule, prompts: list[str], checkpoint: Path, wat
             {"bonus_sampler": ReferenceSampler(), "reference_cache": "memory"},
             r"model\.reference_cache .* model\.bonus_sampler=ReferenceSampler",
         ),
-        ({"bonus_on": "chosen"}, r"model\.bonus_on must be 'sampler', 'both' or 'rejected', but is 'chosen'"),
+        ({"bonus_on": "chosen"}, r"model\.bonus_on must be sampler, both, rejected or null, but is 'chosen'"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(make_module: MakeModule, options: dict[str, Any], message: str):

@@ -90,7 +90,7 @@ def test_anything_else_as_reward_is_refused_by_the_name_of_the_argument(reward: 
         ("sampling", {"max_new_tokens": 4}, "a Sampling, but is {'max_new_tokens': 4}, a dict"),
         ("lora", True, "a LoRASpec or null, but is True"),
         ("preference_loss", "ipo", "a PreferenceLoss or null"),
-        ("bonus_on", "chosen", "sampler, both or rejected, but is 'chosen'"),
+        ("bonus_on", "chosen", "sampler, both, rejected or null, but is 'chosen'"),
         ("optimizer", 1e-3, "model.optimizer must be"),
     ],
 )
