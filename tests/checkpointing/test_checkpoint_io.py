@@ -602,7 +602,10 @@ def test_resume_that_is_refused_leaves_the_config_as_it_was(
 
 
 def test_settings_reach_the_logger_and_the_checkpoint_by_their_keys(write_config: Write, tmp_path: Path):
-    main(["fit", "--config", write_config(data__validation_size=0, data__batch_size=4, model__beta=0.25)])
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "runs")}}
+    logger["init_args"]["name"] = ""
+    sizes = {"data__validation_size": 0, "data__batch_size": 4}
+    main(["fit", "--config", write_config(**sizes, model__beta=0.25, trainer__logger=logger)])
     saved = torch.load(tmp_path / "runs/version_0/checkpoints/epoch=0-step=2.ckpt", weights_only=True)
     logged = yaml.safe_load((tmp_path / "runs/version_0/hparams.yaml").read_text())
     for settings in (saved["hyper_parameters"], logged):

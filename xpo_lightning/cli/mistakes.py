@@ -339,7 +339,7 @@ def _closest(name: str, options: Iterable[str]) -> str:
 def _listed(names: Sequence[str]) -> str:
     """List the names of classes, or nothing if there are so many that nobody would read them."""
     shown = [name for name in names if not name.startswith("_")]
-    return ", ".join(shown) if len(shown) <= 12 else ""
+    return ", ".join(shown) if len(shown) <= 16 else ""
 
 
 def _shown(value: yaml.Node) -> str:
