@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import test_cli
 import torch
 import yaml
 from conftest import TEST_PATHS
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from test_cli import Write, refused, rows_of
@@ -601,14 +602,21 @@ def test_resume_that_is_refused_leaves_the_config_as_it_was(
     assert (tmp_path / "runs/version_0/config.yaml").read_text() == former
 
 
+class Noting(DummyLogger):
+    """A logger that keeps the hyper-parameters."""
+
+    noted: ClassVar[dict[str, Any]] = {}
+
+    def log_hyperparams(self, params: dict[str, Any], *_: Any, **__: Any) -> None:
+        Noting.noted = params
+
+
 def test_settings_reach_the_logger_and_the_checkpoint_by_their_keys(write_config: Write, tmp_path: Path):
-    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "runs")}}
-    logger["init_args"]["name"] = ""
     sizes = {"data__validation_size": 0, "data__batch_size": 4}
+    logger = {"class_path": f"{__name__}.Noting"}
     main(["fit", "--config", write_config(**sizes, model__beta=0.25, trainer__logger=logger)])
     saved = torch.load(tmp_path / "runs/version_0/checkpoints/epoch=0-step=2.ckpt", weights_only=True)
-    logged = yaml.safe_load((tmp_path / "runs/version_0/hparams.yaml").read_text())
-    for settings in (saved["hyper_parameters"], logged):
+    for settings in (saved["hyper_parameters"], Noting.noted):
         assert settings["model.beta"] == 0.25
         assert settings["data.batch_size"] == 4
         assert settings["model.reward.class_path"].endswith("Reward")
