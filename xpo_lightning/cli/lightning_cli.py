@@ -229,6 +229,9 @@ def main(args: ArgsType = None) -> None:
     """
     # Lightning 2.6 warns about its own use of torch, which a user cannot change.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    # `xpo validate` hands the words on after it has looked at them, and writes into a folder of its own.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
     silence_banners()
     limit_threads()
     try:
