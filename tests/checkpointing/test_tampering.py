@@ -97,6 +97,7 @@ def config_of(folder: Path, **trainer: Any) -> Path:
             "callbacks": [
                 {"class_path": "CompletionsTable", "init_args": {"terminal": False}},
                 {"class_path": "RunSummary"},
+                {"class_path": "RunCheckpoint"},  # one checkpoint, so that there is none to fall back on
                 {"class_path": "PolicyExport"},
             ],
             **trainer,
