@@ -102,7 +102,7 @@ def test_a_distributed_checkpoint_that_would_run_code_is_refused_and_runs_none(t
 @pytest.mark.timeout(300)
 def test_prompts_that_do_not_divide_evenly_are_predicted(begin: Begin, tmp_path: Path):
     ended(begin(tmp_path, 2, strategy=FILE, command="predict", validation_size=5, sampling=ENDING))
-    files = sorted((tmp_path / "2" / "version_0").glob("predictions*"))
+    files = sorted((tmp_path / "2" / "predict").glob("predictions*"))
     assert [file.name for file in files] == ["predictions.jsonl", "predictions.rank1.jsonl"]
     assert [len(file.read_text().splitlines()) for file in files] == [3, 2]
 
