@@ -11,9 +11,11 @@ from conftest import BARE
 from test_cli import refused, rows_of
 
 from xpo_lightning.cli.lightning_cli import main
+from xpo_lightning.cli.main import main as command
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.evaluation.saved_run import checkpoint_and_config, find_saved_run
 
+Xpo = Callable[..., None]
 EXPORT = {"class_path": "PolicyExport", "init_args": {"at": "best"}}
 
 
@@ -44,6 +46,17 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Callab
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(content))
     return file
+
+
+@pytest.fixture
+def xpo(monkeypatch: pytest.MonkeyPatch) -> Xpo:
+    """Give a function that is the command `xpo`, with all that it checks before it imports torch."""
+
+    def call(*words: str) -> None:
+        monkeypatch.setattr("sys.argv", ["xpo", *words])
+        command()
+
+    return call
 
 
 @pytest.fixture
@@ -154,25 +167,32 @@ CALLS: list[int] = []
 
 
 @pytest.mark.parametrize("name", ["runs/version_0", "runs"])
-def test_folder_is_all_that_a_look_needs(run: Path, capsys: pytest.CaptureFixture[str], name: str):
+def test_folder_is_all_that_a_look_needs(run: Path, xpo: Xpo, capsys: pytest.CaptureFixture[str], name: str):
     Path("runs/version_1").mkdir()  # an older program's refused start
-    main(["validate", name])
-    main(["predict", name, "--data.max_validation_prompts", "2"])
+    xpo("validate", name)
+    xpo("predict", name, "--data.max_validation_prompts", "2")
     assert names_in(run) == ["checkpoints", "config.yaml", "metrics.csv", "predict", "validate"]
     assert len((run / "predict" / "predictions.jsonl").read_text().splitlines()) == 2
     trained = next(row for row in rows_of(run / "metrics.csv") if "eval/win_rate" in row)
     (row,) = rows_of(run / "validate" / "metrics.csv")
     assert row["eval/objective/kl"] == trained["eval/objective/kl"] != 0
-    main(["export", name, "--out", "policy"])
+    xpo("export", name, "--out", "policy")
     assert (Path("policy") / "model.safetensors").is_file()
     capsys.readouterr()
-    main(["compare", name])
+    xpo("compare", name)
     assert f"A           {run}/checkpoints/last.ckpt\nB           reference" in capsys.readouterr().out
-    main(["chat", name, "--prompt", "the cat"])
+    xpo("chat", name, "--prompt", "the cat")
     assert "reference" in capsys.readouterr().out
-    main(["report", name])
-    main(["plot", name])
+    xpo("report", name)
+    xpo("plot", name)
     assert {"report.html", "curves.png"} <= set(names_in(Path()))
+
+
+def test_folder_that_is_not_there_is_named_before_anything_else(xpo: Xpo, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        xpo("validate", "runs/nowhere")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("xpo: error: RUN: there is no folder 'runs/nowhere'")
 
 
 def test_folder_that_was_moved_is_written_to_where_it_is(run: Path):

@@ -64,6 +64,7 @@ class Written:
         for option, value, place in _options(words):
             if option is None:
                 self._check_stray_word(str(value))
+                self._has_other_files = True  # A run's folder, with a config of its own; or the parser refuses it.
             elif option in ("config", "c"):
                 self.read_config_file(value or "")
             elif option.split(".")[-1] in _WITHOUT_VALUE:
