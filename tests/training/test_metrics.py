@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from xpo_lightning import Experience, ModelSpec, Pair, Sampling, SigmoidLoss, XPOLightningModule, xpo_loss
 from xpo_lightning.losses.xpo import XPOLoss
 from xpo_lightning.rewards.python import PythonReward
+from xpo_lightning.training.metric_names import METRICS
 from xpo_lightning.training.metrics import PairAverages, rollout_metrics, update_metrics
 
 MakeModule = Callable[..., XPOLightningModule]
@@ -179,6 +180,18 @@ def test_the_page_says_which_metrics_describe_an_update():
     update = update_metrics(pairs, loss, policy_logps, beta=0.1)
     assert {name for name in update if not name.startswith(tuple(groups))} == set()
     assert not [name for name in rollout_metrics(pairs, beta=0.1) if name.startswith(tuple(groups))]
+
+
+def test_metrics_that_a_callback_may_watch_are_those_of_the_page():
+    page = Path(__file__).parents[2].joinpath("docs", "metrics.md").read_text()
+    named = {
+        name
+        for cells in re.findall(r"^\| (`[^|]+`) \|", page, re.MULTILINE)
+        for name in re.findall(r"`([^`]+)`", cells)
+    }
+    watched = {name for name in METRICS if not name.startswith("eval/")}
+    assert watched - named == {"step", "epoch"}, "what Lightning logs beside them"
+    assert named - watched == set()
 
 
 def test_rewards_accuracies_when_the_policy_disagrees_with_the_label_are_0():

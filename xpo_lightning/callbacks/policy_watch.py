@@ -54,7 +54,7 @@ class PolicyWatch(FileWriter):
         self.stop_at_kl, self.window = stop_at_kl, window
         self._seen: list[list[float]] = []
         self._outside: list[str] = []
-        self._repeated: Tensor | None = None
+        self._completions: Completions | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the values in the window, and which means are out of their range."""
@@ -70,19 +70,21 @@ class PolicyWatch(FileWriter):
             self._seen, self._outside = [], []
 
     def on_pairs_collected(self, trainer: Trainer, pl_module: LightningModule, experience: Experience) -> None:
-        """Measure the repetition of the batch, without waiting for its device."""
-        self._repeated = repetition(experience.completions.by_policy)
+        """Keep the policy's completions until the end of the batch."""
+        self._completions = experience.completions.by_policy
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Judge the means at each logged step that was not skipped."""
-        repeated, self._repeated = self._repeated, None
+        completions, self._completions = self._completions, None
         metrics = trainer.callback_metrics if trainer._logger_connector.should_update_logs else {}
-        if repeated is None or "objective/kl" not in metrics:
+        if completions is None or "objective/kl" not in metrics:
             return
         ratio = float(metrics["completions/model_length"]) / float(metrics["completions/ref_length"])
-        self._seen = [*self._seen, [float(metrics["objective/kl"]), ratio, float(repeated)]][-self.window :]
+        self._seen = [*self._seen, [float(metrics["objective/kl"]), ratio, float(repetition(completions))]][
+            -self.window :
+        ]
         if len(self._seen) < self.window:
             return
         kl, ratio, share = map(mean, zip(*self._seen, strict=True))

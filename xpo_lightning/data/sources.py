@@ -72,14 +72,19 @@ class Stream(Iterable[LocatedRow]):
 
 
 @dataclass(frozen=True)
-class _ArrowRows(Sequence[LocatedRow]):
-    """The rows of a `datasets.Dataset`, decoded on access."""
+class _LazyRows(Sequence[LocatedRow]):
+    """Rows that are made when they are read.
 
-    name: str
-    dataset: "Dataset"
+    Args:
+        length: Number of rows.
+        row: Makes the row of an index.
+    """
+
+    length: int
+    row: Callable[[int], LocatedRow]
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self.length
 
     @overload
     def __getitem__(self, index: int) -> LocatedRow: ...
@@ -90,29 +95,28 @@ class _ArrowRows(Sequence[LocatedRow]):
             return [self[number] for number in range(*index.indices(len(self)))]
         if index >= len(self):  # how iteration over a sequence ends
             raise IndexError(index)
-        where = f"{self.name}, row {index + 1}"
-        with explaining_row(where):
-            return where, self.dataset[index]
+        return self.row(index)
 
 
-@dataclass(frozen=True)
-class _PairRows(Sequence[LocatedRow]):
-    """Preference pairs with their prompts, which are found on access."""
+def _arrow_rows(name: str, dataset: "Dataset") -> Sequence[LocatedRow]:
+    """Return the rows of a data set, each decoded when it is read."""
+    return _LazyRows(len(dataset), partial(_decoded_row, name, dataset))
 
-    rows: Sequence[LocatedRow]
 
-    def __len__(self) -> int:
-        return len(self.rows)
+def _decoded_row(name: str, dataset: "Dataset", index: int) -> LocatedRow:
+    where = f"{name}, row {index + 1}"
+    with explaining_row(where):
+        return where, dataset[index]
 
-    @overload
-    def __getitem__(self, index: int) -> LocatedRow: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[LocatedRow]: ...
-    def __getitem__(self, index: int | slice) -> LocatedRow | Sequence[LocatedRow]:
-        if isinstance(index, slice):
-            return _PairRows(self.rows[index])
-        where, row = self.rows[index]
-        return where, with_prompt(row, where) if has_implicit_prompt(row.keys()) else row
+
+def _row_with_prompt(rows: Sequence[LocatedRow], index: int) -> LocatedRow:
+    return _prompted(rows[index])
+
+
+def _prompted(located: LocatedRow) -> LocatedRow:
+    """Give a preference pair its prompt; return any other row as it is."""
+    where, row = located
+    return where, with_prompt(row, where) if has_implicit_prompt(row.keys()) else row
 
 
 def read(source: Source) -> Sequence[LocatedRow]:
@@ -122,7 +126,8 @@ def read(source: Source) -> Sequence[LocatedRow]:
         InputError: There is no such data set or split, or the file is broken.
     """
     rows = _read(source)
-    return _PairRows(rows) if len(rows) and has_implicit_prompt(rows[0][1].keys()) else rows
+    has_pairs = len(rows) > 0 and has_implicit_prompt(rows[0][1].keys())
+    return _LazyRows(len(rows), partial(_row_with_prompt, rows)) if has_pairs else rows
 
 
 def _read(source: Source) -> Sequence[LocatedRow]:
@@ -130,13 +135,13 @@ def _read(source: Source) -> Sequence[LocatedRow]:
         return read_task(source.name, source.key)
     path = resolve(source.name, source.key)
     if not is_local(path):
-        return _ArrowRows(_label(source), _load_from_hub(source, streaming=False))
+        return _arrow_rows(_label(source), _load_from_hub(source, streaming=False))
     suffix = _checked_suffix(path, source)
     if suffix in _TEXT_FILES:
         return list(_TEXT_FILES[suffix](path))
     if suffix == ".parquet":
-        return _ArrowRows(path, load_parquet(path))
-    return _ArrowRows(_label(source), _load_from_directory(path, source))
+        return _arrow_rows(path, load_parquet(path))
+    return _arrow_rows(_label(source), _load_from_directory(path, source))
 
 
 def stream(source: Source, limit: int | None = None) -> Stream:
@@ -148,7 +153,7 @@ def stream(source: Source, limit: int | None = None) -> Stream:
         InputError: There is no such data set or split. Broken rows are found when they are read.
     """
     rows = _stream(source, limit)
-    return Stream(partial(_with_prompts, rows))
+    return Stream(partial(map, _prompted, rows))
 
 
 def _stream(source: Source, limit: int | None) -> Stream:
@@ -163,12 +168,6 @@ def _stream(source: Source, limit: int | None) -> Stream:
     if suffix == ".parquet":
         return Stream(partial(stream_parquet, path), limit)
     return Stream(partial(numbered, _label(source), _load_from_directory(path, source)), limit)
-
-
-def _with_prompts(rows: Iterable[LocatedRow]) -> Iterator[LocatedRow]:
-    """Yield rows, preference pairs with their prompts."""
-    for where, row in rows:
-        yield where, with_prompt(row, where) if has_implicit_prompt(row.keys()) else row
 
 
 def _label(source: Source) -> str:

@@ -95,6 +95,8 @@ class GEBBonus(Bonus):
     same divergence. Forms and constants are those of the authors' code, whose kappa is alpha; there, `forward_kl` with
     `inverse` is log pi. Where pi is above 1 - 1e-5, the code can give infinities; here it is taken to be 1 - 1e-5.
 
+    It is longer than other bonuses because of its nine forms.
+
     Args:
         form: u: `probability` is 1 - pi (1.5 - pi with `hellinger`), `inverse` 1/pi, `arctanh` arctanh(1 - pi).
         divergence: See above.

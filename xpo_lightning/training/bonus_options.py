@@ -3,7 +3,7 @@
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.losses.bonus import Bonus
 from xpo_lightning.losses.bonuses import BonusTarget, XPOBonus
-from xpo_lightning.training.config_checks import Options
+from xpo_lightning.training.config_checks import Options, refuse_first
 
 
 def choose_bonus(bonus: Bonus | None, bonus_on: BonusTarget | None) -> Bonus:
@@ -47,9 +47,7 @@ def refuse_with_bonus_sampler(options: Options) -> None:
             f"to null",
         ),
     ]
-    for is_refused, message in refused:
-        if is_refused:
-            raise InputError(message)
+    refuse_first(refused)
 
 
 def refuse_with_previous(options: Options) -> None:

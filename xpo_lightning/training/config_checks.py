@@ -1,7 +1,7 @@
 """Refuses unsupported combinations of options of the trainer and the module, before anything is loaded."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from lightning.pytorch import Trainer
@@ -198,6 +198,18 @@ def refuse_combinations(options: Options) -> None:
             f"{type(options.sampler).__name__} has an earlier one write; set one of the two to null",
         ),
     ]
+    refuse_first(refused)
+
+
+def refuse_first(refused: Iterable[tuple[bool, str]]) -> None:
+    """Raise the first message whose condition holds.
+
+    Args:
+        refused: Conditions, each with its message.
+
+    Raises:
+        InputError: A condition holds.
+    """
     for is_refused, message in refused:
         if is_refused:
             raise InputError(message)
