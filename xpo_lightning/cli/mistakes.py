@@ -184,7 +184,7 @@ class Written:
             where, value = given["class_path"]
             self._take_class(key, kinds, str(value.value), where)
         if key not in self._classes and not self._has_default_class(kinds):
-            names = _listed(self._names(kinds))
+            names = self._listed(kinds)
             known = f": one of {names}, or the import path of your own" if names else ""
             raise InputError(f"{key} needs a class_path ({place}){known}; its options stand under init_args beside it")
         for name, (where, value) in given.items():
@@ -214,7 +214,7 @@ class Written:
         names = self._names(kinds)
         is_file = existing_path(name) is not None
         if names and "." not in name and name not in names and not is_file:
-            hint = did_you_mean(name, names) or f"; the classes are {_listed(names)}" * bool(_listed(names))
+            hint = did_you_mean(name, names) or f"; the classes are {self._listed(kinds)}" * bool(self._listed(kinds))
             raise InputError(f"{key} must be {in_words(kinds)}, but is '{name}' ({place}){self._fields(kinds) or hint}")
         self._classes[key] = "" if is_file else name.rpartition(".")[2]
 
@@ -222,6 +222,16 @@ class Written:
         """Return the names of the classes that can be given, or none if not all of them are known."""
         known = [self.known.classes.get(name) for name in classes_in(kinds)]
         return [] if None in known else sorted({name for one in known if one for name in one.names})
+
+    def _listed(self, kinds: list[str]) -> str:
+        """List the classes that can be given, or nothing if nobody would read so many; of ours those of the package."""
+        names = [name for name in self._names(kinds) if not name.startswith("_")]
+        if all(self._is_ours(base) for base in classes_in(kinds)):
+            names = [name for name in names if self._is_ours(name)]
+        return ", ".join(names) if len(names) <= 16 else ""
+
+    def _is_ours(self, name: str) -> bool:
+        return self.known.classes.get(name, ClassOptions()).options is not None
 
     def _has_default_class(self, kinds: list[str]) -> bool:
         """Tell whether the options of a class can stand without its name."""
@@ -335,12 +345,6 @@ def _unknown(key: str, place: Place, hint: str) -> InputError:
 
 def _closest(name: str, options: Iterable[str]) -> str:
     return did_you_mean(name, options) or f"; there are {', '.join(options)}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    """List the names of classes, or nothing if there are so many that nobody would read them."""
-    shown = [name for name in names if not name.startswith("_")]
-    return ", ".join(shown) if len(shown) <= 16 else ""
 
 
 def _shown(value: yaml.Node) -> str:
