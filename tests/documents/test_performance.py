@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 from pathlib import Path
 
@@ -55,6 +56,26 @@ def test_shares_of_tokens_that_a_replay_samples_alike():
     shares = [one["same_tokens"] for one in H200["decode"] if one["way"] == "graphs" and one["rows"] == 128]
     said = f"{shares[0]:.0%} of the sampled tokens were the same both ways for the first model and {shares[1]:.0%} for"
     assert said in " ".join(PAGE.read_text().split())
+
+
+def test_seconds_a_step_on_a_busy_cpu():
+    with (RESULTS / "thread_waiting.csv").open() as file:
+        measured = list(csv.DictReader(file))
+
+    def steps(series: str, waiting: str, others: str = "0") -> list[float]:
+        chosen = [one for one in measured if (one["series"], one["waiting"]) == (series, waiting)]
+        return [float(one["seconds_a_step"]) for one in chosen if one["other_processes"] == others]
+
+    ways = ("default", "10000", "passive")
+    for (_, *cells), way in zip(table(PAGE, "| threads | alone"), ways, strict=True):
+        for cell, others in zip(cells, "01", strict=True):
+            assert_says(cell, steps("1", way, others)[0])
+    pairs = zip(steps("3", "50000"), steps("3", "default"), strict=True)
+    ratios = [short / default for short, default in pairs]
+    said = f"{math.prod(ratios) ** (1 / 5):.2f} times as long as the default over five runs that took turns"
+    text = " ".join(PAGE.read_text().split())
+    assert f"{said} (ratios of {min(ratios):.2f} to {max(ratios):.2f})" in text
+    assert f"with 30,000 turns, a step took {steps('2', '30000', '1')[0]:.2f} s" in text
 
 
 def test_every_measurement_has_a_date_a_commit_a_machine_a_command_and_says_where_its_data_is():

@@ -85,6 +85,8 @@ class XPOCLI(LightningCLI):
     """LightningCLI for `XPOLightningModule` and `PromptDataModule`."""
 
     def __init__(self, args: ArgsType = None) -> None:
+        words = sys.argv[1:] if args is None else args
+        self._verb = words[0] if isinstance(words, list) and words and words[0] in dispatch.RUNS else None
         super().__init__(
             XPOLightningModule,
             PromptDataModule,
@@ -104,11 +106,13 @@ class XPOCLI(LightningCLI):
             },
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Offer fit, validate, predict and check; a test would be a second validation."""
-        offered = LightningCLI.subcommands()
-        return {**{name: offered[name] for name in ("fit", "validate", "predict")}, "check": {"model", "datamodule"}}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Offer the verb of the command line, as each takes a while to build, or else fit, validate, predict and check.
+
+        A test would be a second validation.
+        """
+        offered = {**LightningCLI.subcommands(), "check": {"model", "datamodule"}}
+        return {verb: offered[verb] for verb in dispatch.RUNS if self._verb in (None, verb)}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the switches of what a run has by default, and the folders to import from."""

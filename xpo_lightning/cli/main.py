@@ -5,6 +5,7 @@ import sys
 from importlib import import_module
 
 from xpo_lightning.cli import dispatch, known_options, mistakes
+from xpo_lightning.cli.thread_waiting import OtherProcesses, choose_waiting
 from xpo_lightning.core.errors import InputError, exit_with_error
 from xpo_lightning.core.recipes import with_config_files
 
@@ -14,6 +15,7 @@ def main() -> None:
     # peft imports bitsandbytes if it is installed, which warns at each start about an optional speed-up for CPUs.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.msg)
     words = sys.argv[1:]
+    others = OtherProcesses()
     try:
         if dispatch.is_answered(words):
             return
@@ -25,4 +27,5 @@ def main() -> None:
             return
     except InputError as error:
         exit_with_error(str(error))
+    choose_waiting(others)
     import_module("xpo_lightning.cli.lightning_cli").main()
