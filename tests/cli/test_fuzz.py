@@ -21,10 +21,9 @@ from fuzz_configs import changes, damages
 from fuzz_strategies import DataFile, data_files, data_options
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
-from lightning.pytorch.cli import LightningCLI
 
 from xpo_lightning import InputError
-from xpo_lightning.cli.lightning_cli import XPOCLI, main
+from xpo_lightning.cli.lightning_cli import main
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.data.prompts import PromptTokenizer
 
@@ -189,9 +188,6 @@ class LoggedNumbers(pl.Callback):
 def config(tmp_path: Path, model_folder: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Give the config of a run of one step, in a folder of its own."""
     monkeypatch.chdir(tmp_path)  # some values are names of folders that a run creates
-    # The parsers of the other commands take half of the time of an example, and are the same.
-    fit = LightningCLI.subcommands()["fit"]
-    monkeypatch.setattr(XPOCLI, "subcommands", staticmethod(lambda: {"fit": fit}))
     rows = "".join(json.dumps({"prompt": f"the cat {number}"}) + "\n" for number in range(4))
     (tmp_path / "prompts.jsonl").write_text(rows)
     return {

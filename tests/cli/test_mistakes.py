@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.cli import LightningCLI
 from test_cli import refused
 
 from xpo_lightning.cli import known_options, mistakes
@@ -124,9 +123,7 @@ WHOLE = {
 
 @pytest.fixture(autouse=True)
 def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work in a folder with the files; of the parsers, build only that of fit."""
-    fit = LightningCLI.subcommands()["fit"]
-    monkeypatch.setattr(XPOCLI, "subcommands", staticmethod(lambda: {"fit": fit}))
+    """Work in a folder with the files."""
     monkeypatch.chdir(tmp_path)
     for name, text in FILES.items():
         Path(name).write_text(text)

@@ -4,6 +4,7 @@ import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -129,5 +130,6 @@ def _derived(base: type[Any]) -> Iterator[type[Any]]:
         yield from _derived(kind)
 
 
+@cache  # Reading a class takes some milliseconds, and a process may parse many command lines.
 def _options_of(kind: type[Any]) -> dict[str, list[str]]:
     return {one.name: kinds_of(one.annotation) for one in get_signature_parameters(kind)}
