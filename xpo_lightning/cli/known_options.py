@@ -4,7 +4,6 @@ import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +16,8 @@ from xpo_lightning.core.option_kinds import kinds_of
 FILE = Path(__file__).with_name("known_options.json")
 """The table of the installed versions, written by `python docs/tools/reference.py`."""
 _OURS = "xpo_lightning."
+_OPTIONS_READ: dict[type[Any], dict[str, list[str]]] = {}
+"""Of each class that was read: reading takes some milliseconds, and a process may parse many command lines."""
 
 
 @dataclass
@@ -130,6 +131,7 @@ def _derived(base: type[Any]) -> Iterator[type[Any]]:
         yield from _derived(kind)
 
 
-@cache  # Reading a class takes some milliseconds, and a process may parse many command lines.
 def _options_of(kind: type[Any]) -> dict[str, list[str]]:
-    return {one.name: kinds_of(one.annotation) for one in get_signature_parameters(kind)}
+    if kind not in _OPTIONS_READ:
+        _OPTIONS_READ[kind] = {one.name: kinds_of(one.annotation) for one in get_signature_parameters(kind)}
+    return _OPTIONS_READ[kind]
