@@ -18,6 +18,7 @@ from xpo_lightning.models.forward.ladder import Ladder
 from xpo_lightning.models.forward.lengths import BASE, context_length, first_reach, named_lengths
 from xpo_lightning.models.forward.prefix_sharing import shared_features
 from xpo_lightning.models.forward.probe import Probe, draw_rows
+from xpo_lightning.models.forward.remembering import remember
 from xpo_lightning.models.forward.truth import FAILURES, described, name_of
 from xpo_lightning.models.forward.unshared import Rows, unshared_features
 from xpo_lightning.models.lora import cast_lora_weights
@@ -109,9 +110,13 @@ class Capabilities:
             def compute(prompts: Prompts, completions: Completions) -> Tensor:
                 return features(model, prompts, completions, self.head, way)
 
-            with cast_lora_weights(model):
-                probes = (self._probe(reach, seed) for seed in range(max(1, min(SEEDS, SEEDS * BASE // reach))))
+            def probed() -> str | None:
+                seeds = range(max(1, min(SEEDS, SEEDS * BASE // reach)))
+                probes = (self._probe(reach, seed) for seed in seeds)
                 return next((fault for probe in probes if (fault := probe.fault(compute, is_written=is_written))), None)
+
+            with cast_lora_weights(model):
+                return remember(model, (title, way, reach, self.head is None), probed)
 
         ladder = Ladder(f"{name_of(self.model)}, {title}", ways, fault, self.longest, named_lengths(self.model)[0])
         reach = first_reach(self.model)

@@ -1,8 +1,9 @@
 """Runs a causal language model once on padded rows."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -45,7 +46,8 @@ def last_features(
     Returns:
         The head's inputs (B, keep, D) or, without `head`, logits (B, keep, V).
     """
-    accepted = _parameters_of_forward(model)
+    forward = base_of(model).forward
+    accepted = _parameters_of(getattr(forward, "__func__", forward))
     possible: dict[str, Any] = {"position_ids": positions, "logits_to_keep": keep, "use_cache": cache is not None}
     arguments = {name: value for name, value in possible.items() if name in accepted}
     arguments |= {"input_ids": ids, "attention_mask": None if mask is None else mask.long()}
@@ -142,5 +144,6 @@ def _left_out(head: nn.Module) -> Iterator[None]:
         del head.forward
 
 
-def _parameters_of_forward(model: nn.Module) -> frozenset[str]:
-    return frozenset(inspect.signature(base_of(model).forward).parameters)
+@lru_cache(maxsize=64)
+def _parameters_of(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)

@@ -5,6 +5,7 @@ from transformers import PreTrainedModel
 from xpo_lightning.models.forward.ladder import Ladder
 from xpo_lightning.models.forward.lengths import context_length, first_reach, named_lengths
 from xpo_lightning.models.forward.probe import STEPS, draw_rows, prompt_lengths, vocabulary_size
+from xpo_lightning.models.forward.remembering import remember
 from xpo_lightning.models.forward.truth import Truth, name_of
 from xpo_lightning.models.forward.unshared import Rows
 from xpo_lightning.rewards.sequence_classifier.scoring import score_prefix_pairs, score_rows
@@ -42,12 +43,19 @@ class ScoringCapabilities:
         return self._sharing.way(length) == _SHARED
 
     def _fault_of_rows(self, way: Rows, reach: int) -> str | None:
-        pairs = _Pairs(self.model, reach)
-        return pairs.truth.fault(lambda: score_rows(self.model, pairs.rows, len(pairs.rows), [0], way))
+        def probed() -> str | None:
+            pairs = _Pairs(self.model, reach)
+            return pairs.truth.fault(lambda: score_rows(self.model, pairs.rows, len(pairs.rows), [0], way))
+
+        return remember(self.model, ("scores", way, reach), probed)
 
     def _fault_of_sharing(self, way: str, reach: int) -> str | None:
-        pairs = _Pairs(self.model, reach)
-        return pairs.truth.fault(lambda: score_prefix_pairs(self.model, pairs.rows, pairs.twins, len(pairs.rows), [0]))
+        def probed() -> str | None:
+            pairs = _Pairs(self.model, reach)
+            rows = pairs.rows
+            return pairs.truth.fault(lambda: score_prefix_pairs(self.model, rows, pairs.twins, len(rows), [0]))
+
+        return remember(self.model, ("scores of pairs", way, reach), probed)
 
 
 class _Pairs:
