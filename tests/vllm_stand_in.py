@@ -90,6 +90,8 @@ class StandIn(ThreadingHTTPServer):
         version: The version that it claims to be.
         context: Most tokens of prompt and completion.
         leaks: Let an adapter into what the base model writes beside it, as vLLM 0.32 does on a CPU.
+        dev: Whether it was started with VLLM_SERVER_DEV_MODE=1, and so loads other weights when told.
+        kept: Parts of the names of weights that it does not take over when it loads others.
 
     Attributes:
         seen: Path and payload of each request.
@@ -101,12 +103,20 @@ class StandIn(ThreadingHTTPServer):
     request_queue_size = 256
     daemon_threads = True
 
-    def __init__(self, folder: str, version: str = "0.32.0", context: int = 64, leaks: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str,
+        version: str = "0.32.0",
+        context: int = 64,
+        leaks: bool = False,
+        dev: bool = False,
+        kept: tuple[str, ...] = (),
+    ) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.version, self.context, self.leaks = folder, version, context, leaks
-        self.base = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.dev, self.kept = dev, kept
+        self.start_anew()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.adapters: dict[str, nn.Module] = {}
         self.misbehave: Callable[[Handler, int], bool] | None = None
         self.seen: list[tuple[str, Any]] = []
         self.together: Counter[frozenset[str]] = Counter()
@@ -116,6 +126,13 @@ class StandIn(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.005}, daemon=True).start()
         threading.Thread(target=self.work, daemon=True).start()
+
+    def start_anew(self) -> None:
+        """Forget what it was sent, as a server that was started again."""
+        self.base = AutoModelForCausalLM.from_pretrained(self.folder).eval()
+        self.adapters: dict[str, nn.Module] = {}
+        self.weight_version = "default"
+        self.computed: dict[tuple[str, tuple[int, ...]], nn.Module] = {}
 
     def handle_error(self, *_: Any) -> None:
         """Print nothing: clients hang up in the middle of what they ask."""
@@ -133,6 +150,9 @@ class StandIn(ThreadingHTTPServer):
         routes = {"/version": lambda _: {"version": self.version}, "/v1/models": self.models}
         routes |= {"/v1/load_lora_adapter": self.load, "/v1/unload_lora_adapter": self.unload}
         routes |= {"/v1/completions": self.complete}
+        if self.dev:
+            routes |= {"/collective_rpc": self.reload, "/reset_prefix_cache": self.reset}
+            routes |= {"/update_weight_version": self.note, "/weight_info": self.info}
         if path not in routes:
             raise ServerError(404, "Not Found")
         return routes[path](payload)
@@ -155,6 +175,30 @@ class StandIn(ThreadingHTTPServer):
         if self.adapters.pop(payload["lora_name"], None) is None:
             raise ServerError(404, f"The lora adapter '{payload['lora_name']}' cannot be found.", "NotFoundError")
         return f"Success: LoRA adapter '{payload['lora_name']}' removed successfully."
+
+    def reload(self, payload: Any) -> dict[str, Any]:
+        path = payload["kwargs"]["weights_path"]
+        if payload["method"] != "reload_weights" or not Path(path, "model.safetensors").exists():
+            raise ServerError(500, f"Cannot find any model weights with `{path}`", "InternalServerError")
+        fresh = AutoModelForCausalLM.from_pretrained(path).eval()
+        old = dict(self.base.named_parameters())
+        with torch.no_grad():
+            for name, weight in fresh.named_parameters():
+                if any(part in name for part in self.kept):
+                    weight.copy_(old[name])
+        self.base = fresh
+        return {"results": [None]}
+
+    def reset(self, _: Any) -> dict[str, Any]:
+        self.computed.clear()
+        return {"success": True}
+
+    def note(self, payload: Any) -> dict[str, Any]:
+        self.weight_version = payload["new_version"]
+        return {"success": True, "new_version": self.weight_version}
+
+    def info(self, _: Any) -> dict[str, Any]:
+        return {"weight_version": self.weight_version}
 
     def complete(self, payload: Any) -> dict[str, Any]:
         name, prompt = payload["model"], payload["prompt"]
@@ -184,10 +228,14 @@ class StandIn(ThreadingHTTPServer):
             names = {job.payload["model"] for job in jobs} - {self.folder}
             groups = defaultdict(list)
             for job in jobs:
-                groups[job.payload["model"], len(job.payload["prompt"])].append(job)
-            for (name, _), members in groups.items():
+                name, prompt = job.payload["model"], tuple(job.payload["prompt"])
                 leaked = self.leaks and name == self.folder and names
-                self.write(self.adapters.get(min(names) if leaked else name, self.base), members)
+                model = self.adapters.get(min(names) if leaked else name, self.base)
+                if self.dev:  # What it has computed of a prompt, it takes again.
+                    model = self.computed.setdefault((name, prompt), model)
+                groups[id(model), len(prompt)].append((model, job))
+            for members in groups.values():
+                self.write(members[0][0], [job for _, job in members])
 
     @torch.no_grad()
     def write(self, model: nn.Module, jobs: list[Job]) -> None:

@@ -44,6 +44,8 @@ class RolloutEngine(ABC):
     Attributes:
         rollout: Samples and decodes in this process, with the same settings; set by `begin`.
         needs_adapters: Whether the policy must be LoRA adapters (`model.lora`) of a model that the engine has.
+        takes_adapters: Whether the policy may be LoRA adapters.
+        has_reference: Whether the engine writes the reference's completions, too; if not, this process does.
         measured: Log-probability differences of the last batch, by metric name.
         check: Called about once a second while waiting; may raise to stop waiting.
 
@@ -53,6 +55,8 @@ class RolloutEngine(ABC):
 
     rollout: LocalRollout
     needs_adapters = False
+    takes_adapters = True
+    has_reference = True
 
     def __init__(self, max_logp_drift: float | None = None) -> None:
         if max_logp_drift is not None and not 0 < max_logp_drift < float("inf"):

@@ -98,9 +98,7 @@ class Collector:
             completions, logps = _together([write(rows) for rows in groups], groups)
         else:
             self.engine.sync(policy)
-            completions = _by_engine(
-                self.engine, open_context(list(range(len(prompts)))), sampler, Pair(of_policy, of_sampler)
-            )
+            completions = _by_engine(self.engine, prompts, open_context, sampler, Pair(of_policy, of_sampler), groups)
             logps = _scored(self.engine, open_context, sampler, completions, groups)
         third = None
         if bonus_sampler is not None and of_bonus is not None:
@@ -204,15 +202,27 @@ def _bonus_sample(
 
 
 def _by_engine(
-    engine: RolloutEngine, context: RolloutContext, sampler: Sampler, uniforms: Pair[list[Tensor]]
+    engine: RolloutEngine,
+    prompts: Prompts,
+    open_context: Callable[[list[int]], RolloutContext],
+    sampler: Sampler,
+    uniforms: Pair[list[Tensor]],
+    groups: Sequence[list[int]],
 ) -> Pair[list[Completions]]:
-    """Generate completions for all prompts of a context; one call serves both sides, if the engine has the sampler."""
+    """Generate completions of all prompts; one call serves both sides if the engine has the sampler, too."""
+    context = open_context(list(range(len(prompts))))
     asked = [GenerationRequest("policy", uniforms.by_policy)]
-    if sampler.is_policy or sampler.is_reference:
+    if sampler.is_policy or (sampler.is_reference and engine.has_reference):
         asked.append(GenerationRequest("policy" if sampler.is_policy else "reference", uniforms.by_sampler))
     with context.timer("policy_rollout", context.device), eval_mode(context.policy):
-        by_policy, *others = engine.write(context.prompts, asked)
-    return Pair(by_policy, others[0] if others else sampler.write(context, uniforms.by_sampler))
+        by_policy, *others = engine.write(prompts, asked)
+    if others:
+        return Pair(by_policy, others[0])
+    parts = []
+    for rows in groups:
+        index = torch.as_tensor(rows, device=context.device)
+        parts.append(sampler.write(open_context(rows), [numbers[index] for numbers in uniforms.by_sampler]))
+    return Pair(by_policy, [gather(candidate, groups) for candidate in zip(*parts, strict=True)])
 
 
 def _scored(
@@ -226,7 +236,7 @@ def _scored(
     both = [*completions.by_policy, *completions.by_sampler]
     parts = [torch.stack(open_context(rows).reference_logps([some.select(rows) for some in both])) for rows in groups]
     logps = Pair(*torch.cat(parts, 1)[:, order_of(groups)].chunk(2))
-    if sampler.is_reference:
+    if sampler.is_reference and engine.has_reference:
         engine.compare("reference", completions.by_sampler, logps.by_sampler)
     # Only this check needs the policy's log-probabilities, so a few completions are enough.
     rows = groups[0][:COMPARED]

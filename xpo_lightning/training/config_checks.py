@@ -128,7 +128,6 @@ def refuse_combinations(options: Options) -> None:
     """
     judged, several = isinstance(options.reward, Judge), options.candidates.count > 1
     cached, refreshed = options.reference_cache is not None, options.reference_refresh is not None
-    engine = None if options.rollout is None else f"model.rollout={type(options.rollout).__name__}"
     judge = f"model.reward={type(options.reward).__name__}"
     quantized = getattr(options.policy_spec, "quantize", None)
     refused = [
@@ -177,23 +176,42 @@ def refuse_combinations(options: Options) -> None:
             "model.buffer keeps the reference's log-probabilities, and model.reference_refresh changes the reference; "
             "set one of the two to null",
         ),
+    ]
+    refuse_first(refused)
+    if options.rollout is not None:
+        _refuse_with_engine(options, options.rollout)
+
+
+def _refuse_with_engine(options: Options, rollout: RolloutEngine) -> None:
+    """Refuse options that do not go with an engine.
+
+    Raises:
+        InputError: Such an option is set; the message names both.
+    """
+    engine = f"model.rollout={type(rollout).__name__}"
+    refused = [
         (
-            options.rollout is not None and options.rollout.needs_adapters and options.lora is None,
+            rollout.needs_adapters and options.lora is None,
             f"{engine} has one server hold the reference, and load the policy as an adapter of it, and model.lora is "
-            f"null; set model.lora, or model.rollout to null",
+            f"null; set model.lora, model.rollout.init_args.weights to full, or model.rollout to null",
         ),
         (
-            engine is not None and cached,
+            not rollout.takes_adapters and options.lora is not None,
+            f"{engine} sends all weights (weights: full), and model.lora trains adapters alone; set "
+            f"model.rollout.init_args.weights to adapter, or model.lora to null",
+        ),
+        (
+            rollout.has_reference and options.reference_cache is not None,
             f"{engine} has the reference's completions written with the policy's, and model.reference_cache keeps "
             f"those of the model at hand; set one of the two to null",
         ),
         (
-            engine is not None and refreshed,
+            rollout.has_reference and options.reference_refresh is not None,
             f"{engine} has the reference be the server's base model, and model.reference_refresh changes the "
             f"reference; set one of the two to null",
         ),
         (
-            engine is not None and isinstance(options.sampler, PreviousPolicySampler),
+            isinstance(options.sampler, PreviousPolicySampler),
             f"{engine} knows the reference and the policy as it is, and model.sampler="
             f"{type(options.sampler).__name__} has an earlier one write; set one of the two to null",
         ),

@@ -14,6 +14,7 @@ Check = Callable[[], None]
 _MAX_BYTES = 2**26
 _FAREWELL = 10.0  # timeout in seconds of requests whose outcome does not matter
 _LONGEST_LOOK = 30.0  # timeout in seconds for the version and the models, which a server answers quickly
+_SHORT_LOOK = 2.0  # timeout in seconds to find out whether a server that was left out is back
 _MOST_LOOKS = 3  # retries for these; a wrong address should be reported soon
 
 
@@ -41,14 +42,20 @@ class VLLMServer:
         self._options: tuple[Any, ...] = (api_key_env, timeout, retries, backoff, concurrency, _MAX_BYTES)
         self._endpoint("")
 
-    def look(self, path: str, read: Callable[[Any], T], check: Check) -> T:
+    def look(self, path: str, read: Callable[[Any], T], check: Check, *, patient: bool = False) -> T:
         """Get a path, and return the answer as `read` parses it.
+
+        Args:
+            path: The path.
+            read: Parses the answer.
+            check: See `HTTPClient.post`.
+            patient: Whether to try as often as a request for a completion, while a server is started anew.
 
         Raises:
             InputError: The request failed, or `read` refused the answer.
         """
         key, timeout, retries, *others = self._options
-        options = (key, min(timeout, _LONGEST_LOOK), min(retries, _MOST_LOOKS), *others)
+        options = (key, min(timeout, _LONGEST_LOOK), retries if patient else min(retries, _MOST_LOOKS), *others)
         with _naming_the_rollout():
             return _Endpoint(self.url + path, *options).get(read, check)
 
@@ -57,13 +64,20 @@ class VLLMServer:
         with _naming_the_rollout():
             return self._endpoint(path).post(payloads, read, check)
 
+    def answers(self) -> bool:
+        """Tell whether the server answers now; tries once, with a short timeout."""
+        key, timeout, _, *others = self._options
+        try:
+            _Endpoint(self.url + "/version", key, min(timeout, _SHORT_LOOK), 0, *others).get(_ignore, lambda: None)
+        except InputError:
+            return False
+        return True
+
     def tell(self, path: str, payload: Any) -> None:
         """Post a request whose outcome does not matter: once, with a short timeout, and ignoring errors."""
         key, timeout, _, *others = self._options
         with suppress(InputError):
-            _Endpoint(self.url + path, key, min(timeout, _FAREWELL), 0, *others).post(
-                [payload], lambda _: None, lambda: None
-            )
+            _Endpoint(self.url + path, key, min(timeout, _FAREWELL), 0, *others).post([payload], _ignore, lambda: None)
 
     def _endpoint(self, path: str) -> "_Endpoint":
         with _naming_the_rollout():
@@ -78,6 +92,10 @@ class _Endpoint(HTTPClient):
         if 200 <= reply.status < 300 and reply.body.startswith(b"Success"):
             return read(reply.body.decode(errors="replace"))
         return super()._result(reply, read)
+
+
+def _ignore(_: Any) -> None:
+    """Read nothing of an answer."""
 
 
 @contextmanager

@@ -1,7 +1,10 @@
-"""Generates completions on a vLLM server, over HTTP: its base model is the reference, with an adapter the policy."""
+"""Generates completions on vLLM servers, over HTTP, with the policy as an adapter or with all of its weights."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
 from torch import nn
 
@@ -11,8 +14,8 @@ from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.http.client import RequestError
 from xpo_lightning.rollout.engine import GenerationRequest, RolloutEngine, Writer
 from xpo_lightning.rollout.local import LocalRollout
-from xpo_lightning.rollout.vllm.client import VLLMServer
-from xpo_lightning.rollout.vllm.lora_sync import AdapterFolder, ServedAdapter, mark_of
+from xpo_lightning.rollout.vllm.client import Check, VLLMServer
+from xpo_lightning.rollout.vllm.lora_sync import AdapterTransfer
 from xpo_lightning.rollout.vllm.protocol import (
     OPTIONS,
     Answer,
@@ -24,24 +27,36 @@ from xpo_lightning.rollout.vllm.protocol import (
     sampling_fields,
     seeds_of,
 )
+from xpo_lightning.rollout.vllm.servers import ServerPool, run_together
+from xpo_lightning.rollout.vllm.transfer import PolicyTransfer
+from xpo_lightning.rollout.vllm.weights import SHARED_MEMORY, WeightsTransfer
 
+Request = tuple[Writer, dict[str, Any]]
+"""Who is to write a completion, and the request without the model's name."""
 _COMPLETIONS = "/v1/completions"
+_MOST_REPEATS = 10  # of a batch that a server wrote with other weights, because it was started anew meanwhile
 
 
 class VLLMRollout(RolloutEngine):
-    """Generates completions on a vLLM server that holds the base model; needs `model.lora`.
+    """Generates completions on a vLLM server.
 
-    The server's base model is the reference. The policy is a LoRA adapter of it, which the run saves to
-    `adapter_folder` and has the server load whenever the policy has changed. Start the server with `--enable-lora`,
-    `--max-lora-rank` at least `model.lora.r`, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment; it must see
-    `adapter_folder` under the same path. `docs/vllm.md` shows how.
+    With `weights: adapter` the server's base model is the reference, and the policy is a LoRA adapter of it
+    (`model.lora`), which the run saves to `adapter_folder` and has the server load whenever the policy has changed.
+    Start the server with `--enable-lora`, `--max-lora-rank` at least `model.lora.r`, and
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment.
+
+    With `weights: full` the policy takes the place of the server's model, with all of its weights, which go through
+    `weights_folder`. The reference is then on the server at `reference_url`, or writes in this process. Start the
+    policy's server with VLLM_SERVER_DEV_MODE=1 in its environment.
+
+    The server must see the folder under the same path. `docs/vllm.md` shows how, and `xpo serve` prints the commands.
 
     The run sends prompts and receives completions as token ids. `model.rollout_batch_size` then limits how many prompts
     are scored together in this process. All processes of a run share one server.
 
     Args:
         url: URL of the server, such as http://localhost:8000. Messages show it: put no secret there.
-        adapter_folder: Folder for the policy's adapter.
+        adapter_folder: Folder for the policy's adapter; with `weights: full` it is not needed.
         model: Name of the base model on the server; null takes the only one that it has.
         api_key_env: Name of the environment variable that holds the API key; null sends none.
         timeout: How many seconds one completion may take, its time in the server's queue included.
@@ -56,17 +71,20 @@ class VLLMRollout(RolloutEngine):
         max_logp_drift: Largest allowed difference, in nats per token, between the server's log-probabilities and those
             computed here; a larger one means that the server has other weights, and ends the run. null compares without
             a limit.
+        weights: What of the policy is sent: its `adapter`, or its weights in `full`.
+        weights_folder: Folder for the policy's weights with `weights: full`, which needs room for them; null is
+            /dev/shm, the machine's shared memory.
+        reference_url: URL of a server that has the reference, with `weights: full`; null has the reference write in
+            this process.
 
     Raises:
         InputError: An option is invalid.
     """
 
-    needs_adapters = True
-
     def __init__(
         self,
         url: str,
-        adapter_folder: str,
+        adapter_folder: str | None = None,
         model: str | None = None,
         api_key_env: str | None = None,
         timeout: float = 600.0,
@@ -75,18 +93,31 @@ class VLLMRollout(RolloutEngine):
         concurrency: int = 256,
         together: bool = True,
         max_logp_drift: float | None = 0.5,
+        weights: Literal["adapter", "full"] = "adapter",
+        weights_folder: str | None = None,
+        reference_url: str | None = None,
     ) -> None:
         super().__init__(max_logp_drift)
-        self.server = VLLMServer(url, api_key_env, timeout, retries, backoff, concurrency)
+        is_adapter = weights == "adapter"
+        self.needs_adapters = self.takes_adapters = is_adapter
+        self.has_reference = is_adapter or reference_url is not None
         self.model, self.together = model, together
-        self._served = ServedAdapter(self.server, AdapterFolder(adapter_folder))
-        self._base: BaseModel | None = None
-        self._adapter: str | None = None
+        self._transfer = _transfer(is_adapter, adapter_folder, weights_folder, reference_url, together)
+        options = (api_key_env, timeout, retries, backoff, concurrency)
+        self.servers = self.reference_servers = ServerPool([url], *options)
+        if reference_url is not None:
+            with _renaming_the_url():
+                self.reference_servers = ServerPool([reference_url], *options)
+            _refuse_shared(self.servers, self.reference_servers)
+        self._bases: dict[VLLMServer, BaseModel] = {}
+        self._policy: str | None = None
         self._mark, self._vocabulary, self._tried = "", 0, False
 
     def context_length(self) -> int | None:
         """See `RolloutEngine.context_length`."""
-        return self._base_model().context
+        servers = {*self.servers.servers, *self.reference_servers.servers}
+        lengths = [self._base_model(server, self.check).context for server in servers]
+        return min((length for length in lengths if length is not None), default=None)
 
     def begin(self, rollout: LocalRollout) -> None:
         """See `RolloutEngine.begin`."""
@@ -94,8 +125,8 @@ class VLLMRollout(RolloutEngine):
         self._fields = sampling_fields(rollout.sampling, rollout.eos_token_ids)
 
     def sync(self, policy: nn.Module) -> None:
-        """See `RolloutEngine.sync`; rank 0 has the server load the adapter, and the other ranks wait for its name."""
-        mark = mark_of(policy)
+        """See `RolloutEngine.sync`; rank 0 has the server load the weights, and the other ranks wait for their name."""
+        mark = self._transfer.mark(policy)
         if mark == self._mark:
             return
         processes = world_size()
@@ -105,87 +136,137 @@ class VLLMRollout(RolloutEngine):
                 f"would have several; set trainer.devices to 1, or use a server that can do both"
             )
         self._vocabulary = policy.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        name = None
-        if own_rank() == 0:
-            if self.together and not self._tried:
-                self._served.try_beside(policy, self._base_model(), self._posted, self.check)
-            name, self._tried = self._served.replace(policy, self._adapter, self.check), True
-        self._adapter, self._mark = all_gather_guarded(name)[0], mark
+        name = self._replace(policy) if own_rank() == 0 else None
+        self._policy, self._mark = all_gather_guarded(name)[0], mark
 
     def write(self, prompts: Prompts, asked: Sequence[GenerationRequest]) -> list[list[Completions]]:
         """See `RolloutEngine.write`; send one request per completion, because a seed applies to a request."""
         ids, mask = prompts.ids.cpu(), prompts.mask.cpu()
         self.measured = {}
+        self.servers.take_back()
+        self.reference_servers.take_back()
         rows: list[list[int]] = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
-        lots = [(self._name(each.who), numbers) for each in asked for numbers in each.uniforms]
-        payloads = [
-            {**self._fields, "model": name, "prompt": row, "seed": seed}
-            for name, numbers in lots
+        lots = [(each.who, numbers) for each in asked for numbers in each.uniforms]
+        requests = [
+            (who, {**self._fields, "prompt": row, "seed": seed})
+            for who, numbers in lots
             for row, seed in zip(rows, seeds_of(numbers), strict=True)
         ]
-        answers = self._answers(payloads)
+        answers = self._answers(requests)
         lists = [answers[start : start + len(rows)] for start in range(0, len(answers), len(rows))]
         written = iter([self._completions(some, prompts) for some in lists])
         return [[next(written) for _ in each.uniforms] for each in asked]
 
     def close(self) -> None:
         """See `RolloutEngine.close`."""
-        if self._adapter is not None and own_rank() == 0:
-            self._served.forget(self._adapter)
-        self._adapter, self._mark = None, ""
+        if self._policy is not None and own_rank() == 0:
+            self._forget(self._policy)
+        self._policy, self._mark = None, ""
 
     def advice(self, who: Writer) -> str:
         """See `RolloutEngine.advice`."""
-        base = self._base_model().name
+        servers = self.servers if who == "policy" else self.reference_servers
+        base = self._base_model(servers.servers[0], self.check).name
         return (
-            f"check that {base!r} on the vLLM server at {self.server.url} is the model of model.policy in a similar "
+            f"check that {base!r} on the vLLM server at {servers.urls} is the model of model.policy in a similar "
             f"precision, and that the server was not started with another --logprobs-mode than raw_logprobs"
         )
 
-    def _base_model(self) -> BaseModel:
-        """Return the server's base model; at first use, check the server's version and list its models."""
-        if self._base is None:
-            self.server.look("/version", read_version, self.check)
-            models = self.server.look("/v1/models", read_models, self.check)
-            self._base = chosen_model(models, self.model, self.server.url)
-        return self._base
+    def _base_model(self, server: VLLMServer, check: Check) -> BaseModel:
+        """Return a server's base model; at first use, check the server's version and list its models."""
+        if server not in self._bases:
+            server.look("/version", read_version, check)
+            models = server.look("/v1/models", read_models, check)
+            self._bases[server] = chosen_model(models, self.model, server.url)
+        return self._bases[server]
 
-    def _name(self, who: Writer) -> str:
-        if who == "reference":
-            return self._base_model().name
-        if self._adapter is None:
-            raise RuntimeError("the engine was asked to write before it had the policy's weights")
-        return self._adapter
-
-    def _answers(self, payloads: list[dict[str, Any]]) -> list[Answer]:
-        """Request completions: all at once, or without `together` those of one model after the other's."""
-        answers: dict[int, Answer] = {}
-        for name in [None] if self.together else dict.fromkeys(payload["model"] for payload in payloads):
-            rows = [row for row, payload in enumerate(payloads) if name in (None, payload["model"])]
-            asked = [payloads[row] for row in rows]
-            answers.update(zip(rows, self._posted(asked), strict=True))
-        for row, payload in enumerate(payloads):
-            self._check_answer(payload, answers[row])
-        return [answers[row] for row in range(len(payloads))]
-
-    def _posted(self, payloads: list[dict[str, Any]]) -> list[Answer]:
-        adapter = self._adapter
+    def _replace(self, policy: nn.Module) -> str:
+        """Have the servers drop the weights that they have, and load the policy's current ones; return their name."""
+        if not self._tried:
+            for server in self.servers.living:
+                base = self._base_model(server, self.check)
+                self._transfer.try_out(server, policy, base, partial(self._post, server, check=self.check), self.check)
+            self._tried = True
+        old = self._policy
+        if old is not None:
+            self._transfer.remove(old)  # Before the new files are written, so that there need not be room for both.
+        name = self._transfer.save(policy)
         try:
-            return self.server.post(_COMPLETIONS, payloads, read_answer, self.check)
+            self.servers.on_each(lambda server, check: self._transfer.load(server, name, check), self.check)
+        except BaseException:
+            self._transfer.remove(name)
+            raise
+        if old is not None:
+            self._forget(old)
+        return name
+
+    def _forget(self, name: str) -> None:
+        """Have the servers drop weights, and delete their files."""
+        for server in self.servers.living:
+            self._transfer.forget(server, name)
+        self._transfer.remove(name)
+
+    def _answers(self, requests: list[Request]) -> list[Answer]:
+        """Request completions: all at once, or without `together` those of one model after the other's."""
+        is_one = self.together and self.servers is self.reference_servers
+        kinds: list[set[Writer]] = [{"policy", "reference"}] if is_one else [{"policy"}, {"reference"}]
+        lots = [[row for row, (who, _) in enumerate(requests) if who in kind] for kind in kinds]
+        pools = [self.servers, self.reference_servers]
+        tasks = [
+            partial(pool.spread, [requests[row] for row in lot], self._ask)
+            for pool, lot in zip(pools, lots, strict=False)
+            if lot
+        ]
+        turns = [tasks] if self.together else [[task] for task in tasks]
+        answers: dict[int, Answer] = {}
+        outcomes = [outcome for turn in turns for outcome in run_together(turn, self.check)]
+        for lot, outcome in zip([lot for lot in lots if lot], outcomes, strict=True):
+            if isinstance(outcome, RequestError):
+                raise outcome
+            answers.update(zip(lot, outcome, strict=True))
+        return [answers[row] for row in range(len(requests))]
+
+    def _ask(self, server: VLLMServer, requests: list[Request], check: Check) -> list[Answer]:
+        """Request completions from one server, again if it was started anew before it had written them all."""
+        base = self._base_model(server, check).name
+        names = {"reference": base}
+        if any(who == "policy" for who, _ in requests):
+            if self._policy is None:
+                raise RuntimeError("the engine was asked to write before it had the policy's weights")
+            names["policy"] = self._transfer.served_name(base, self._policy)
+        payloads = [{**payload, "model": names[who]} for who, payload in requests]
+        for _ in range(_MOST_REPEATS):
+            copy = self._copy(server, check) if "policy" in names else None
+            answers = self._post(server, payloads, check)
+            if copy is None or self._copy(server, check) == copy:
+                break
+        else:
+            raise InputError(f"{OPTIONS}.url: the vLLM server at {server.url} keeps losing the policy; see its log")
+        for payload, answer in zip(payloads, answers, strict=True):
+            self._check_answer(server, payload, answer)
+        return answers
+
+    def _copy(self, server: VLLMServer, check: Check) -> str:
+        return self._transfer.ensure(server, str(self._policy), check)
+
+    def _post(self, server: VLLMServer, payloads: list[dict[str, Any]], check: Check) -> list[Answer]:
+        adapter = self._policy
+        try:
+            return server.post(_COMPLETIONS, payloads, read_answer, check)
         except RequestError as error:
             if error.status != 404 or adapter is None or adapter not in {payload["model"] for payload in payloads}:
                 raise
         # The server has restarted, perhaps with another model: each process that notices checks it and loads the
         # adapter again.
-        self._base = None
-        self._base_model()
-        self._served.load(adapter, self.check)
-        return self.server.post(_COMPLETIONS, payloads, read_answer, self.check)
+        del self._bases[server]
+        self._base_model(server, check)
+        self._transfer.load(server, adapter, check)
+        return server.post(_COMPLETIONS, payloads, read_answer, check)
 
-    def _check_answer(self, payload: dict[str, Any], answer: Answer) -> None:
+    def _check_answer(self, server: VLLMServer, payload: dict[str, Any], answer: Answer) -> None:
         """Refuse a completion of another prompt, by another model or under other settings."""
         sampling, ends = self.rollout.sampling, self.rollout.eos_token_ids
-        said = f"{OPTIONS}.url: the vLLM server at {self.server.url}"
+        said = f"{OPTIONS}.url: the vLLM server at {server.url}"
         highest = max(answer.ids)
         if answer.prompt != payload["prompt"]:
             raise InputError(f"{said} has read other prompt tokens than it was sent; start it without truncation")
@@ -209,3 +290,41 @@ class VLLMRollout(RolloutEngine):
     def _completions(self, answers: Sequence[Answer], prompts: Prompts) -> Completions:
         ids, logps = ([getattr(answer, name) for answer in answers] for name in ("ids", "logps"))
         return self.completions(ids, logps, prompts, [answer.stopped_by is not None for answer in answers])
+
+
+def _transfer(
+    is_adapter: bool, adapter_folder: str | None, weights_folder: str | None, reference_url: str | None, together: bool
+) -> PolicyTransfer:
+    """Choose how the policy is sent, and refuse options that belong to the other way."""
+    of_weights = {"weights_folder": weights_folder, "reference_url": reference_url}
+    inert = of_weights if is_adapter else {"adapter_folder": adapter_folder}
+    way, other = ("adapter", "full") if is_adapter else ("full", "adapter")
+    for name in (name for name, value in inert.items() if value is not None):
+        raise InputError(f"{OPTIONS}.{name} is for {OPTIONS}.weights={other}, and that is {way}; set one of the two")
+    if not is_adapter:
+        if weights_folder is None and not Path(SHARED_MEMORY).is_dir():
+            raise InputError(f"{OPTIONS}.weights_folder must be set, as this machine has no {SHARED_MEMORY}")
+        return WeightsTransfer(SHARED_MEMORY if weights_folder is None else weights_folder)
+    if adapter_folder is None:
+        raise InputError(
+            f"{OPTIONS}.adapter_folder is not set; give a folder that the server can read, or set {OPTIONS}.weights to "
+            f"full"
+        )
+    return AdapterTransfer(adapter_folder, together=together)
+
+
+@contextmanager
+def _renaming_the_url() -> Iterator[None]:
+    """Have the errors about a URL name `reference_url`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace(f"{OPTIONS}.url", f"{OPTIONS}.reference_url")) from None
+
+
+def _refuse_shared(policy: ServerPool, reference: ServerPool) -> None:
+    for url in {server.url for server in policy.servers} & {server.url for server in reference.servers}:
+        raise InputError(
+            f"{OPTIONS}.reference_url is {url}, which is in {OPTIONS}.url too: with weights=full the policy takes the "
+            f"place of that server's model; name another server, or null to have the reference write in this process"
+        )
