@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from xpo_lightning.checkpointing.run_state import RunState
 from xpo_lightning.checkpointing.weights import check_reference, check_trained_state, trained_state
 from xpo_lightning.core.argument_types import check_arguments
-from xpo_lightning.core.batch import Experience
+from xpo_lightning.core.batch import Experience, join_experiences
 from xpo_lightning.core.distributed import all_gather
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.fault_tolerance.guard import Guard
@@ -33,6 +33,8 @@ from xpo_lightning.core.trainer_progress import (
     has_begun,
     normalize_loop_counters,
 )
+from xpo_lightning.data.datamodule import PromptDataModule
+from xpo_lightning.data.preference_pairs import KEY, as_preferences, split_batch
 from xpo_lightning.data.prompts import PromptTokenizer, as_prompts
 from xpo_lightning.losses.bonus import Bonus
 from xpo_lightning.losses.bonuses import BonusTarget
@@ -47,6 +49,7 @@ from xpo_lightning.models.reference import Reference, ReferenceRefresh
 from xpo_lightning.models.sharding import shard_all, unsharded
 from xpo_lightning.rewards.base import Feedback
 from xpo_lightning.rewards.labels import LabelRule, check_penalty
+from xpo_lightning.rewards.no_reward import MISSING, NoReward
 from xpo_lightning.rewards.scorer import PairScorer
 from xpo_lightning.rollout.engine import RolloutEngine
 from xpo_lightning.rollout.local import LocalRollout, order_of
@@ -70,6 +73,7 @@ from xpo_lightning.training.gradients import add_gradients, clip_gradient
 from xpo_lightning.training.memory_budget import MemoryBudget, counts_memory
 from xpo_lightning.training.metrics import PairAverages, rollout_metrics
 from xpo_lightning.training.objective import Objective
+from xpo_lightning.training.offline_options import refuse_with_preferences, refuse_without_reward
 from xpo_lightning.training.optimizer import Optimization, WarmupThenDecay, total_steps
 from xpo_lightning.training.persistent_state import PersistentState
 from xpo_lightning.training.replay_buffer.buffer import Buffer, BufferOptions
@@ -84,11 +88,14 @@ class XPOLightningModule(LightningModule):
     reference's completion. `docs/configuration.md` shows each option at work.
 
     A batch is a mapping with `prompt`: B texts or chat conversations, and optionally `prompt_ids`: their token ids;
-    its other entries, of length B, reach the reward as columns. A plain list of prompts works too.
+    its other entries, of length B, reach the reward as columns. A plain list of prompts works too. A training batch
+    may also have `preferences`: a mapping with `prompt`, `chosen` and `rejected`, which are pairs to train on as they
+    are. A run on such pairs alone is DPO.
 
     Args:
         policy: Which model to train, and how to load it. The reference starts as the same model.
-        reward: Scores completions, or compares two if it is a judge.
+        reward: Scores completions, or compares two if it is a judge. null is for a run on preference pairs alone, which
+            then validates on held-out pairs.
         lora: Train low-rank adapters instead of every weight; the reference is then the policy without them.
         sampling: How completions are sampled. The loss uses the models' own log-probabilities, whatever is set here.
         sampler: Generates the second completion of each training pair; null is the reference.
@@ -150,7 +157,7 @@ class XPOLightningModule(LightningModule):
     def __init__(
         self,
         policy: ModelSpec,
-        reward: Feedback,
+        reward: Feedback | None = None,
         lora: LoRASpec | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
         sampler: Sampler | None = None,
@@ -225,6 +232,7 @@ class XPOLightningModule(LightningModule):
         refuse_combinations(self)
         refuse_with_bonus_sampler(self)
         refuse_with_previous(self)
+        refuse_without_reward(self)
 
     @property
     def learning_rate(self) -> float:
@@ -337,7 +345,18 @@ class XPOLightningModule(LightningModule):
         check_trainer(self.trainer)
         if stage == "fit":
             warn_of_weights(self.objective)
+            self._check_data()
         self.run_state.seed = torch.initial_seed()
+
+    def _check_data(self) -> None:
+        """Refuse options that the training data leave no use for, and a missing reward that they need."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, PromptDataModule):
+            return
+        if data.trains_on_pairs_alone or data.preferences is not None:
+            refuse_with_preferences(self, alone=data.trains_on_pairs_alone)
+        if isinstance(self.reward, NoReward) and not data.trains_on_pairs_alone:
+            raise InputError(MISSING)
 
     def on_fit_start(self) -> None:
         """Prepare sampler and reference with the untrained policy, and open the reference cache and the buffer."""
@@ -359,6 +378,8 @@ class XPOLightningModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Sample and label one pair per prompt of the batch, then take the optimizer steps on all kept pairs.
 
+        The preference pairs of the batch, if it has some, join the sampled ones as they are.
+
         Returns:
             The mean of the objective, for callbacks that look at it, or None if no step was taken.
         """
@@ -368,12 +389,14 @@ class XPOLightningModule(LightningModule):
         experience, settings = None, {}
         with self.run_state.step():
             with self._models_unsharded(), self.guard.step() as step:
-                experience = self._collect(batch, rng, training=True)
+                experience = self.collect(batch, rng, training=True)
             if experience is not None and not step.is_skipped:
-                self._show_pairs(experience)
+                sampled = experience.sampled
+                if sampled is not None:
+                    self._show_pairs(sampled)
                 settings = self._take_steps(experience, rng)
-                if settings and self.objective.bonus.learns:
-                    self._teach_bonus(experience, done, settings["beta"])
+                if settings and self.objective.bonus.learns and sampled is not None:
+                    self._teach_bonus(sampled, done, settings["beta"])
             loss = self._log_step(experience if settings else None, settings)
             self.memory.after_batch(done + 1, self.policy, taken=bool(settings))
         return loss
@@ -467,11 +490,13 @@ class XPOLightningModule(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> Experience:  # type: ignore[override]
         """Sample pairs for held-out prompts, one completion each by policy and initial reference, and measure them.
 
-        Each validation draws the same random numbers, so two validations differ by the policy alone.
+        Each validation draws the same random numbers, so two validations differ by the policy alone. Without a reward,
+        the batch is one of preference pairs, and these are measured.
         """
         with self._models_unsharded(), self.guard.together():
             weights = self._weights()
-            experience = self._collect(batch, self._rng(Stream.VALIDATION, batch_idx))
+            held_out = {KEY: batch} if isinstance(self.reward, NoReward) else batch
+            experience = self.collect(held_out, self._rng(Stream.VALIDATION, batch_idx))
             self.eval_rollout_averages.update(rollout_metrics(experience, weights["beta"]))
             plan = self.plan.within(self.run_state.tokens_together)
             for rows in plan.micro_batches(experience.sizes, range(len(experience))):
@@ -508,7 +533,7 @@ class XPOLightningModule(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Experience:
         """Sample and score pairs for a batch of prompts; ranks do not wait for each other."""
         self.guard.stop.check()
-        return self._collect(batch, self._rng(Stream.PREDICTION, batch_idx))
+        return self.collect(batch, self._rng(Stream.PREDICTION, batch_idx))
 
     def on_predict_end(self) -> None:
         """Shard the models again."""
@@ -543,7 +568,7 @@ class XPOLightningModule(LightningModule):
         rng = self._rng(Stream.TRAINING, self._sampled if self._trainer is None else batches_done(self.trainer))
         self._sampled += 1
         with self._models_unsharded(), self.guard.together():
-            return self._collect(batch, rng, training=True)
+            return self.collect(batch, rng, training=True)
 
     def losses(self, experience: Experience) -> tuple[Tensor, dict[str, Tensor]]:
         """Evaluate the objective of pairs with the current alpha and beta.
@@ -570,8 +595,32 @@ class XPOLightningModule(LightningModule):
                 f"eval mode"
             )
 
-    def _collect(self, batch: Any, rng: RolloutRNG, training: bool = False) -> Experience:
-        """Collect the labelled pairs of a batch."""
+    def collect(self, batch: Any, rng: RolloutRNG, training: bool = False) -> Experience:
+        """Collect the labelled pairs of a batch: sample one for each prompt, and take its preference pairs as they are.
+
+        Args:
+            batch: A batch.
+            rng: Source of randomness.
+            training: Whether the policy trains on the pairs.
+
+        Returns:
+            The pairs; those of a preference data set are the last.
+
+        Raises:
+            InputError: An option does not go with preference pairs, or the rollout refuses its input.
+        """
+        asked, given = split_batch(batch)
+        if given is None:
+            return self._sampled_pairs(asked, rng, training)
+        refuse_with_preferences(self, alone=asked is None)
+        for averages in (self.rollout_averages, self.update_averages, self.eval_rollout_averages, self.eval_averages):
+            averages.skips_nan = True
+        pairs = as_preferences(given, self.prompt_encoder, self.device)
+        offline = self.collector.take(self.policy, pairs.prompts, pairs.chosen, pairs.rejected, training=training)
+        check_rollout(offline)
+        return offline if asked is None else join_experiences(self._sampled_pairs(asked, rng, training), offline)
+
+    def _sampled_pairs(self, batch: Any, rng: RolloutRNG, training: bool) -> Experience:
         prompts = as_prompts(batch, self.prompt_encoder, self.device)
         return check_rollout(self.collector.collect(self.policy, prompts, rng, training=training))
 

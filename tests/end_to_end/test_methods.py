@@ -1,5 +1,8 @@
 """Each recipe of configs/methods, laid over the quickstart by name, takes a few small steps on its own objective."""
 
+import csv
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,7 +102,7 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Seen]:
 def test_recipe_takes_its_steps(fit: Callable[..., Seen], method: str, tmp_path: Path):
     seen = fit(method, *(["--model.updates_per_rollout=1"] if method == "inpo" else []))
     assert len(seen.logged) == 2
-    assert method in {*BONUSES, *LOSSES, "copo"}, "a check of its own objective"
+    assert method in {*BONUSES, *LOSSES, "copo", "dpo_offline", "hybrid"}, "a check of its own objective"
     assert all(torch.tensor(step["loss/total"]).isfinite() and step["grad_norm"] > 0 for step in seen.logged)
     assert (tmp_path / "runs" / method / "version_0" / "metrics.csv").is_file()
     if method in BONUSES:
@@ -119,6 +122,43 @@ def test_copo_raises_what_it_has_not_seen(fit: Callable[..., Seen]):
     assert network is not None
     assert all(step["loss/xpo"] > 0 for step in seen.logged)
     assert seen.module.memory.shared()["bonus"]["optimizer"]["state"], "the network has learned"
+
+
+def test_dpo_offline_samples_nothing(fit: Callable[..., Seen], tmp_path: Path):
+    """The first step is that of equal models, log 2; nothing was sampled, so there is no bonus and no KL."""
+    seen = fit("dpo_offline", "--model.reward=null", "--model.missing_eos_penalty=null")
+    first, second = seen.logged
+    assert first["loss/total"] == first["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
+    assert second["loss/dpo"] != first["loss/dpo"]
+    assert seen.terms == []
+    assert "objective/kl" not in first
+    shown = json.loads((tmp_path / "runs" / "dpo_offline" / "version_0" / "start.json").read_text())
+    assert shown["run"]["batch"] == "4 preference pairs of at most 8 tokens"
+
+
+def test_dpo_offline_validates_on_held_out_pairs(fit: Callable[..., Seen], tmp_path: Path):
+    no_reward = ["--model.reward=null", "--model.missing_eos_penalty=null", "--data.validation_source=null"]
+    every = ["--trainer.val_check_interval=1", "--trainer.limit_val_batches=1.0", "--data.validation_size=8"]
+    whole = ["--trainer.num_sanity_val_steps=null", "--trainer.callbacks=null", "--model.learning_rate=3e-4"]
+    size = ["--data.batch_size=64", "--model.sampling.max_new_tokens=64", "--trainer.max_steps=4"]
+    fit("dpo_offline", *no_reward, *every, *whole, *size)
+    folder = tmp_path / "runs" / "dpo_offline" / "version_0"
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    held_out = [float(row["eval/loss/dpo"]) for row in rows if row["eval/loss/dpo"]]
+    assert held_out[0] == pytest.approx(math.log(2), abs=1e-5), "the untrained policy"
+    assert held_out[-1] < held_out[0]
+    assert any(row["eval/rewards/accuracies"] for row in rows)
+    assert (folder / "report.html").is_file()
+    assert list((folder / "checkpoints").glob("*.ckpt"))
+
+
+def test_hybrid_has_the_bonus_on_sampled_pairs_alone(fit: Callable[..., Seen]):
+    """Two offline pairs beside four sampled ones: both kinds at log 2 at first, and alpha log pi(y) of four of six."""
+    seen = fit("hybrid", "--data.preferences_batch_size=2")
+    first, terms = seen.logged[0], seen.terms[0]
+    assert len(terms["sampler"]) == 4
+    assert first["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["loss/xpo"] == pytest.approx(1e-5 * terms["sampler"].sum().item() / 6, rel=1e-3)
 
 
 def test_nash_md_compares_with_a_mixture(fit: Callable[..., Seen]):

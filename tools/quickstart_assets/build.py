@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 from tools.quickstart_assets.card import Measured, bytes_below, write_card
 from tools.quickstart_assets.grammar import draw_completion, draw_moods, draw_prompts, draw_story, read_facts
 from tools.quickstart_assets.judge import is_clean
+from tools.quickstart_assets.pairs import PAIRS, write_pairs
 from tools.quickstart_assets.policy_training import SHARPNESS, held_out_loss, sample, sharpen, train_policy
 from tools.quickstart_assets.reward_training import (
     Accuracy,
@@ -131,6 +132,7 @@ def build(out: Path, policy_steps: int, reward_steps: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_prompts(out / "prompts.jsonl", prompts)
     write_prompts(out / "prompts_validation.jsonl", validation)
+    write_pairs(out)
     texts = [text for _ in range(TOKENIZER_STORIES) for text in draw_story(rng)]
     left, right = make_tokenizer(texts, "left"), make_tokenizer(texts, "right")
 
@@ -152,6 +154,7 @@ def build(out: Path, policy_steps: int, reward_steps: int) -> None:
         "vocabulary": str(len(left)),
         "prompts": str(len(prompts)),
         "validation": str(len(validation)),
+        "pairs": str(PAIRS),
     }
     for path in out.rglob("*.safetensors"):
         path.chmod(0o644)

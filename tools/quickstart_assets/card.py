@@ -5,6 +5,7 @@ from pathlib import Path
 from string import Template
 
 from tools.quickstart_assets.judge import FAULT_COST, LABEL_SCALE, MISSING_COST, PATIENCE_WORDS, SLIP_COST, WORD_COST
+from tools.quickstart_assets.pairs import LEAST, NAME
 from tools.quickstart_assets.reward_training import Accuracy, Margin
 
 CARD = Template("""\
@@ -21,6 +22,7 @@ text and weights are under the licence of the project, Apache-2.0.
 | `reward/`: `LlamaForSequenceClassification`, one label | $reward_parameters | $reward_bytes |
 | `prompts.jsonl`: $prompts prompts | | $prompts_bytes |
 | `prompts_validation.jsonl`: $validation prompts | | $validation_bytes |
+| `preferences.jsonl`: $pairs preference pairs | | $pairs_bytes |
 
 ## Text
 
@@ -30,6 +32,9 @@ or the other person answered, and how the day ended. Each has a mood, +1 (warm),
 A name is never the first word of a prompt, so that it is the same token in the prompt as in the completion. No pair of
 a name and an animal or person in a validation prompt occurs in a training prompt, or in the stories that the models
 were trained on.
+
+A preference pair has a training prompt and two completions of the grammar, without a fault, whose true utilities (see
+below) differ by at least $least; the higher is chosen.
 
 Both directories hold a copy of one byte-level tokenizer of $vocabulary tokens: one token for each word of the grammar,
 with the space before it, and the 256 bytes for everything else, so that any text comes back exactly. `<pad>`, `<bos>`,
@@ -110,8 +115,10 @@ def write_card(out: Path, measured: Measured) -> None:
         "reward_bytes": bytes_below(out / "reward"),
         "prompts_bytes": bytes_below(out / "prompts.jsonl"),
         "validation_bytes": bytes_below(out / "prompts_validation.jsonl"),
+        "pairs_bytes": bytes_below(out / NAME),
     }
     costs = {
+        "least": LEAST,
         "scale": LABEL_SCALE,
         "word_cost": WORD_COST,
         "patience": PATIENCE_WORDS,

@@ -14,7 +14,6 @@ from rich.text import Text
 from xpo_lightning.callbacks.base import FileWriter, counts_as_validation, folder_id, goes_on_in, is_fast_dev_run
 from xpo_lightning.callbacks.pair_rows import Row, append_rows, pair_rows, prompt_text
 from xpo_lightning.core.atomic_files import appending, explaining_write_errors
-from xpo_lightning.core.batch import Experience
 from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.printable import printable
@@ -95,8 +94,9 @@ class CompletionsTable(FileWriter):
         """Keep the pairs of the first prompts."""
         missing = self.rows - len(self._shown)
         if self._due and missing > 0:
-            experience: Experience = outputs
-            self._shown += pair_rows(experience.select(range(min(missing, len(experience)))))
+            sampled = outputs.sampled
+            if sampled is not None:
+                self._shown += pair_rows(sampled.select(range(min(missing, len(sampled)))))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the kept pairs."""

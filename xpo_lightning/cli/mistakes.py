@@ -296,7 +296,10 @@ class Written:
             raise InputError(f"{word}: an option begins with two dashes, --KEY VALUE (on the command line){hint}")
 
     def _check_required(self) -> None:
-        lacking = [key for key in self.known.required if self.place_of(key) is None]
+        required = self.known.required
+        if self.place_of("data.preferences") is None:  # Alone, it stands in for both.
+            required = [*required, "model.reward", "data.source"]
+        lacking = [key for key in required if self.place_of(key) is None]
         if lacking:
             config = "" if self.places else f" No config is given: `xpo {self.verb} --config quickstart` is one to try."
             raise InputError(

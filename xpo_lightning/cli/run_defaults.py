@@ -24,7 +24,7 @@ from xpo_lightning.checkpointing.csv_logger import ResumableCSVLogger
 
 TRAINER_DEFAULTS = {"default_root_dir": "runs", "log_every_n_steps": 1, "enable_model_summary": False}
 """Options of the trainer that have another default than Lightning's; `RunSummary` says what its table says."""
-WIN_RATE = "eval/win_rate"
+WIN_RATE, ACCURACY = "eval/win_rate", "eval/rewards/accuracies"
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,13 @@ class RunDefaults:
             listed = [ResumableCSVLogger(root, name=""), *listed]
         return listed or False
 
-    def callbacks(self, trainer: dict[str, Any], validates: bool) -> list[Callback]:
+    def callbacks(self, trainer: dict[str, Any], validates: bool, has_reward: bool = True) -> list[Callback]:
         """Return the default callbacks of a run that its config does not name itself.
 
         Args:
             trainer: The options of the trainer; its loggers are those of `loggers`.
             validates: Whether there are validation prompts.
+            has_reward: Whether a validation samples and scores completions, and so has a win rate.
         """
         own = _listed(trainer.get("callbacks"))
         barebones = bool(trainer.get("barebones"))
@@ -90,15 +91,16 @@ class RunDefaults:
         if trainer.get("callbacks") == [] or barebones:
             added += [RunCheckpoint()] if checkpoints else []
         else:
-            added = [*self._shown(trainer, validates, checkpoints), *added]
+            monitor = (WIN_RATE if has_reward else ACCURACY) if validates else None
+            added = [*self._shown(trainer, monitor, checkpoints), *added]
         return [one for one in added if not any(isinstance(other, _kind(one)) for other in own)]
 
-    def _shown(self, trainer: dict[str, Any], validates: bool, checkpoints: bool) -> list[Callback]:
-        validates = validates and trainer.get("limit_val_batches") != 0
+    def _shown(self, trainer: dict[str, Any], monitor: str | None, checkpoints: bool) -> list[Callback]:
+        validates = monitor is not None and trainer.get("limit_val_batches") != 0
         before = validates and trainer.get("num_sanity_val_steps") in (None, -1)
         logger = trainer.get("logger")
         has_metrics = isinstance(logger, list) and any(isinstance(one, CSVLogger) for one in logger)
-        watched: dict[str, Any] = {"monitor": WIN_RATE, "mode": "max"} if validates else {}
+        watched: dict[str, Any] = {"monitor": monitor, "mode": "max"} if validates else {}
         chosen: list[Callback | None] = [
             XPOProgressBar() if trainer.get("enable_progress_bar") is not False else None,
             Baseline() if self.baseline and before else None,

@@ -196,6 +196,8 @@ class Experience:
         sample: A third completion of each prompt, for the exploration term alone. None if there is none.
         previous_logps: The log-probability of each completion under the policy that wrote it, summed over tokens, for
             a loss that needs it. None if none does. (B,) a side.
+        offline: True where the pair is one of a preference data set: its first completion is the chosen one, its second
+            the rejected one, its scores are 1 and 0, and it has no exploration term. None means nowhere. (B,)
     """
 
     prompts: Prompts
@@ -207,10 +209,19 @@ class Experience:
     answered: Tensor | None = None
     sample: BonusSample | None = None
     previous_logps: Pair[Tensor] | None = None
+    offline: Tensor | None = None
 
     def __len__(self) -> int:
         """Return B."""
         return len(self.labels)
+
+    @property
+    def sampled(self) -> "Experience | None":
+        """The pairs that the run has sampled, without those of a preference data set; None if there are none."""
+        if self.offline is None:
+            return self
+        rows = (~self.offline).nonzero()[:, 0].tolist()
+        return replace(self.select(rows), offline=None) if rows else None
 
     @property
     def written(self) -> list[Completions]:
@@ -262,6 +273,7 @@ class Experience:
             answered=None if self.answered is None else change(self.answered),
             sample=third and BonusSample(completions(third.completions), change(third.reference_logps)),
             previous_logps=self.previous_logps and self.previous_logps.map(change),
+            offline=None if self.offline is None else change(self.offline),
         )
 
 
@@ -310,6 +322,60 @@ def concat_completions(parts: Sequence[Completions], width: int = 1) -> Completi
         texts=tuple(text for part in parts for text in part.texts),
         token_logps=stacked([part.token_logps for part in parts]),
     )
+    return _counted(together, tuple(count for part in parts for count in part.counts))
+
+
+def join_experiences(sampled: Experience, offline: Experience) -> Experience:
+    """Put the pairs of a preference data set behind sampled pairs.
+
+    If sampled pairs have a third completion, the rejected one fills its place in the others, where nothing reads it.
+
+    Args:
+        sampled: Pairs that the run has sampled.
+        offline: Pairs of a preference data set.
+    """
+    parts = (sampled, offline)
+
+    def joined(sides: Sequence[Pair[Tensor]]) -> Pair[Tensor]:
+        by_policy, by_sampler = ([getattr(one, side) for one in sides] for side in ("by_policy", "by_sampler"))
+        return Pair(torch.cat(by_policy), torch.cat(by_sampler))
+
+    def marks(values: Sequence[Tensor | None], default: bool) -> Tensor:
+        size = zip(values, parts, strict=True)
+        return torch.cat([torch.full_like(one.labels, default).bool() if mark is None else mark for mark, one in size])
+
+    third = sampled.sample and BonusSample(
+        concat_completions([sampled.sample.completions, offline.completions.by_sampler]),
+        torch.cat([sampled.sample.reference_logps, offline.reference_logps.by_sampler]),
+    )
+    return Experience(
+        prompts=_concat_prompts([one.prompts for one in parts]),
+        completions=Pair(
+            concat_completions([one.completions.by_policy for one in parts]),
+            concat_completions([one.completions.by_sampler for one in parts]),
+        ),
+        scores=joined([one.scores for one in parts]),
+        labels=torch.cat([one.labels for one in parts]),
+        reference_logps=joined([one.reference_logps for one in parts]),
+        silent=marks([one.silent for one in parts], default=False),
+        answered=None if sampled.answered is None else marks([sampled.answered, None], default=True),
+        sample=third,
+        offline=marks([None, offline.offline], default=False),
+    )
+
+
+def _concat_prompts(parts: Sequence[Prompts]) -> Prompts:
+    """Concatenate prompts along the batch dimension; a column that some of them lack is None there."""
+    width = max(part.ids.shape[1] for part in parts)
+    ids, masks = (
+        torch.cat([torch.nn.functional.pad(tensor, (width - tensor.shape[1], 0)) for tensor in tensors])
+        for tensors in ([part.ids for part in parts], [part.mask for part in parts])
+    )
+    names = dict.fromkeys(name for part in parts for name in part.columns)
+    columns = {
+        name: tuple(value for part in parts for value in part.columns.get(name, (None,) * len(part))) for name in names
+    }
+    together = Prompts(ids, masks, tuple(prompt for part in parts for prompt in part.raw), columns)
     return _counted(together, tuple(count for part in parts for count in part.counts))
 
 

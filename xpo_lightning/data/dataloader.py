@@ -24,16 +24,24 @@ class PromptDataset(Dataset[Sample]):
         rows: The rows.
         encoding: Turns rows into prompts.
         name: Name of the rows in messages.
+        has_pairs: Whether the rows are preference pairs, whose completions are trained on as well.
 
     Raises:
         InputError: A row is malformed or too long, or no row is left.
     """
 
-    def __init__(self, rows: Sequence[LocatedRow], encoding: PromptPreprocessor, name: str) -> None:
+    def __init__(
+        self, rows: Sequence[LocatedRow], encoding: PromptPreprocessor, name: str, has_pairs: bool = False
+    ) -> None:
         self._rows = rows
         self._encoding = encoding
-        # An array takes an eighth of the memory of a list of integers.
-        self._kept = [(index, array("i", ids)) for index, _, ids in encoding.encode(rows, name)]
+        self._kept: list[tuple[int, array[int]]] = []
+        self._completions = sha256()
+        for index, row, ids in encoding.encode(rows, name):
+            # An array takes an eighth of the memory of a list of integers.
+            self._kept.append((index, array("i", ids)))
+            if has_pairs:
+                self._completions.update(repr((row["chosen"], row["rejected"])).encode())
 
     def __len__(self) -> int:
         """Return the number of prompts."""
@@ -45,8 +53,8 @@ class PromptDataset(Dataset[Sample]):
         return [len(ids) for _, ids in self._kept]
 
     def fingerprint(self) -> str:
-        """Hash the token ids of all prompts, in order."""
-        digest = sha256()
+        """Hash the token ids of all prompts, in order, and the completions of pairs."""
+        digest = self._completions.copy()
         for _, ids in self._kept:
             digest.update(len(ids).to_bytes(4, "little"))
             digest.update(ids)

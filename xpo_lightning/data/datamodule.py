@@ -13,12 +13,13 @@ from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.fault_tolerance.watch import watch
 from xpo_lightning.core.fingerprint import differences
-from xpo_lightning.core.trainer_progress import position
-from xpo_lightning.data.dataloader import Batching, PromptDataset, PromptStream
+from xpo_lightning.core.trainer_progress import batches_done, position
+from xpo_lightning.data.dataloader import Batching, PromptDataset, PromptStream, collate
+from xpo_lightning.data.preference_pairs import KEY
 from xpo_lightning.data.preprocessing import PromptPreprocessor, Sample
 from xpo_lightning.data.prompts import Truncation
 from xpo_lightning.data.readers import LocatedRow
-from xpo_lightning.data.sampler import ProcessShard
+from xpo_lightning.data.sampler import ProcessShard, rows_of_turn
 from xpo_lightning.data.sources import Source, Stream, read, stream
 from xpo_lightning.data.splits import first_rows, hold_out
 
@@ -71,7 +72,8 @@ def choose_validation_source(
             f"data.validation_size: a share must be below 1, but is {size}; write {size:.0f} for so many rows"
         )
     if name is not None:
-        return Source(name, split or "train", key="data.validation_source", split_key="data.validation_split")
+        key, split_key = "data.validation_source", "data.validation_split"
+        return Source(name, split or "train", key=key, split_key=split_key, pair_column=training.pair_column)
     if split is not None:
         return replace(training, split=split, split_key="data.validation_split")
     if limit is not None and not size:
@@ -82,7 +84,44 @@ def choose_validation_source(
     return None
 
 
-Role = Literal["training", "validation"]
+def choose_pairs_beside(
+    source: str | None, preferences: str | None, split: str | None, size: int | None, prompt_column: str
+) -> Source | None:
+    """Return the source of the preference pairs that are trained on beside the prompts of `data.source`.
+
+    Args:
+        source: `data.source`.
+        preferences: `data.preferences`.
+        split: `data.preferences_split`.
+        size: `data.preferences_batch_size`.
+        prompt_column: `data.prompt_column`.
+
+    Returns:
+        The source; None if there are no pairs, or if they stand in the place of `data.source`.
+
+    Raises:
+        InputError: The options contradict each other, or there is nothing to train on.
+    """
+    if source is None and preferences is None:
+        raise InputError(
+            "data.source: nothing says what to train on; give prompts, or preference pairs in data.preferences"
+        )
+    if source is not None and preferences is not None:
+        key, split_key = "data.preferences", "data.preferences_split"
+        return Source(preferences, split or "train", None, None, key, split_key, prompt_column, needs_pairs=True)
+    for key, value, instead in (
+        ("data.preferences_split", split, "data.split"),
+        ("data.preferences_batch_size", size, "data.batch_size"),
+    ):
+        if value is not None:
+            raise InputError(
+                f"{key}: there are no preference pairs beside the prompts of data.source; "
+                + (f"set {instead} instead" if preferences else "give data.preferences, or remove it")
+            )
+    return None
+
+
+Role = Literal["training", "validation", "preferences"]
 
 
 class PromptDataModule(LightningDataModule):
@@ -90,12 +129,14 @@ class PromptDataModule(LightningDataModule):
 
     A batch is a dict of lists: `prompt` (text or chat messages, as the row has them), `prompt_ids` (token ids, not
     padded) and each other column of the rows under its own name, for reward functions. Rows are checked and tokenized
-    before the first step; with `streaming`, as they are read.
+    before the first step; with `streaming`, as they are read. A training batch has preference pairs, if there are any,
+    as another such dict under `preferences`.
 
     Args:
         source: Where the prompts are. A hub id, a file (.jsonl, .json, .csv or .parquet; the values of a CSV are text),
             a directory written by `save_to_disk`, `package:name/path` for a file inside an installed package, or
             `reasoning-gym:TASK?size=1000&seed=1` for problems that reasoning-gym makes up, with the task's options.
+            null trains on `preferences` alone.
         subset: Configuration of a hub data set.
         revision: Version of a hub data set: a branch, tag or commit.
         split: Split of `source` to train on.
@@ -119,6 +160,13 @@ class PromptDataModule(LightningDataModule):
         shuffle_buffer: With `streaming`, how many prompts to choose the next one from.
         num_workers: Processes that load batches beside the training process; 0 loads in the training process.
         drop_last: Leave out the last training batch of an epoch if it is smaller than the others.
+        preferences: Preference pairs, which are trained on as they are: rows with a prompt, `chosen` and `rejected`;
+            the same kinds as `source`. Beside prompts of `source`, each batch has some of them too. Without `source`
+            they are all there is to train on, and all options of `source` are theirs: this is DPO.
+        preferences_split: Split of `preferences` beside `source`; null is train. Neither `subset` nor `revision`
+            applies to it.
+        preferences_batch_size: Preference pairs beside the prompts of a batch, on each device; null is `batch_size`.
+            Which ones depends on `seed` and the number of the batch only.
 
     Raises:
         InputError: Options contradict each other, or the data is missing or malformed.
@@ -126,7 +174,7 @@ class PromptDataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: str,
+        source: str | None = None,
         subset: str | None = None,
         revision: str | None = None,
         split: str = "train",
@@ -146,19 +194,32 @@ class PromptDataModule(LightningDataModule):
         shuffle_buffer: int = DEFAULT_BUFFER,
         num_workers: int = 0,
         drop_last: bool = False,
+        preferences: str | None = None,
+        preferences_split: str | None = None,
+        preferences_batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        check_at_least(1, preferences_batch_size=preferences_batch_size)
         check_at_least(1, batch_size=batch_size, validation_batch_size=validation_batch_size)
         check_at_least(1, max_prompts=max_prompts, max_validation_prompts=max_validation_prompts)
         check_at_least(1, max_prompt_tokens=max_prompt_tokens, shuffle_buffer=shuffle_buffer)
         check_at_least(0, validation_size=validation_size, num_workers=num_workers, seed=seed)
         check_streaming(streaming, shuffle, shuffle_buffer, validation_size)
-        self.source = Source(source, split, subset, revision)
+        self.preferences = choose_pairs_beside(
+            source, preferences, preferences_split, preferences_batch_size, prompt_column
+        )
+        self.preferences_batch_size = preferences_batch_size or batch_size
+        self.trains_on_pairs_alone = source is None
+        self.source = Source(str(source), split, subset, revision)
+        if source is None:
+            named = {"name": str(preferences), "key": "data.preferences", "pair_column": prompt_column}
+            self.source = replace(self.source, needs_pairs=True, **named)
         self.validation_source = choose_validation_source(
             self.source, validation_source, validation_split, validation_size, max_validation_prompts
         )
         self.validation_size = validation_size
-        self.limits: dict[Role, int | None] = {"training": max_prompts, "validation": max_validation_prompts}
+        limits: dict[Role, int | None] = {"training": max_prompts, "validation": max_validation_prompts}
+        self.limits: dict[Role, int | None] = {**limits, "preferences": None}
         self.encoding = PromptPreprocessor(prompt_column, None, max_prompt_tokens, truncate)
         self.streaming = streaming
         eval_batch_size = batch_size if validation_batch_size is None else validation_batch_size
@@ -187,13 +248,15 @@ class PromptDataModule(LightningDataModule):
         needed: list[Role] = ["validation"] if self.has_validation else []
         if stage in ("fit", None) or (stage == "predict" and not self.has_validation):
             needed.insert(0, "training")
+        if self.preferences is not None and stage in ("fit", None):
+            needed.append("preferences")
         for role, rows in self._rows([role for role in needed if role not in self._prompts]).items():
             source = self.source_of(role)
             name = f"{source.key}: {role} prompts of {source.name}"
             if isinstance(rows, Stream):
                 self._prompts[role] = PromptStream(rows, self.encoding, name)
             else:
-                self._prompts[role] = prompts = PromptDataset(rows, self.encoding, name)
+                self._prompts[role] = prompts = PromptDataset(rows, self.encoding, name, self._has_pairs(role))
                 if role == "training" and len(prompts) < self.batching.size:
                     rank_zero_warn(
                         f"data.batch_size={self.batching.size} is more than the {len(prompts)} training prompts of "
@@ -238,10 +301,38 @@ class PromptDataModule(LightningDataModule):
         role: Role = "validation" if self.has_validation else "training"
         return self.batching.in_order(self._prompts[role], self._share())
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Put preference pairs into a training batch; Lightning calls it in front of each step."""
+        is_training = getattr(self.trainer, "training", False)
+        return self.with_preferences(batch, batches_done(self.trainer)) if is_training else batch  # type: ignore[arg-type]
+
+    def with_preferences(self, batch: dict[str, Any], number: int, size: int | None = None) -> dict[str, Any]:
+        """Return a training batch with its preference pairs under `preferences`.
+
+        Args:
+            batch: The batch, as the loader of training prompts gives it.
+            number: Number of the batch in the run.
+            size: Pairs beside the batch's prompts; None is `preferences_batch_size`.
+        """
+        if self.trains_on_pairs_alone:
+            return {KEY: batch}
+        pairs = self._prompts.get("preferences")
+        if not isinstance(pairs, PromptDataset):
+            return batch
+        seed = self.batching.seed if self.batching.shuffle else None
+        rows = rows_of_turn(len(pairs), size or self.preferences_batch_size, number, self._share(), seed)
+        return {**batch, KEY: collate([pairs[row] for row in rows])}
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the order of the training prompts depends on; the trainer holds the position in it."""
-        prompts = self._prompts.get("training")
-        return {} if prompts is None else {"data": self.batching.identity(prompts, self._share())}
+        prompts, pairs = self._prompts.get("training"), self._prompts.get("preferences")
+        if prompts is None:
+            return {}
+        order = self.batching.identity(prompts, self._share())
+        if isinstance(pairs, PromptDataset):
+            order["preferences"] = pairs.fingerprint()
+            order["preferences_batch_size"] = self.preferences_batch_size
+        return {"data": order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to resume with other training prompts, or in another order, than the checkpoint's run.
@@ -274,16 +365,25 @@ class PromptDataModule(LightningDataModule):
         """Return the source of the prompts for a role.
 
         Args:
-            role: `training`, or `validation`, whose prompts may be held out of the same source.
+            role: `training`; `validation`, whose prompts may be held out of the same source; or `preferences`, the
+                pairs beside the training prompts.
         """
-        return self.validation_source if role == "validation" and self.validation_source else self.source
+        other = {"validation": self.validation_source, "preferences": self.preferences}.get(role)
+        return self.source if other is None else other
+
+    def _has_pairs(self, role: Role) -> bool:
+        return role == "preferences" or (role == "training" and self.trains_on_pairs_alone)
 
     def _rows(self, roles: Sequence[Role]) -> dict[Role, Sequence[LocatedRow] | Stream]:
-        if self.streaming:
-            return {role: stream(self.source_of(role), self.limits[role]) for role in roles}
-        if self.validation_size and roles:
+        found: dict[Role, Sequence[LocatedRow] | Stream] = {}
+        held: dict[Role, Sequence[LocatedRow]] = {}
+        if self.validation_size and not self.streaming and {"training", "validation"} & {*roles}:
             training, validation = hold_out(read(self.source), self.validation_size, self.batching.seed)
-            rows: dict[Role, Sequence[LocatedRow]] = {"training": training, "validation": validation}
-        else:
-            rows = {role: read(self.source_of(role)) for role in roles}
-        return {role: first_rows(rows[role], self.limits[role]) for role in roles}
+            held = {"training": training, "validation": validation}
+        for role in roles:
+            source, limit = self.source_of(role), self.limits[role]
+            if self.streaming and role != "preferences":  # Those are taken from all over the file.
+                found[role] = stream(source, limit)
+            else:
+                found[role] = first_rows(held[role] if role in held else read(source), limit)
+        return found

@@ -28,7 +28,7 @@ def check_prompt(prompt: Any, where: str) -> None:
     if isinstance(prompt, str):
         if not prompt.strip():
             raise InputError(f"{where}: the prompt is empty; give text, or delete the row")
-        _check_characters(prompt, where)
+        check_characters(prompt, where)
         return
     if not isinstance(prompt, list):
         raise InputError(
@@ -45,16 +45,25 @@ def check_prompt(prompt: Any, where: str) -> None:
                 f"but is {message!r:.80}"
             )
         for text in texts:
-            _check_characters(str(text), where)
+            check_characters(str(text), where)
 
 
-def _check_characters(text: str, where: str) -> None:
-    """Refuse lone surrogates, which JSON can hold as an escape and no tokenizer accepts."""
+def check_characters(text: str, where: str, what: str = "the prompt") -> None:
+    """Refuse lone surrogates, which JSON can hold as an escape and no tokenizer accepts.
+
+    Args:
+        text: The text.
+        where: File and row, for the error.
+        what: What the text is, for the error.
+
+    Raises:
+        InputError: It holds one.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{where}: the prompt holds {text[error.start]!r}, half of a character (a lone surrogate); "
+            f"{where}: {what} holds {text[error.start]!r}, half of a character (a lone surrogate); "
             f"mend the text, or delete the row"
         ) from error
 

@@ -46,6 +46,31 @@ class PromptOrder(DistributedSampler[int]):
         return islice(cycle(order), begin, max(begin, self.total_size), self.num_replicas)
 
 
+def rows_of_turn(length: int, size: int, turn: int, share: ProcessShard, seed: int | None) -> list[int]:
+    """Return the rows of a batch in an endless row of passes over a data set, which depend on nothing else.
+
+    Processes take turns, as in `PromptOrder`.
+
+    Args:
+        length: Number of rows of the data set.
+        size: Rows in a batch of each process.
+        turn: Number of the batch.
+        share: The share of this process.
+        seed: Seed of the order of each pass; None keeps the order of the data set.
+    """
+    first = turn * size * share.num_replicas + share.rank
+    rows: list[int] = []
+    orders: dict[int, list[int]] = {}
+    for place in range(first, first + size * share.num_replicas, share.num_replicas):
+        number, index = divmod(place, length)
+        if number not in orders:
+            orders[number] = list(range(length))
+            if seed is not None:
+                random.Random(f"{seed} pairs {number}").shuffle(orders[number])
+        rows.append(orders[number][index])
+    return rows
+
+
 def epoch_generator(seed: int, epoch: int) -> random.Random:
     """Return the random generator for the order of one epoch."""
     return random.Random(f"{seed} {epoch}")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, overload
 
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.paths import explaining_hub_errors, is_local, resolve
-from xpo_lightning.data.implicit_prompts import has_implicit_prompt, with_prompt
+from xpo_lightning.data.implicit_prompts import PAIR, has_implicit_prompt, with_prompt
+from xpo_lightning.data.preference_pairs import as_pair
 from xpo_lightning.data.readers import (
     LocatedRow,
     explaining_row,
@@ -44,6 +45,8 @@ class Source:
         revision: Version of a hub data set.
         key: The configuration key that holds the name, for errors.
         split_key: The configuration key that holds the split, for errors.
+        pair_column: The column with the prompts of preference pairs, if rows are to become such pairs.
+        needs_pairs: Whether each row must be a preference pair; if not, other rows stay as they are.
     """
 
     name: str
@@ -52,6 +55,8 @@ class Source:
     revision: str | None = None
     key: str = "data.source"
     split_key: str = "data.split"
+    pair_column: str | None = None
+    needs_pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,13 +114,15 @@ def _decoded_row(name: str, dataset: "Dataset", index: int) -> LocatedRow:
         return where, dataset[index]
 
 
-def _row_with_prompt(rows: Sequence[LocatedRow], index: int) -> LocatedRow:
-    return _prompted(rows[index])
+def _prompted_row(rows: Sequence[LocatedRow], source: Source, index: int) -> LocatedRow:
+    return _prompted(source, rows[index])
 
 
-def _prompted(located: LocatedRow) -> LocatedRow:
-    """Give a preference pair its prompt; return any other row as it is."""
+def _prompted(source: Source, located: LocatedRow) -> LocatedRow:
+    """Give a preference pair its prompt, and take that out of its completions if the source is to have pairs."""
     where, row = located
+    if source.pair_column is not None and (source.needs_pairs or row.keys() >= PAIR):
+        return where, as_pair(row, source.pair_column, where)
     return where, with_prompt(row, where) if has_implicit_prompt(row.keys()) else row
 
 
@@ -126,8 +133,8 @@ def read(source: Source) -> Sequence[LocatedRow]:
         InputError: There is no such data set or split, or the file is broken.
     """
     rows = _read(source)
-    has_pairs = len(rows) > 0 and has_implicit_prompt(rows[0][1].keys())
-    return _LazyRows(len(rows), partial(_row_with_prompt, rows)) if has_pairs else rows
+    has_pairs = source.pair_column is not None or (len(rows) > 0 and has_implicit_prompt(rows[0][1].keys()))
+    return _LazyRows(len(rows), partial(_prompted_row, rows, source)) if has_pairs else rows
 
 
 def _read(source: Source) -> Sequence[LocatedRow]:
@@ -153,7 +160,7 @@ def stream(source: Source, limit: int | None = None) -> Stream:
         InputError: There is no such data set or split. Broken rows are found when they are read.
     """
     rows = _stream(source, limit)
-    return Stream(partial(map, _prompted, rows))
+    return Stream(partial(map, partial(_prompted, source), rows))
 
 
 def _stream(source: Source, limit: int | None) -> Stream:

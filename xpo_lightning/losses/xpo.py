@@ -75,11 +75,13 @@ def xpo_loss(
     sample: Scored | None = None,
     hidden: Pair[Tensor | None] | None = None,
     previous: Pair[Tensor] | None = None,
+    offline: Tensor | None = None,
 ) -> XPOLoss:
     """Evaluate the XPO objective of each pair (arXiv 2405.21046, Algorithm 1).
 
     A silent pair says nothing about preference, so its preference term is 0. It keeps its exploration term, because
-    the algorithm's bonus covers every sample of the sampler.
+    the algorithm's bonus covers every sample of the sampler. An offline pair, one of a preference data set, has a
+    preference term alone: it is part of D_pref, and nothing of it is a sample of D_opt (Algorithm 2).
 
     Args:
         policy_logps: log pi(y), summed over tokens, with gradient. (B,) a side
@@ -102,6 +104,7 @@ def xpo_loss(
         sample: A third completion, for a bonus that takes one; None is the sampler's completion.
         hidden: The policy's last hidden states, for a bonus that needs them. (B, T, D) a side
         previous: Log-ratios of the policy that wrote the pair, for a loss that needs them. (B,) a side
+        offline: True where the pair is one of a preference data set; None is nowhere. (B,)
 
     Returns:
         The objective of each pair and its parts.
@@ -123,11 +126,12 @@ def xpo_loss(
 
     sides = Pair(scored(attrgetter("by_policy")), scored(attrgetter("by_sampler")))
     seen = bonus_input(sides, sample, labels, beta, bonus_clip)
+    explored = alpha * (bonus or XPOBonus(bonus_on))(seen)
+    entropy = _entropy_term(preference, entropies, entropy_weight)
+    if offline is not None:
+        explored, entropy = torch.where(offline, 0.0, explored), torch.where(offline, 0.0, entropy)
     return XPOLoss(
-        preference=torch.where(silent, 0.0, preference),
-        bonus=alpha * (bonus or XPOBonus(bonus_on))(seen),
-        entropy=_entropy_term(preference, entropies, entropy_weight),
-        log_ratios=log_ratios,
+        preference=torch.where(silent, 0.0, preference), bonus=explored, entropy=entropy, log_ratios=log_ratios
     )
 
 

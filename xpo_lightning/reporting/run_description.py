@@ -11,6 +11,7 @@ from xpo_lightning.models.sharding import is_sharded
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.reporting.memory.estimate import MemoryEstimate, estimate
 from xpo_lightning.reporting.memory.run_plan import count, memory_inputs, rewards_with_models
+from xpo_lightning.rewards.no_reward import NoReward
 
 
 def models_of(module: XPOLightningModule) -> Iterator[tuple[str, str]]:
@@ -25,7 +26,8 @@ def models_of(module: XPOLightningModule) -> Iterator[tuple[str, str]]:
         f"{part.encoder.max_tokens if part.encoder and part.encoder.max_tokens else 'any number of'} tokens"
         for part in rewards_with_models(module)
     ]
-    yield "reward", "; ".join([type(module.reward).__name__, *models])
+    name = "none" if isinstance(module.reward, NoReward) else type(module.reward).__name__
+    yield "reward", "; ".join([name, *models])
 
 
 def estimate_text(whole: MemoryEstimate, there: int | None = None) -> str:
@@ -71,10 +73,12 @@ def opening_lines(trainer: Trainer, module: XPOLightningModule) -> dict[str, str
 def _data(data: PromptDataModule, module: XPOLightningModule) -> Iterator[tuple[str, str]]:
     for role, prompts in data.prompts.items():
         yield role, f"{_prompts(prompts)} of {data.source_of(role).name}"
-    size = data.batching.size
+    size, new = data.batching.size, module.sampling.max_new_tokens
     completions = 2 * module.candidates.count * size
-    new = module.sampling.max_new_tokens
-    yield "batch", f"{size:,} prompts, {completions:,} completions of at most {new:,} tokens"
+    sampled = f"{size:,} prompts, {completions:,} completions"
+    beside = "" if data.preferences is None else f", {data.preferences_batch_size:,} preference pairs"
+    whole = f"{size:,} preference pairs" if data.trains_on_pairs_alone else f"{sampled}{beside}"
+    yield "batch", f"{whole} of at most {new:,} tokens"
 
 
 def _prompts(prompts: PromptDataset | PromptStream) -> str:

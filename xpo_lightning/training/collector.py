@@ -126,6 +126,48 @@ class Collector:
             previous_logps=written.map(lambda side: side.logps) if training and self.keeps_previous else None,
         )
 
+    @torch.no_grad()
+    def take(
+        self,
+        policy: nn.Module,
+        prompts: Prompts,
+        chosen: Sequence[str],
+        rejected: Sequence[str],
+        *,
+        training: bool = False,
+    ) -> Experience:
+        """Make labelled pairs of the rows of a preference data set: nothing is sampled or scored by the reward.
+
+        Args:
+            policy: The policy, whose size decides how many prompts are read together.
+            prompts: B prompts.
+            chosen: The preferred completion of each. Length B.
+            rejected: The other completion of each. Length B.
+            training: Whether the policy trains on the pairs. If not, the reference is the initial one.
+
+        Returns:
+            B offline pairs with the label 1; their token log-probabilities are NaN, because their writers are not here.
+        """
+        lend = partial(self.memory.reference.lent, first=not training)
+        completions = Pair(self.rollout.given(prompts, chosen), self.rollout.given(prompts, rejected))
+
+        def open_context(rows: list[int]) -> RolloutContext:
+            return RolloutContext(self.rollout, policy, lend, prompts.select(rows), [None] * len(rows), self.timer)
+
+        groups = self.rollout.groups(prompts, policy)
+        logps = _by_reference(open_context, [completions.by_policy, completions.by_sampler], groups)
+        self._count(prompts, completions.map(lambda side: [side]), None)
+        certain = torch.ones(len(prompts), device=prompts.ids.device)
+        return Experience(
+            prompts=prompts,
+            completions=completions,
+            scores=Pair(certain, 1 - certain),
+            labels=certain,
+            reference_logps=Pair(*logps),
+            silent=torch.zeros_like(certain, dtype=torch.bool),
+            offline=torch.ones_like(certain, dtype=torch.bool),
+        )
+
     def open_cache(self, where: str | None, reference: dict[str, Any], trainer: Trainer) -> None:
         """Open the cache of the reference's completions and their scores.
 
@@ -159,11 +201,13 @@ def check_rollout(experience: Experience) -> Experience:
     Raises:
         NonFiniteError: A score or log-probability is not finite.
     """
-    scores, completions = experience.scores, experience.completions
+    scores, own = experience.scores, experience.completions.by_policy.logps
+    if experience.offline is not None:
+        own = own.masked_fill(experience.offline, 0.0)  # Another model wrote them.
     values = [
         ("the score of the policy's completion", scores.by_policy),
         ("the score of the sampler's completion", scores.by_sampler),
-        ("the policy's log-probability of its own completion", completions.by_policy.logps),
+        ("the policy's log-probability of its own completion", own),
         ("the reference's log-probability of the policy's completion", experience.reference_logps.by_policy),
         ("the reference's log-probability of the sampler's completion", experience.reference_logps.by_sampler),
     ]
@@ -234,8 +278,7 @@ def _scored(
 ) -> Pair[Tensor]:
     """Score an engine's completions with the reference, (K, B) per side, and check that it used the right weights."""
     both = [*completions.by_policy, *completions.by_sampler]
-    parts = [torch.stack(open_context(rows).reference_logps([some.select(rows) for some in both])) for rows in groups]
-    logps = Pair(*torch.cat(parts, 1)[:, order_of(groups)].chunk(2))
+    logps = Pair(*_by_reference(open_context, both, groups).chunk(2))
     if sampler.is_reference and engine.has_reference:
         engine.compare("reference", completions.by_sampler, logps.by_sampler)
     # Only this check needs the policy's log-probabilities, so a few completions are enough.
@@ -243,6 +286,18 @@ def _scored(
     some = [candidate.select(rows) for candidate in completions.by_policy[:1]]
     engine.compare("policy", some, torch.stack(open_context(rows).policy_logps(some)))
     return logps
+
+
+def _by_reference(
+    open_context: Callable[[list[int]], RolloutContext],
+    completions: Sequence[Completions],
+    groups: Sequence[list[int]],
+) -> Tensor:
+    """Return the reference's log-probability of K times B completions, (K, B), read in groups of prompts."""
+    parts = [
+        torch.stack(open_context(rows).reference_logps([some.select(rows) for some in completions])) for rows in groups
+    ]
+    return torch.cat(parts, 1)[:, order_of(groups)]
 
 
 def _together(parts: Sequence[Written], groups: Sequence[Sequence[int]]) -> Written:

@@ -16,11 +16,11 @@ def rollout_metrics(experience: Experience, beta: float) -> dict[str, Tensor]:
     A tie is half a win.
 
     Args:
-        experience: B labelled pairs, just sampled.
+        experience: B labelled pairs, just sampled, or taken from a preference data set.
         beta: Strength of the KL constraint.
 
     Returns:
-        Each metric, one number per pair (B,).
+        Each metric, one number per pair (B,); NaN where it does not apply, which is only the case with offline pairs.
     """
     scores, reference_logps = experience.scores, experience.reference_logps
     policy, sampler = experience.completions.by_policy, experience.completions.by_sampler
@@ -44,7 +44,17 @@ def rollout_metrics(experience: Experience, beta: float) -> dict[str, Tensor]:
         values["pairs/silent"] = experience.silent
     if experience.answered is not None:
         values["pairs/unanswered"] = ~experience.answered
-    return {name: value.detach().float() for name, value in values.items()}
+    numbers = {name: value.detach().float() for name, value in values.items()}
+    if experience.offline is not None:
+        identical, cut = numbers["pairs/identical"], (~(policy.ended & sampler.ended)).float()
+        numbers = {name: of_sampled(experience, value) for name, value in numbers.items()}
+        numbers |= {"pairs/identical": identical, "pairs/truncated": cut.where(experience.offline, torch.nan)}
+    return numbers
+
+
+def of_sampled(experience: Experience, values: Tensor) -> Tensor:
+    """Return a metric (B,) with NaN at the pairs of a preference data set, to which it does not apply."""
+    return values if experience.offline is None else values.masked_fill(experience.offline, torch.nan)
 
 
 def update_metrics(experience: Experience, loss: XPOLoss, policy_logps: Pair[Tensor], beta: float) -> dict[str, Tensor]:
@@ -59,7 +69,7 @@ def update_metrics(experience: Experience, loss: XPOLoss, policy_logps: Pair[Ten
         beta: Strength of the KL constraint.
 
     Returns:
-        Each metric, one number per pair (B,).
+        Each metric, one number per pair (B,); NaN where it does not apply.
     """
     labels = experience.labels
     chosen_rewards = beta * _mix(loss.log_ratios, labels)
@@ -75,7 +85,7 @@ def update_metrics(experience: Experience, loss: XPOLoss, policy_logps: Pair[Ten
         "rewards/accuracies": (torch.sign(margins) + 1) / 2,
         "logps/chosen": _mix(policy_logps, labels),
         "logps/rejected": _mix(policy_logps, 1 - labels),
-        "logps/reference_completions": policy_logps.by_sampler,
+        "logps/reference_completions": of_sampled(experience, policy_logps.by_sampler),
     }
     return {name: value.detach().float() for name, value in values.items()}
 
@@ -84,6 +94,10 @@ class PairAverages(Metric):
     """Averages metrics over the pairs of all batches and ranks.
 
     Sums are kept in float64, so that the order of batches hardly matters.
+
+    Attributes:
+        skips_nan: Whether NaN stands for a pair to which a metric does not apply, which is then left out of its mean;
+            a metric that applies to no pair has no mean.
     """
 
     full_state_update = False
@@ -94,6 +108,7 @@ class PairAverages(Metric):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.skips_nan = False
         self.add_state("sums", torch.zeros(0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("squares", torch.zeros(0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -105,9 +120,12 @@ class PairAverages(Metric):
         stacked = torch.stack(list(values.values())).to(self.count.device, torch.float64)  # (metrics, B)
         if not len(self.sums):
             self.sums = self.squares = torch.zeros(len(stacked), dtype=torch.float64, device=self.count.device)
+        count: Tensor | int = stacked.shape[1]
+        if self.skips_nan:
+            count, stacked = (~stacked.isnan()).sum(1), stacked.nan_to_num(0.0, torch.inf, -torch.inf)
         self.sums = self.sums + stacked.sum(1)
         self.squares = self.squares + stacked.square().sum(1)
-        self.count = self.count + stacked.shape[1]
+        self.count = self.count + count
 
     def compute(self) -> dict[str, Tensor]:
         """Return the mean of each metric, and the standard errors of `WITH_ERRORS` as `<name>_stderr`."""
@@ -117,7 +135,7 @@ class PairAverages(Metric):
         averages = {name: mean.float() for name, mean in zip(self.names, means, strict=True)}
         for name in (name for name in WITH_ERRORS if name in self.names):
             averages[f"{name}_stderr"] = errors[self.names.index(name)].float()
-        return averages
+        return {name: mean for name, mean in averages.items() if not (self.skips_nan and mean.isnan())}
 
 
 def _mix(pair: Pair[Tensor], labels: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from xpo_lightning.losses.preference import PreferenceLoss
 from xpo_lightning.losses.schedules import Progress, Schedule, as_positive_schedule, as_schedule
 from xpo_lightning.losses.xpo import bonus_input, xpo_loss
 from xpo_lightning.models.logprobs import several_logps, several_logps_and_entropies
-from xpo_lightning.training.metrics import update_metrics
+from xpo_lightning.training.metrics import of_sampled, update_metrics
 
 
 class Objective:
@@ -87,10 +87,11 @@ class Objective:
             previous=self._previous(experience, by_policy, by_sampler),
             entropies=entropies,
             entropy_weight=self.entropy_bonus,
+            offline=experience.offline,
         )
         measured = update_metrics(experience, loss, Pair(by_policy.logps, by_sampler.logps), beta)
         if entropies is not None:
-            measured["objective/token_entropy"] = entropies.detach()
+            measured["objective/token_entropy"] = of_sampled(experience, entropies.detach())
         return loss.total, measured
 
     @torch.no_grad()

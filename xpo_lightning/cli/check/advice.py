@@ -43,7 +43,9 @@ def _data(module: XPOLightningModule, found: Findings) -> Iterator[str]:
 
 
 def _samples(module: XPOLightningModule, found: Findings) -> Iterator[str]:
-    pairs = found.step.experience
+    pairs = found.step.experience.sampled
+    if pairs is None:
+        return
     sides = (pairs.completions.by_policy, pairs.completions.by_sampler)
     ended = torch.cat([side.ended for side in sides])
     if module.missing_eos_penalty and not ended.any():

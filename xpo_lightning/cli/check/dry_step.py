@@ -10,12 +10,10 @@ from xpo_lightning.core.batch import Experience
 from xpo_lightning.core.rng import RolloutRNG, Stream
 from xpo_lightning.data.dataloader import collate
 from xpo_lightning.data.preprocessing import Sample
-from xpo_lightning.data.prompts import as_prompts
 from xpo_lightning.losses.schedules import FIRST_STEP
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.reporting.memory.estimate import MemoryInputs
 from xpo_lightning.rewards import HumanJudge
-from xpo_lightning.training.collector import check_rollout
 from xpo_lightning.training.gradients import add_gradients, clip_gradient
 
 
@@ -51,11 +49,11 @@ def dry_step(module: XPOLightningModule, trainer: Trainer, samples: Sequence[Sam
         InputError: For the same reasons as in a training step.
     """
     noise = RolloutRNG(module.run_state.seed, Stream.CHECK)
-    prompts = as_prompts(collate(samples), module.prompt_encoder, module.device)
+    batch = trainer.datamodule.with_preferences(collate(samples), 0, len(samples))  # type: ignore[attr-defined]
     module.timer.reset()
     with trainer.precision_plugin.train_step_context():
         with module.guard.together():
-            experience = check_rollout(module.collector.collect(module.policy, prompts, noise, training=True))
+            experience = module.collect(batch, noise, training=True)
         micro_batches = module.plan.micro_batches(experience.sizes, range(len(experience)))
         weights = module.objective.weights(FIRST_STEP)
         added = add_gradients(module, experience, micro_batches, weights, None)

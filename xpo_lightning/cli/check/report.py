@@ -9,6 +9,7 @@ from xpo_lightning.cli.check.dry_step import DryStep
 from xpo_lightning.cli.check.meter import Meter
 from xpo_lightning.cli.check.requirements import Disk
 from xpo_lightning.cli.check.survey import Prompts, RewardRows, Survey
+from xpo_lightning.data import PromptDataModule
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.reporting.memory.estimate import MemoryEstimate
 from xpo_lightning.reporting.run_description import estimate_text, models_of, size_text
@@ -60,10 +61,13 @@ def _data(module: XPOLightningModule, found: Findings) -> Iterator[tuple[str, st
     length = "without a known end" if found.steps is None else f"of {found.steps:,} optimizer steps"
     epoch = f"{survey.batches:,.0f} batches an epoch" if survey.batches < float("inf") else "epochs of unknown length"
     yield "run", f"{length}; {epoch}" + (f" on each of {found.processes} devices" if found.processes > 1 else "")
-    size = module.trainer.datamodule.batching.size  # type: ignore[attr-defined]
-    written = 2 * module.candidates.count * size
+    data: PromptDataModule = module.trainer.datamodule  # type: ignore[attr-defined]
+    size = data.batching.size
+    written = 0 if data.trains_on_pairs_alone else 2 * module.candidates.count * size
+    whole = f"{size:,} preference pairs" if data.trains_on_pairs_alone else f"{size:,} prompts, {written:,} completions"
+    beside = "" if data.preferences is None else f", {data.preferences_batch_size:,} preference pairs"
     tokens = f"{size * survey.training.mean:,.0f} prompt tokens on average, at most {written * new:,} new tokens"
-    yield "batch", f"{size:,} prompts, {written:,} completions; {tokens}; {module.plan.step_count} optimizer step(s)"
+    yield "batch", f"{whole}{beside}; {tokens}; {module.plan.step_count} optimizer step(s)"
 
 
 def _prompts(prompts: Prompts) -> str:
@@ -77,11 +81,11 @@ def _tried(found: Findings) -> Iterator[tuple[str, str]]:
     pairs = found.step.experience
     counts = [*pairs.completions.by_policy.counts, *pairs.completions.by_sampler.counts]
     ended = int(pairs.completions.by_policy.ended.sum() + pairs.completions.by_sampler.ended.sum())
-    scores = [*pairs.scores.by_policy.tolist(), *pairs.scores.by_sampler.tolist()]
+    scores = [score for side in vars(pairs.sampled.scores).values() for score in side.tolist()] if pairs.sampled else []
     yield (
         "tried",
         f"{len(pairs)} prompts: {len(counts)} completions of {sum(counts) / len(counts):.1f} tokens on average, "
-        f"{ended} ended by themselves; scores {min(scores):.3g} to {max(scores):.3g}",
+        f"{ended} ended by themselves" + (f"; scores {min(scores):.3g} to {max(scores):.3g}" if scores else ""),
     )
     phases = found.step.seconds
     writing = sum(phases.get(name, 0.0) for name in ("reference_rollout", "policy_rollout", "reference_scoring"))

@@ -32,6 +32,7 @@ def encoded(experience: Experience) -> list[str]:
     ids, ended = [_ids(side.ids, side.mask) for side in sides], [side.ended.tolist() for side in sides]
     if experience.previous_logps is not None:
         numbers["previous"] = [side.tolist() for side in vars(experience.previous_logps).values()]
+    offline = [False] * len(experience) if experience.offline is None else experience.offline.tolist()
     lines = []
     for row, label in enumerate(experience.labels.tolist()):
         pair = {
@@ -43,6 +44,7 @@ def encoded(experience: Experience) -> list[str]:
             "label": label,
             "silent": silent[row],
             **{name: [side[row] for side in values] for name, values in numbers.items()},
+            **({"offline": True} if offline[row] else {}),
         }
         text = json.dumps(pair, ensure_ascii=False)
         lines.append(f"{text}\n{_digest(text)}")
@@ -63,6 +65,7 @@ def decoded(lines: Sequence[str], device: torch.device | str) -> Experience:
         InputError: A line is damaged.
     """
     pairs = [_pair(line) for line in lines]
+    offline = [pair.get("offline", False) for pair in pairs]
     ids, mask = left_pad([pair["prompt_ids"] for pair in pairs])
 
     def of_side(name: str, side: int) -> Tensor:
@@ -88,6 +91,7 @@ def decoded(lines: Sequence[str], device: torch.device | str) -> Experience:
         silent=torch.tensor([pair["silent"] for pair in pairs]),
         sample=BonusSample(completions(2), of_side("logps", 2)) if len(pairs[0]["ids"]) > 2 else None,
         previous_logps=both("previous") if "previous" in pairs[0] else None,
+        offline=torch.tensor(offline) if any(offline) else None,
     ).to(device)
 
 
