@@ -347,12 +347,14 @@ def test_broken_connections_end_with_an_error(serve: Serve, behave: Callable[[Re
 def test_a_server_that_is_not_there_is_named() -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and no listen
-        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/"
+        port = nobody.getsockname()[1]
+        url = f"http://127.0.0.1:{port}/"
         with pytest.raises(InputError) as caught:
             scores(RemoteReward(url, **QUICK))
     assert str(caught.value) == (
         f"model.reward.init_args.url: {url} could not be reached, or broke off (ConnectionRefusedError: [Errno 111] "
-        f"Connection refused), tried 3 times; check that the server runs, and that the URL is right"
+        f"Connect call failed ('127.0.0.1', {port})), tried 3 times; check that the server runs, and that the URL is "
+        f"right"
     )
 
 
@@ -452,7 +454,7 @@ def test_a_run_that_is_asked_to_stop_does_not_wait(serve: Serve) -> None:
 def test_a_run_that_is_asked_to_stop_does_not_wait_for_the_next_try(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xpo_lightning.core.http.batch._LONGEST_WAIT", 0.1)
+    monkeypatch.setattr("xpo_lightning.core.timed_call._LONGEST_WAIT", 0.1)
     server = serve(failing(503, Retry_After="50"))
     reward, end = remote(server), time.monotonic() + 0.2
 
@@ -467,7 +469,7 @@ def test_a_run_that_is_asked_to_stop_does_not_wait_for_the_next_try(
 
 
 def test_ctrl_c_ends_a_wait_at_once(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xpo_lightning.core.http.batch._LONGEST_WAIT", 60.0)
+    monkeypatch.setattr("xpo_lightning.core.timed_call._LONGEST_WAIT", 60.0)
 
     def press(request: Request) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -585,7 +587,7 @@ def test_the_key_is_shown_nowhere(
         str([(name, text) for name, text in request.headers.items() if name != "Authorization"]) + request.path
         for request in server.seen
     ]
-    assert caught.value.__context__ is None, "an error of the requests library holds the headers"
+    assert caught.value.__context__ is None, "an error of the HTTP library holds the headers"
     captured = capfd.readouterr()
     everything = [
         *elsewhere,
