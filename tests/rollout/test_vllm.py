@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
-import requests
 import torch
 import yaml
 from conftest import (
@@ -795,9 +795,9 @@ def vllm_server(tmp_path: Path) -> Iterator[tuple[str, str]]:
         url, end = f"http://127.0.0.1:{port}", time.monotonic() + 600
         while server.poll() is None and time.monotonic() < end:
             try:
-                if requests.get(f"{url}/health", timeout=5).status_code == 200:
+                if httpx2.get(f"{url}/health", timeout=5).status_code == 200:
                     break
-            except requests.ConnectionError:
+            except httpx2.TransportError:
                 time.sleep(1)
         assert server.poll() is None, (tmp_path / "server.log").read_text()[-2000:]
         yield url, folder

@@ -41,15 +41,19 @@ class CallThread:
     The thread starts with the first call and serves all later ones, so that thread-local state of a function, such as a
     database connection, persists. It is a daemon: the process can exit although a call hangs. After an abandoned call,
     the next one gets a new thread. A copy of this object, also in another process, has its own thread.
+
+    Args:
+        name: Name of the thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "user function") -> None:
+        self._name = name
         self._calls: SimpleQueue[Call | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def __reduce__(self) -> tuple[type["CallThread"], tuple[()]]:
+    def __reduce__(self) -> tuple[type["CallThread"], tuple[str]]:
         """Copy as a new object; threads cannot be copied."""
-        return CallThread, ()
+        return CallThread, (self._name,)
 
     def run(self, function: Callable[[], Any], timeout: float | None, check: Callable[[], None] = lambda: None) -> Call:
         """Call a function, and wait for its end.
@@ -84,7 +88,7 @@ class CallThread:
     def _start(self) -> None:
         self._calls = SimpleQueue()
         self._end = weakref.finalize(self, self._calls.put, None)
-        self._thread = threading.Thread(target=_serve, args=(self._calls,), name="user function", daemon=True)
+        self._thread = threading.Thread(target=_serve, args=(self._calls,), name=self._name, daemon=True)
         self._thread.start()
 
     def _give_up(self) -> None:

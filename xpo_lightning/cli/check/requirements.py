@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from requests.utils import get_environ_proxies
 
 from xpo_lightning.callbacks import Baseline, PolicyExport
 from xpo_lightning.checkpointing.io import is_remote
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.http.environment import proxy_of
 from xpo_lightning.models.saving import check_exportable
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.rewards.base import Feedback
@@ -49,7 +49,7 @@ def check_servers(reward: Feedback) -> None:
     """
     for part in reward.modules():
         url = getattr(part, "url", None)
-        if not isinstance(url, str) or get_environ_proxies(url):
+        if not isinstance(url, str) or proxy_of(url):
             continue
         address = urlsplit(url)
         try:

@@ -9,7 +9,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import requests
+import httpx2
 
 from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
@@ -21,11 +21,6 @@ __all__ = ["HTTPClient", "RequestError", "UnusableError", "checked_url"]
 T = TypeVar("T")
 _OPTIONS = "model.reward.init_args"
 _MAX_TIMEOUT = 86400.0  # seconds
-_ADVICE = {
-    404: "check the URL, and the name of the model if there is one",
-    408: f"lower {_OPTIONS}.concurrency, or raise {_OPTIONS}.retries",
-    429: f"lower {_OPTIONS}.concurrency, or raise {_OPTIONS}.retries",
-}
 
 
 class UnusableError(TryError):
@@ -58,6 +53,8 @@ class HTTPClient:
         backoff: Seconds before the second try.
         concurrency: Most requests under way at once.
         max_bytes: Largest answer, in bytes.
+        options: Key of the config that these options are under, for messages.
+        loads: Parses the body of an answer; raises `ValueError` if it is not JSON.
 
     Raises:
         InputError: An option has an invalid value.
@@ -72,29 +69,31 @@ class HTTPClient:
         backoff: float,
         concurrency: int,
         max_bytes: int,
+        options: str = _OPTIONS,
+        loads: Callable[[bytes], Any] = json.loads,
     ) -> None:
         if api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", api_key_env):
             # The message does not show the value: it may be the key itself.
             raise InputError(
-                f"{_OPTIONS}.api_key_env must be the name of an environment variable, in capitals, such as "
+                f"{options}.api_key_env must be the name of an environment variable, in capitals, such as "
                 f"OPENAI_API_KEY; the key itself belongs into that variable"
             )
         if not 0 < timeout <= _MAX_TIMEOUT:
             raise InputError(
-                f"{_OPTIONS}.timeout must be above 0 and at most {_MAX_TIMEOUT:g} seconds, but is {timeout}"
+                f"{options}.timeout must be above 0 and at most {_MAX_TIMEOUT:g} seconds, but is {timeout}"
             )
         if not 0 <= backoff <= _MAX_TIMEOUT:
             raise InputError(
-                f"{_OPTIONS}.backoff must be at least 0 and at most {_MAX_TIMEOUT:g} seconds, but is {backoff}"
+                f"{options}.backoff must be at least 0 and at most {_MAX_TIMEOUT:g} seconds, but is {backoff}"
             )
         for name, number, least in (
             ("retries", retries, 0),
             ("concurrency", concurrency, 1),
             ("max_bytes", max_bytes, 1),
         ):
-            check_range(f"{_OPTIONS}.{name}", number, least=least)
-        self.terms = RetryPolicy(checked_url(url), timeout, retries, backoff, concurrency, max_bytes)
-        self.api_key_env = api_key_env
+            check_range(f"{options}.{name}", number, least=least)
+        self.terms = RetryPolicy(checked_url(url, options), timeout, retries, backoff, concurrency, max_bytes, options)
+        self.api_key_env, self._loads = api_key_env, loads
 
     def load(self) -> None:
         """Check that the environment holds the key, if one is needed.
@@ -110,7 +109,7 @@ class HTTPClient:
         Args:
             payloads: N values that JSON can hold, one per request.
             read: Turns an answer's JSON into a result; raises `UnusableError` if the JSON is not what was asked for.
-                Called in this thread, in the order in which answers come.
+                Called in the thread that sends, in the order in which answers come.
             check: Called about once a second while waiting; may raise an error to end the wait.
 
         Returns:
@@ -121,33 +120,34 @@ class HTTPClient:
                 tried, and not the key.
         """
         bodies = [json.dumps(payload, allow_nan=False).encode() for payload in payloads]
-        return RequestBatch(self.terms, self._key(), bodies, lambda reply: self._result(reply, read), check).run()
+        return RequestBatch(self.terms, self._key(), lambda reply: self._result(reply, read)).run(bodies, check)
 
     def get(self, read: Callable[[Any], T], check: Callable[[], None]) -> T:
         """Send one GET request and read the answer; arguments and retries are those of `post`."""
-        return RequestBatch(self.terms, self._key(), [None], lambda reply: self._result(reply, read), check).run()[0]
+        return RequestBatch(self.terms, self._key(), lambda reply: self._result(reply, read)).run([None], check)[0]
 
     def _key(self) -> str | None:
         if self.api_key_env is None:
             return None
         key = os.environ.get(self.api_key_env, "")
+        where = f"{self.terms.options}.api_key_env: the environment variable {self.api_key_env}"
         if not key:
-            raise InputError(
-                f"{_OPTIONS}.api_key_env: the environment variable {self.api_key_env} is not set; set it to the API "
-                f"key for {self.terms.url}"
-            )
+            raise InputError(f"{where} is not set; set it to the API key for {self.terms.url}")
         if not (key.isascii() and key.isprintable() and " " not in key):
             raise InputError(
-                f"{_OPTIONS}.api_key_env: the environment variable {self.api_key_env} holds a blank, a line break or "
-                f"another character that a key cannot have; set it to the API key alone"
+                f"{where} holds a blank, a line break or another character that a key cannot have; set it to the API "
+                f"key alone"
             )
         return key
 
     def _result(self, reply: Response, read: Callable[[Any], T]) -> T:
         if not 200 <= reply.status < 300:
             raise self._refusal(reply)
+        if len(reply.body) > self.terms.max_bytes:
+            advice = f"check the URL, or raise {self.terms.options}.max_bytes"
+            raise TryError(f"answered more than {self.terms.max_bytes} bytes", advice, again=False)
         try:
-            value = json.loads(reply.body)
+            value = self._loads(reply.body)
         except (ValueError, RecursionError):
             raise UnusableError(f"is not JSON ({reply.excerpt!r})") from None
         try:
@@ -156,41 +156,54 @@ class HTTPClient:
             raise UnusableError(f"{failure.why} ({reply.excerpt!r})") from None
 
     def _refusal(self, reply: Response) -> TryError:
-        status = reply.status
+        status, options = reply.status, self.terms.options
+        busy = status in (408, 429)
         what = f"answered {status}" + (f" ({reply.excerpt!r})" if reply.excerpt else "")
         if 300 <= status < 400:
             what = f"answered {status}, a redirect to {reply.location!r}, and redirects are not followed"
-            return TryError(what, f"set {_OPTIONS}.url to where the service really is", again=False, status=status)
-        if status in (401, 403):
-            return TryError(what, self._advice_on_key(), again=False, status=status)
-        advice = _ADVICE.get(status, "look at the server's log" if status >= 500 else "check the options of the reward")
-        again = status in (408, 429) or status >= 500
-        return TryError(what, advice, again, _seconds(reply.retry_after), status)
+            advice = f"set {options}.url to where the service really is"
+        elif status in (401, 403):
+            advice = self._advice_on_key()
+        elif status == 404:
+            advice = "check the URL, and the name of the model if there is one"
+        elif busy:
+            advice = f"lower {options}.concurrency, or raise {options}.retries"
+        else:
+            advice = "look at the server's log" if status >= 500 else f"check the options of {options}"
+        return TryError(what, advice, busy or status >= 500, _seconds(reply.retry_after), status)
 
     def _advice_on_key(self) -> str:
         if self.api_key_env is None:
-            return f"set {_OPTIONS}.api_key_env to the name of the environment variable that holds the API key"
+            return (
+                f"set {self.terms.options}.api_key_env to the name of the environment variable that holds the API key"
+            )
         return f"check the API key in the environment variable {self.api_key_env}"
 
 
-def checked_url(url: str) -> str:
+def checked_url(url: str, options: str = _OPTIONS) -> str:
     """Check a URL and return it.
+
+    Args:
+        url: The URL.
+        options: Key of the config that it is under.
 
     Raises:
         InputError: It is not one of http or https, or holds a user name, a fragment or blanks.
     """
-    where = f"{_OPTIONS}.url"
+    where = f"{options}.url"
     authority = re.split(r"[/?#]", url.partition("://")[2] or url, maxsplit=1)[0]
     if "@" in authority:  # not shown: it may hold a password
-        raise InputError(f"{where} must not hold a user name or a password; set {_OPTIONS}.api_key_env instead")
+        raise InputError(f"{where} must not hold a user name or a password; set {options}.api_key_env instead")
     if not url.startswith(("http://", "https://")):
         raise InputError(f"{where} must start with http:// or https://, but is {url!r}")
     if "#" in url or not url.isprintable() or " " in url:
         raise InputError(f"{where} must not hold a '#', a blank or a line break, but is {url!r}")
     try:
-        urlsplit(url)
-        requests.Request("POST", url).prepare()
-    except ValueError as error:
+        host = httpx2.URL(url).host
+        if not re.fullmatch(r"[\w.-]+|.*:.*", host) or urlsplit(url).port == 0:
+            raise ValueError("no host or port")
+        host.encode("idna")
+    except (ValueError, httpx2.InvalidURL) as error:
         raise InputError(f"{where} must be a URL such as http://localhost:8000/v1, but is {url!r} ({error})") from None
     return url
 

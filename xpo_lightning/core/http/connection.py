@@ -1,20 +1,24 @@
-"""Sends one HTTP request at a time: without redirects, with a size limit, and so that another thread can cut it off."""
+"""Sends one HTTP request with httpx2: without redirects, with a size limit, and without the key in any message."""
 
 import json
-import socket
-from contextlib import suppress
+import logging
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import quote
 
-import requests
-from requests.adapters import HTTPAdapter
-from requests.auth import AuthBase
+import httpx2
 
+from xpo_lightning.core.http.environment import proxy_of, tls_context
+
+THREAD = "reward request"
+"""Name of the threads that send requests."""
 _CHUNK = 65536
 _SHOWN = 300  # characters of a body that a message shows
 # Without compression, so that the limit on bytes read also limits memory.
 _HEADERS = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
+
+for _name in ("httpx2", *(f"httpcore2.{part}" for part in ("connection", "http11", "proxy", "socks"))):
+    # They log the headers and the status line of an answer, in which a server may repeat the key.
+    logging.getLogger(_name).addFilter(lambda record: record.threadName != THREAD)
 
 
 class TryError(Exception):
@@ -41,7 +45,7 @@ class Response:
 
     Attributes:
         status: The HTTP status.
-        body: The body as received; it may hold the key.
+        body: The body as received, or the beginning of one that is too large; it may hold the key.
         excerpt: The beginning of the body for messages, without the key; empty if there is no body.
         location: The target of a redirect, without the key.
         retry_after: The `Retry-After` header.
@@ -55,79 +59,69 @@ class Response:
 
 
 class Connection:
-    """A connection to a server, for one request at a time; another thread may cut it.
+    """Connections to the server of one URL, which requests share.
 
-    Proxies and certificates come from the environment, as the requests library reads it. Redirects are not followed and
-    `.netrc` is not read: the key goes to the one URL only, and nothing else goes into the `Authorization` header.
+    Redirects are not followed and `.netrc` is not read: the key goes to the one URL only, and nothing else goes into
+    the `Authorization` header.
 
     Args:
+        url: The URL.
         key: The API key; None sends none.
     """
 
-    def __init__(self, key: str | None) -> None:
-        self._key = key
-        self._adapter = _Adapter()
-        self._session = _Session()
-        self._session.auth = _Bearer(key)
-        for scheme in ("http://", "https://"):
-            self._session.mount(scheme, self._adapter)
+    def __init__(self, url: str, key: str | None) -> None:
+        self._url, self._key = url, key
+        self._client: httpx2.AsyncClient | None = None
 
-    def ask(self, url: str, body: bytes | None, timeout: float, max_bytes: int) -> Response:
+    async def close(self) -> None:
+        """Close the connections; no request may be under way."""
+        if self._client is not None:
+            await self._client.aclose()
+
+    async def ask(self, body: bytes | None, max_bytes: int) -> Response:
         """Send a request and read its answer.
 
         Args:
-            url: The URL.
             body: JSON to post; None sends a GET request.
-            timeout: How many seconds the server may be silent. A server that keeps on sending may take longer; the
-                caller must then cut the connection.
-            max_bytes: Largest answer, in bytes.
+            max_bytes: Bytes after which to stop reading.
 
         Returns:
             The answer, whatever its status. If the status is an error, only the beginning of the body is read.
 
         Raises:
-            TryError: The answer is incomplete, missing or too large.
+            TryError: The answer is incomplete or missing.
         """
+        read = bytearray()
         try:
-            with self._session.request(
-                "GET" if body is None else "POST",
-                url,
-                data=body,
-                headers=_HEADERS,
-                timeout=timeout,
-                stream=True,
-                allow_redirects=False,
-            ) as response:
-                well = 200 <= response.status_code < 300
-                limit = max_bytes if well else _CHUNK
-                read = bytearray()
-                for chunk in response.iter_content(_CHUNK):
+            self._client = client = self._client or self._connect()
+            async with client.stream("GET" if body is None else "POST", self._url, content=body) as response:
+                limit = max_bytes if response.is_success else _CHUNK
+                async for chunk in response.aiter_bytes():
                     read += chunk
                     if len(read) > limit:
                         break
-        except requests.Timeout:
-            raise timeout_error(timeout) from None
-        except Exception as error:  # some errors of urllib3 and the standard library come through
+        except Exception as error:
             raise TryError(
                 f"could not be reached, or broke off ({self._shown(_cause(error))})",
                 "check that the server runs, and that the URL is right",
             ) from None
-        if well and len(read) > max_bytes:
-            advice = "check the URL, or raise model.reward.init_args.max_bytes"
-            raise TryError(f"answered more than {max_bytes} bytes", advice, again=False)
         location, retry_after = (response.headers.get(name, "") for name in ("Location", "Retry-After"))
         excerpt = self._shown(read.decode(errors="replace"))
         return Response(
             response.status_code, bytes(read), excerpt, self._shown(location.partition("?")[0]), retry_after
         )
 
-    def cut(self) -> None:
-        """Cut off a request that is under way in another thread; it fails there."""
-        self._adapter.cut()
-
-    def close(self) -> None:
-        """Close the connection; no request may be under way."""
-        self._session.close()
+    def _connect(self) -> httpx2.AsyncClient:
+        proxy = proxy_of(self._url)
+        proxy_tls = tls_context(proxy) if proxy and proxy.startswith("https://") else None
+        return httpx2.AsyncClient(
+            headers=_HEADERS if self._key is None else {**_HEADERS, "Authorization": f"Bearer {self._key}"},
+            verify=tls_context(self._url),
+            proxy=httpx2.Proxy(proxy, ssl_context=proxy_tls) if proxy else None,
+            limits=httpx2.Limits(),
+            timeout=None,
+            trust_env=False,
+        )
 
     def _shown(self, text: str) -> str:
         """Format a text for a message: short, on one line, and without the key in any form that a server may write."""
@@ -140,69 +134,10 @@ class Connection:
         return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
-def timeout_error(timeout: float) -> TryError:
-    """Return the error for a request that was not answered in time."""
-    return TryError(
-        f"has not answered in full after {timeout:g} seconds",
-        "raise model.reward.init_args.timeout, or lower model.reward.init_args.concurrency if the server is busy",
-    )
-
-
-class _Bearer(AuthBase):
-    """Sends the key as a bearer token; without a key, only keeps the session from reading one from `.netrc`."""
-
-    def __init__(self, key: str | None) -> None:
-        self._key = key
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self._key is not None:
-            request.headers["Authorization"] = f"Bearer {self._key}"
-        return request
-
-
-class _Session(requests.Session):
-    def get_redirect_target(self, resp: requests.Response) -> None:
-        """Return no target: requests would read a redirect's body, however large, even without following it."""
-
-
-class _Adapter(HTTPAdapter):
-    """Keeps the socket of its one connection; where a response holds it depends on the server."""
-
-    def __init__(self) -> None:
-        super().__init__(pool_connections=1, pool_maxsize=1)
-        self._socket: Any = None
-        self._is_cut = False
-
-    def get_connection_with_tls_context(self, *args: Any, **options: Any) -> Any:
-        """Return the connection pool, changed so that each new connection records its socket here."""
-        pool = super().get_connection_with_tls_context(*args, **options)
-        if "ConnectionCls" not in vars(pool):
-            vars(pool)["ConnectionCls"] = lambda *a, kind=pool.ConnectionCls, **k: self._watched(kind(*a, **k))
-        return pool
-
-    def cut(self) -> None:
-        """Shut the socket down, so that a blocked read ends."""
-        self._is_cut = True
-        if self._socket is not None:
-            with suppress(OSError, TypeError):  # closed already; or, behind a TLS proxy, no socket
-                # Bypass a TLS socket's own method, which is not safe to call from a second thread.
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-
-    def _watched(self, connection: Any) -> Any:
-        connect = connection.connect
-
-        def connect_and_tell() -> None:
-            connect()
-            self._socket = connection.sock
-            if self._is_cut:  # while it was connecting
-                self.cut()
-
-        connection.connect = connect_and_tell
-        return connection
-
-
 def _cause(error: BaseException) -> str:
-    """Describe the innermost error; those around it repeat the URL and add little."""
-    while (inner := error.__cause__ or error.__context__) is not None:
+    """Describe the innermost error; those around it add little."""
+    while True:
+        inner = error.exceptions[-1] if isinstance(error, BaseExceptionGroup) else error.__cause__ or error.__context__
+        if inner is None:
+            return f"{type(error).__name__}: {error}"
         error = inner
-    return f"{type(error).__name__}: {error}"
