@@ -2,9 +2,10 @@
 
     python benchmarks/reasoning.py --seeds 1 2 3 --json benchmarks/results/reasoning.json
 
-Each seed is one `xpo fit`, and two `xpo predict` of its run: answers that are sampled as in training, and the most likely
-ones. In both, the policy is the trained model and the reference the one that it began with, on the same problems.
-Held-out problems that happen to be among the training problems are left out. What is finished is not run again.
+Each seed is one `xpo fit`, and two `xpo predict` of its run: answers that are sampled as in training, and the most
+likely ones. In both, the policy is the trained model and the reference the one that it began with, on the same
+problems. Held-out problems that happen to be among the training problems are left out. What is finished is not run
+again.
 """
 
 import argparse
@@ -92,7 +93,7 @@ def xpo(log: Path, *words: str) -> None:
 
 
 def train(seed: int, folder: Path) -> None:
-    """Train with a seed, unless that has been done; predictions measure more than validation would, so that is left out."""
+    """Train with a seed, unless that has been done; validation is left out, since `predict` measures more."""
     mark = folder / "fit.json"
     if mark.exists():
         return
