@@ -13,7 +13,10 @@ from xpo_lightning.reporting.memory.model_shape import Shape, weight_count
 
 FOLDER = Path(__file__).parent.parent / "configs" / "scale"
 OVERLAYS = {"8b_full_nodes": "8b_full_8_gpus", "8b_lora_vllm": "8b_lora_one_gpu"}
-NAMES = ("1b_one_gpu", "8b_lora_one_gpu", "8b_lora_vllm", "8b_qlora_small_gpu", "8b_full_8_gpus", "8b_full_nodes")
+NAMES = (
+    *("1b_one_gpu", "math_one_gpu", "8b_lora_one_gpu", "8b_lora_vllm", "8b_qlora_small_gpu", "8b_full_8_gpus"),
+    "8b_full_nodes",
+)
 GIB = 2**30
 NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a 4-bit weight: half a byte, a byte of scale for 64 of them, and a float32 for 256 such scales."""
@@ -63,9 +66,7 @@ def plan_of(recipe: dict[str, Any]) -> MemoryInputs:
     compute = 2 if trainer["precision"] == "bf16-mixed" else width
     plan = MemoryInputs(
         policy=shape,
-        reward=REWARDS[reward["path"]],
         weight_bytes=width,
-        reward_bytes=BYTES[reward["dtype"]],
         compute_bytes=compute,
         cache_bytes=compute,
         lora_rank=model["lora"]["r"] if "lora" in model else None,
@@ -74,8 +75,10 @@ def plan_of(recipe: dict[str, Any]) -> MemoryInputs:
         prompt_tokens=data["max_prompt_tokens"],
         new_tokens=model["sampling"]["max_new_tokens"],
         micro_batch_size=model["micro_batch_size"],
-        reward_rows=reward["micro_batch_size"],
     )
+    if "path" in reward:  # a verifier has no model
+        rows, of_reward = reward["micro_batch_size"], BYTES[reward["dtype"]]
+        plan = replace(plan, reward=REWARDS[reward["path"]], reward_bytes=of_reward, reward_rows=rows)
     # The head stays in bfloat16, so that bytes are counted as fewer weights of two bytes.
     return replace(plan, policy_weights=quantized_bytes(shape) // 2) if policy.get("quantize") else plan
 
