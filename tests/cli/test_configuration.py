@@ -389,6 +389,16 @@ CHECKS: dict[str, Callable[[Run], Any]] = {
     "Best and worst": every(
         lambda run: run.module.candidates == Candidates(4, "best_and_worst"), is_a("sampler", "PolicySampler")
     ),
+    "Tournament": every(
+        lambda run: run.module.candidates == Candidates(4, "best_of_each", "tournament"),
+        lambda run: 1 < run.of("pairs/comparisons")[0] <= 7,
+    ),
+    "All pairs of a prompt": every(
+        lambda run: run.module.candidates == Candidates(4, "best_and_worst", "all_pairs", 12),
+        lambda run: 1 < run.of("pairs/comparisons")[0] <= 13,
+    ),
+    "DPO": lambda run: run.steps[0]["loss/xpo"] == 0 and "objective/kl" not in run.steps[0] and not run.pairs,
+    "Beside sampled pairs": lambda run: "pairs/truncated" in run.steps[0] and len(run.pairs[0]) > 0,
     "Reference": is_a("sampler", "ReferenceSampler"),
     "Online DPO": every(is_a("sampler", "PolicySampler"), alphas(0.0, 0.0)),
     "The policy with a bonus": every(is_a("sampler", "PolicySampler"), bonus_of("logps/chosen", "logps/rejected")),

@@ -56,7 +56,7 @@ def test_configs_are_found():
 def test_config_parses_and_is_complete(file):
     config = parse_file(file)
     assert config.model.policy.path
-    assert config.data.source
+    assert config.data.source or config.data.preferences
     assert config.model.reward.class_path.startswith("xpo_lightning.")
 
 
@@ -70,7 +70,7 @@ def test_config_header_says_what_it_does_needs_and_takes(file):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_config_files_it_names_exist(file):
     data = parse_file(file).data
-    for source in (data.source, data.validation_source):
+    for source in (data.source, data.preferences, data.validation_source):
         if source and source.startswith("package:"):
             assert Path(resolve(source, "data.source")).is_file()
 

@@ -40,6 +40,9 @@ def standardised() -> WeightedSum:
 COMBINATIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("model.missing_eos_penalty", "model.reward=Coin"): {"reward": Coin(), "missing_eos_penalty": 1.0},
     ("model.candidates.count=2", "model.reward=Coin"): {"reward": Coin(), "candidates": Candidates(2, "best_of_each")},
+    ("model.candidates.judging=tournament", "model.reward=PythonReward"): {
+        "candidates": Candidates(2, "best_of_each", "tournament")
+    },
     ("model.reference_cache", "model.reward=Coin"): {"reward": Coin(), "reference_cache": "memory"},
     ("model.reference_cache", "model.reward=WeightedSum"): {"reward": standardised(), "reference_cache": "memory"},
     ("model.reference_cache", "model.sampler=PolicySampler"): {

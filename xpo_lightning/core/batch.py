@@ -198,6 +198,8 @@ class Experience:
             a loss that needs it. None if none does. (B,) a side.
         offline: True where the pair is one of a preference data set: its first completion is the chosen one, its second
             the rejected one, its scores are 1 and 0, and it has no exploration term. None means nowhere. (B,)
+        comparisons: Comparisons that a judge was asked for to choose the pair among several completions. None if none
+            was. (B,)
     """
 
     prompts: Prompts
@@ -210,6 +212,7 @@ class Experience:
     sample: BonusSample | None = None
     previous_logps: Pair[Tensor] | None = None
     offline: Tensor | None = None
+    comparisons: Tensor | None = None
 
     def __len__(self) -> int:
         """Return B."""
@@ -274,6 +277,7 @@ class Experience:
             sample=third and BonusSample(completions(third.completions), change(third.reference_logps)),
             previous_logps=self.previous_logps and self.previous_logps.map(change),
             offline=None if self.offline is None else change(self.offline),
+            comparisons=None if self.comparisons is None else change(self.comparisons),
         )
 
 
@@ -334,7 +338,7 @@ def join_experiences(sampled: Experience, offline: Experience) -> Experience:
         sampled: Pairs that the run has sampled.
         offline: Pairs of a preference data set.
     """
-    parts = (sampled, offline)
+    parts, asked = (sampled, offline), sampled.comparisons
 
     def joined(sides: Sequence[Pair[Tensor]]) -> Pair[Tensor]:
         by_policy, by_sampler = ([getattr(one, side) for one in sides] for side in ("by_policy", "by_sampler"))
@@ -361,6 +365,7 @@ def join_experiences(sampled: Experience, offline: Experience) -> Experience:
         answered=None if sampled.answered is None else marks([sampled.answered, None], default=True),
         sample=third,
         offline=marks([None, offline.offline], default=False),
+        comparisons=None if asked is None else torch.cat([asked, torch.zeros_like(offline.labels)]),
     )
 
 

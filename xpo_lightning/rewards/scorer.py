@@ -12,6 +12,7 @@ from xpo_lightning.core.fault_tolerance.guard import format_prompts
 from xpo_lightning.core.timer import PhaseTimer
 from xpo_lightning.rewards.base import Feedback, Judge
 from xpo_lightning.rewards.labels import Preferences, penalize_missing_eos
+from xpo_lightning.rewards.ranking import Ranking
 from xpo_lightning.rewards.validation import as_scores
 
 
@@ -70,13 +71,28 @@ class PairScorer:
                 return self._compared(self.feedback, prompts, completions.map(lambda side: side[0]))
             return self._scored(prompts, completions, known)
 
-    def _compared(self, judge: Judge, prompts: Prompts, completions: Pair[Completions]) -> PairScores:
-        texts = completions.map(lambda side: side.texts)
-        wins = judge(prompts.raw, texts.by_policy, texts.by_sampler, prompts.columns).to(prompts.ids.device)
+    def ranking(self, prompts: Prompts, completions: Pair[list[Completions]]) -> Ranking | None:
+        """Return a ranking of several completions a side by the judge; None for a reward, or for one a side.
+
+        Args:
+            prompts: B prompts.
+            completions: K times B completions per side.
+        """
+        is_needed = isinstance(self.feedback, Judge) and len(completions.by_policy) > 1
+        return Ranking(self.feedback, prompts, completions) if is_needed else None  # type: ignore[arg-type]
+
+    def of_answers(self, wins: Tensor) -> PairScores:
+        """Turn a judge's answers about B pairs, NaN where it has none, into scores of one completion a side."""
         answered = ~wins.isnan()
         wins = wins.masked_fill(~answered, 0.5)[None]
         scores = Pair(wins, 1 - wins)
-        return PairScores(scores, scores, answered, is_judged=True, counts_unanswered=judge.invalid == "tie")
+        is_tie = isinstance(self.feedback, Judge) and self.feedback.invalid == "tie"
+        return PairScores(scores, scores, answered, is_judged=True, counts_unanswered=is_tie)
+
+    def _compared(self, judge: Judge, prompts: Prompts, completions: Pair[Completions]) -> PairScores:
+        texts = completions.map(lambda side: side.texts)
+        wins = judge(prompts.raw, texts.by_policy, texts.by_sampler, prompts.columns)
+        return self.of_answers(wins.to(prompts.ids.device))
 
     def _scored(
         self, prompts: Prompts, completions: Pair[list[Completions]], known: Sequence[float | None]

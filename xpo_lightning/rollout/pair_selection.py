@@ -11,6 +11,7 @@ from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 
 Choice = Literal["first", "best_of_each", "largest_margin", "best_and_worst"]
+Judging = Literal["tournament", "all_pairs"]
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,22 @@ class Candidates:
             the best of the sampler's; `largest_margin`, the two, one per side, whose scores differ most;
             `best_and_worst`, the best of all 2K and the worst of the other side. If the sampler is the policy itself,
             both sides are one, and `best_and_worst` takes the best and the worst of all 2K.
+        judging: How a judge, which compares only two, puts several in an order. `tournament`: each side has a single
+            elimination, and the winners a final, 2K - 1 comparisons a prompt; a completion is the better, the later the
+            round in which it lost. `all_pairs`: each is compared with each other one, K(2K - 1) comparisons, and is the
+            better, the higher its mean probability to be better. Of two that are tied, the first goes on, or comes
+            first.
+        budget: Most comparisons a prompt with `all_pairs`, in rounds in which each completion is compared once; null
+            sets no limit.
 
     Raises:
-        InputError: `count` is below 1, or does not suit `choose`.
+        InputError: `count` is below 1, or does not suit `choose` or `judging`, or `budget` does not suit `judging`.
     """
 
     count: int = 1
     choose: Choice = "first"
+    judging: Judging | None = None
+    budget: int | None = None
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -43,6 +53,17 @@ class Candidates:
                 f"completion a side the first is taken, and of several, one of best_of_each, largest_margin and "
                 f"best_and_worst"
             )
+        if self.judging is not None and self.count == 1:
+            raise InputError(
+                f"model.candidates.judging={self.judging} orders several completions, and model.candidates.count is 1; "
+                f"raise the count, or set judging to null"
+            )
+        if self.budget is not None and self.judging != "all_pairs":
+            raise InputError(
+                f"model.candidates.budget={self.budget} limits the comparisons of model.candidates.judging=all_pairs, "
+                f"but judging is {self.judging or 'null'}; set the budget to null, or judging to all_pairs"
+            )
+        check_range("model.candidates.budget", self.budget, least=1, or_null=True)
 
     def select(self, scores: Pair[Tensor], *, one_writer: bool) -> Pair[Tensor]:
         """Choose a pair for each prompt; of equal scores, the first.

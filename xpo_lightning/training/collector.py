@@ -15,7 +15,8 @@ from xpo_lightning.core.rng import RolloutRNG
 from xpo_lightning.core.timer import PhaseTimer
 from xpo_lightning.models.forward.causal_forward import eval_mode
 from xpo_lightning.rewards.labels import LabelRule
-from xpo_lightning.rewards.scorer import PairScorer
+from xpo_lightning.rewards.ranking import Ranking
+from xpo_lightning.rewards.scorer import PairScorer, PairScores
 from xpo_lightning.rollout.context import RolloutContext
 from xpo_lightning.rollout.engine import GenerationRequest, RolloutEngine
 from xpo_lightning.rollout.local import LocalRollout, gather, order_of
@@ -104,13 +105,18 @@ class Collector:
         if bonus_sampler is not None and of_bonus is not None:
             third = _bonus_sample(open_context, bonus_sampler, of_bonus, groups)
         self._count(prompts, completions, third)
-        scored = self.scorer.score(prompts, completions, [None if entry is None else entry.score for entry in kept])
-        missing = missing_rows(kept)
-        if cache is not None and missing:
-            fresh = completions.by_sampler[0].select(missing)
-            cache.put(prompts.select(missing), fresh, scored.raw.by_sampler[0, missing])
-        places = candidates.select(scored.scores, one_writer=sampler.is_policy)
-        scores = chosen_values(scored.scores, places)
+        ranking = self.scorer.ranking(prompts, completions)
+        if ranking is None:
+            scored = self.scorer.score(prompts, completions, [None if entry is None else entry.score for entry in kept])
+            missing = missing_rows(kept)
+            if cache is not None and missing:
+                fresh = completions.by_sampler[0].select(missing)
+                cache.put(prompts.select(missing), fresh, scored.raw.by_sampler[0, missing])
+            places = candidates.select(scored.scores, one_writer=sampler.is_policy)
+            scores = chosen_values(scored.scores, places)
+        else:
+            places, scored = self._judged(ranking, candidates, sampler)
+            scores = scored.scores.map(lambda side: side[0])
         uniforms = None if of_labels is None else of_labels.to(scores.by_policy)
         labels = self.label_rule.label(scored.preferences(scores), uniforms)
         written = chosen_completions(completions, places)
@@ -124,7 +130,16 @@ class Collector:
             answered=scored.answered,
             sample=third,
             previous_logps=written.map(lambda side: side.logps) if training and self.keeps_previous else None,
+            comparisons=None if ranking is None else ranking.comparisons.to(logps.by_policy.device),
         )
+
+    def _judged(self, ranking: Ranking, candidates: Candidates, sampler: Sampler) -> tuple[Pair[Tensor], PairScores]:
+        """Choose a pair for each prompt by a judge's ranking, and return its places and the judge's answer about it."""
+        device = ranking.prompts.ids.device
+        with self.timer("reward", device):
+            standings = ranking.standings(candidates.judging, candidates.budget)
+            places = candidates.select(standings, one_writer=sampler.is_policy).map(lambda side: side.to(device))
+            return places, self.scorer.of_answers(ranking.answers(places).to(device))
 
     @torch.no_grad()
     def take(

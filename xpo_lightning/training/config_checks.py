@@ -142,11 +142,6 @@ def refuse_combinations(options: Options) -> None:
             f"penalty to null, or model.reward to a reward",
         ),
         (
-            judged and several,
-            f"model.candidates.count={options.candidates.count} needs scores to choose by, and {judge} is a judge, "
-            f"which gives none; set the count to 1, or model.reward to a reward",
-        ),
-        (
             cached and judged,
             f"model.reference_cache keeps scores of the reference's completions, and {judge} is a judge, which gives "
             f"none; set the cache to null, or model.reward to a reward",
@@ -216,7 +211,24 @@ def _refuse_with_engine(options: Options, rollout: RolloutEngine) -> None:
             f"{type(options.sampler).__name__} has an earlier one write; set one of the two to null",
         ),
     ]
-    refuse_first(refused)
+    refuse_first([*_of_judging(options, judge), *refused])
+
+
+def _of_judging(options: Options, judge: str) -> list[tuple[bool, str]]:
+    """Return the conditions under which several candidates and the reward or judge exclude each other."""
+    judged, candidates = isinstance(options.reward, Judge), options.candidates
+    return [
+        (
+            judged and candidates.count > 1 and candidates.judging is None,
+            f"model.candidates.count={candidates.count} needs scores to choose by, and {judge} is a judge, which gives "
+            f"none; set model.candidates.judging to tournament or all_pairs, or the count to 1",
+        ),
+        (
+            not judged and candidates.judging is not None,
+            f"model.candidates.judging={candidates.judging} is for a judge, and {judge} gives scores to choose by; set "
+            f"judging to null",
+        ),
+    ]
 
 
 def refuse_first(refused: Iterable[tuple[bool, str]]) -> None:

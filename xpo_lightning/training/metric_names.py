@@ -12,7 +12,8 @@ _OF_PAIRS = {
     *("objective/token_entropy", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
     *("logps/chosen", "logps/rejected", "logps/reference_completions", "val/model_contain_eos_token"),
     *("val/ref_contain_eos_token", "completions/model_length", "completions/ref_length", "pairs/tied"),
-    *("pairs/identical", "pairs/silent", "pairs/truncated", "pairs/unanswered", "win_rate", "win_rate_stderr"),
+    *("pairs/comparisons", "pairs/identical", "pairs/silent", "pairs/truncated", "pairs/unanswered"),
+    *("win_rate", "win_rate_stderr"),
 }
 _OF_STEPS = {
     *("alpha", "beta", "lr", "grad_norm", "skipped_steps", "step", "epoch", "rollout/logp_drift"),

@@ -44,6 +44,8 @@ def rollout_metrics(experience: Experience, beta: float) -> dict[str, Tensor]:
         values["pairs/silent"] = experience.silent
     if experience.answered is not None:
         values["pairs/unanswered"] = ~experience.answered
+    if experience.comparisons is not None:
+        values["pairs/comparisons"] = experience.comparisons
     numbers = {name: value.detach().float() for name, value in values.items()}
     if experience.offline is not None:
         identical, cut = numbers["pairs/identical"], (~(policy.ended & sampler.ended)).float()
