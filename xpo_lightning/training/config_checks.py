@@ -172,7 +172,7 @@ def refuse_combinations(options: Options) -> None:
             "set one of the two to null",
         ),
     ]
-    refuse_first(refused)
+    refuse_first([*_of_judging(options, judge), *refused])
     if options.rollout is not None:
         _refuse_with_engine(options, options.rollout)
 
@@ -211,7 +211,7 @@ def _refuse_with_engine(options: Options, rollout: RolloutEngine) -> None:
             f"{type(options.sampler).__name__} has an earlier one write; set one of the two to null",
         ),
     ]
-    refuse_first([*_of_judging(options, judge), *refused])
+    refuse_first(refused)
 
 
 def _of_judging(options: Options, judge: str) -> list[tuple[bool, str]]:
