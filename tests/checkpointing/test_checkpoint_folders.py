@@ -26,6 +26,23 @@ FOLDERS = {"class_path": "FSDP2Strategy", "init_args": {"save_distributed_checkp
 NEWEST = "last.ckpt"
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the folder in which all tests work, so that they can share a run."""
+    return tmp_path_factory.mktemp("place")
+
+
+@pytest.fixture
+def tmp_path(place: Path) -> Path:
+    """Empty that folder, apart from the copy of the run."""
+    for path in place.iterdir():
+        if path.is_file():
+            path.unlink()
+        elif path.name != "copy":
+            shutil.rmtree(path)
+    return place
+
+
 @pytest.fixture
 def config(write_config: Write) -> Iterator[str]:
     """Give the config of a run on one process whose weights are spread all the same; end what it begins."""
@@ -40,9 +57,14 @@ def config(write_config: Write) -> Iterator[str]:
 
 @pytest.fixture
 def checkpoints(config: str, tmp_path: Path) -> Path:
-    """Run it, and give the folder of its checkpoints, of steps 1 and 2."""
-    fit(config)
-    return tmp_path / "runs" / "version_0" / "checkpoints"
+    """Give the folder of its checkpoints, of steps 1 and 2; it runs once, and later tests get a copy."""
+    runs, copy = tmp_path / "runs", tmp_path / "copy"
+    if not copy.exists():
+        fit(config)
+        shutil.copytree(runs, copy)
+    else:
+        shutil.copytree(copy, runs)
+    return runs / "version_0" / "checkpoints"
 
 
 def fit(config: str, *options: str) -> None:

@@ -227,7 +227,8 @@ def test_check_before_the_imports_refuses_nothing_that_the_parser_takes(flags: s
     mistakes.check(with_config_files(words)[0], known)
 
 
-def test_table_of_options_is_up_to_date():
+@pytest.mark.slow
+def test_table_of_options_is_up_to_date_in_a_process_that_has_imported_nothing_else():
     subprocess.run([sys.executable, "docs/tools/reference.py", "--check"], cwd=Path(__file__).parents[2], check=True)
 
 
