@@ -49,7 +49,7 @@ from xpo_lightning.models.reference import Reference, ReferenceRefresh
 from xpo_lightning.models.sharding import shard_all, unsharded
 from xpo_lightning.rewards.base import Feedback
 from xpo_lightning.rewards.labels import LabelRule, check_penalty
-from xpo_lightning.rewards.no_reward import MISSING, NoReward
+from xpo_lightning.rewards.no_reward import MISSING, is_missing
 from xpo_lightning.rewards.scorer import PairScorer
 from xpo_lightning.rollout.engine import RolloutEngine
 from xpo_lightning.rollout.local import LocalRollout, order_of
@@ -355,7 +355,7 @@ class XPOLightningModule(LightningModule):
             return
         if data.trains_on_pairs_alone or data.preferences is not None:
             refuse_with_preferences(self, alone=data.trains_on_pairs_alone)
-        if isinstance(self.reward, NoReward) and not data.trains_on_pairs_alone:
+        if is_missing(self.reward) and not data.trains_on_pairs_alone:
             raise InputError(MISSING)
 
     def on_fit_start(self) -> None:
@@ -495,7 +495,7 @@ class XPOLightningModule(LightningModule):
         """
         with self._models_unsharded(), self.guard.together():
             weights = self._weights()
-            held_out = {KEY: batch} if isinstance(self.reward, NoReward) else batch
+            held_out = {KEY: batch} if is_missing(self.reward) else batch
             experience = self.collect(held_out, self._rng(Stream.VALIDATION, batch_idx))
             self.eval_rollout_averages.update(rollout_metrics(experience, weights["beta"]))
             plan = self.plan.within(self.run_state.tokens_together)

@@ -70,7 +70,7 @@ def test_anything_else_as_policy_is_refused_by_the_name_of_the_argument(policy: 
         built(policy)
 
 
-@pytest.mark.parametrize("reward", [None, 5, PythonReward])
+@pytest.mark.parametrize("reward", [5, PythonReward])
 def test_anything_else_as_reward_is_refused_by_the_name_of_the_argument(reward: Any):
     with pytest.raises(InputError, match=r"^reward must be a reward or a judge, a function"):
         built("x", reward)

@@ -107,7 +107,7 @@ def _add_classes(hint: Any, classes: dict[str, ClassOptions], only_ours: bool) -
         if base.__name__ in classes or (only_ours and not is_ours):
             continue
         derived = [kind for kind in [base, *_derived(base)] if kind.__module__.startswith(_OURS) or not only_ours]
-        named = [kind for kind in derived if not inspect.isabstract(kind)]
+        named = [kind for kind in derived if not (inspect.isabstract(kind) or kind.__name__.startswith("_"))]
         options = _options_of(base) if is_ours else None
         classes[base.__name__] = ClassOptions(
             options, inspect.isabstract(base), sorted({kind.__name__ for kind in named})

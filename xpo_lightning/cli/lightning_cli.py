@@ -41,7 +41,7 @@ from xpo_lightning.data import PromptDataModule
 from xpo_lightning.evaluation.saved_run import find_saved_run
 from xpo_lightning.models.forward.cpu import limit_threads
 from xpo_lightning.module import XPOLightningModule
-from xpo_lightning.rewards.no_reward import NoReward
+from xpo_lightning.rewards.no_reward import is_missing
 from xpo_lightning.training.config_checks import refuse_inert_options, refuse_strategy
 
 # A config can name only imported classes by their short names, so all public classes are imported here.
@@ -173,7 +173,7 @@ class XPOCLI(LightningCLI):
         if config["barebones"]:  # It logs nothing, and refuses an interval.
             config["log_every_n_steps"] = None
         config["logger"] = defaults.loggers(config)
-        has_reward = not isinstance(self.model.reward, NoReward)
+        has_reward = not is_missing(self.model.reward)
         added = defaults.callbacks(config, self.datamodule.has_validation, has_reward)
         return super()._instantiate_trainer(config, [*callbacks, *added])
 

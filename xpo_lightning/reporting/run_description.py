@@ -11,7 +11,7 @@ from xpo_lightning.models.sharding import is_sharded
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.reporting.memory.estimate import MemoryEstimate, estimate
 from xpo_lightning.reporting.memory.run_plan import count, memory_inputs, rewards_with_models
-from xpo_lightning.rewards.no_reward import NoReward
+from xpo_lightning.rewards.no_reward import is_missing
 
 
 def models_of(module: XPOLightningModule) -> Iterator[tuple[str, str]]:
@@ -26,7 +26,7 @@ def models_of(module: XPOLightningModule) -> Iterator[tuple[str, str]]:
         f"{part.encoder.max_tokens if part.encoder and part.encoder.max_tokens else 'any number of'} tokens"
         for part in rewards_with_models(module)
     ]
-    name = "none" if isinstance(module.reward, NoReward) else type(module.reward).__name__
+    name = "none" if is_missing(module.reward) else type(module.reward).__name__
     yield "reward", "; ".join([name, *models])
 
 

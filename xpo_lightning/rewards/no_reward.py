@@ -1,13 +1,11 @@
-"""`NoReward`: stands in for the reward of a run that trains on preference pairs alone."""
+"""Stands in for the reward of a run that trains on preference pairs alone."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from xpo_lightning.core.batch import RawPrompt
 from xpo_lightning.core.errors import InputError
-from xpo_lightning.rewards.base import Reward
+from xpo_lightning.rewards.base import Feedback
 
 MISSING = (
     "model.reward: nothing says which of two sampled completions is better; give a reward or a judge, or train on "
@@ -15,11 +13,19 @@ MISSING = (
 )
 
 
-class NoReward(Reward):
+class _NoReward(Feedback):
     """The reward of a module that has none: pairs of a preference data set need none, and others are refused."""
 
-    def score(
-        self, prompts: Sequence[RawPrompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
-    ) -> Tensor:
+    def forward(self, *args: Any) -> Tensor:
         """Refuse to score."""
         raise InputError(MISSING)
+
+
+def no_reward() -> Feedback:
+    """Return what a module without a reward has in its place; it refuses to score."""
+    return _NoReward()
+
+
+def is_missing(reward: Feedback) -> bool:
+    """Tell whether a module has no reward."""
+    return isinstance(reward, _NoReward)

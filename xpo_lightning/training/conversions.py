@@ -10,7 +10,7 @@ from xpo_lightning.core.errors import InputError
 from xpo_lightning.models.policy import LoadedModel, ModelSpec
 from xpo_lightning.rewards import PythonReward, SequenceClassifierReward
 from xpo_lightning.rewards.base import Feedback
-from xpo_lightning.rewards.no_reward import NoReward
+from xpo_lightning.rewards.no_reward import no_reward
 
 
 def as_policy(policy: Any) -> ModelSpec | LoadedModel:
@@ -34,13 +34,13 @@ def as_policy(policy: Any) -> ModelSpec | LoadedModel:
 
 
 def as_reward(reward: Any) -> Feedback:
-    """Turn a function into a `PythonReward`, a model's name into a `SequenceClassifierReward`, None into `NoReward`.
+    """Turn a function into a `PythonReward`, and a model's name into a `SequenceClassifierReward`.
 
     Raises:
         InputError: It is neither, and no reward or judge; the message says what to pass.
     """
     if reward is None:
-        return NoReward()
+        return no_reward()
     if isinstance(reward, Feedback):
         return reward
     if isinstance(reward, str | Path):

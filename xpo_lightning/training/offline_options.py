@@ -2,7 +2,7 @@
 
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.losses.bonuses import XPOBonus
-from xpo_lightning.rewards.no_reward import NoReward
+from xpo_lightning.rewards.no_reward import is_missing
 from xpo_lightning.training.config_checks import Options, refuse_first
 
 
@@ -12,7 +12,7 @@ def refuse_without_reward(options: Options) -> None:
     Raises:
         InputError: `model.missing_eos_penalty` is set.
     """
-    if isinstance(options.reward, NoReward) and options.missing_eos_penalty:
+    if is_missing(options.reward) and options.missing_eos_penalty:
         raise InputError(
             "model.missing_eos_penalty is taken from scores, and model.reward is null, so that there are none; set the "
             "penalty to null, or give a reward"
