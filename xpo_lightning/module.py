@@ -33,6 +33,7 @@ from xpo_lightning.core.trainer_progress import (
     has_begun,
     normalize_loop_counters,
 )
+from xpo_lightning.data.dataloader import look_ahead, next_batch
 from xpo_lightning.data.prompts import PromptTokenizer, as_prompts
 from xpo_lightning.losses.bonus import Bonus
 from xpo_lightning.losses.bonuses import BonusTarget
@@ -49,13 +50,14 @@ from xpo_lightning.rewards.base import Feedback
 from xpo_lightning.rewards.labels import LabelRule, check_penalty
 from xpo_lightning.rewards.scorer import PairScorer
 from xpo_lightning.rollout.engine import RolloutEngine
+from xpo_lightning.rollout.engine_writer import EngineWriter
 from xpo_lightning.rollout.local import LocalRollout, order_of
 from xpo_lightning.rollout.opening import try_ways
 from xpo_lightning.rollout.pair_selection import Candidates
 from xpo_lightning.rollout.samplers import ReferenceSampler, Sampler
 from xpo_lightning.rollout.sampling import Sampling
 from xpo_lightning.training.bonus_options import choose_bonus, refuse_with_bonus_sampler, refuse_with_previous
-from xpo_lightning.training.collector import Collector, check_rollout
+from xpo_lightning.training.collector import Collector, Upcoming, check_rollout
 from xpo_lightning.training.config_checks import (
     INERT_OPTIONS,
     check_trainer,
@@ -215,6 +217,7 @@ class XPOLightningModule(LightningModule):
             micro_batch_size, micro_batch_tokens, updates_per_rollout, epochs_per_rollout, completions
         )
         self.timer, self.guard = PhaseTimer(), Guard(max_skipped_steps)
+        self.writer = None if rollout is None else EngineWriter(rollout, self.guard.stop.check)
         self.run_state = RunState(self.guard)
         self.rollout_averages, self.update_averages = PairAverages(), PairAverages()
         self.eval_rollout_averages, self.eval_averages = PairAverages(), PairAverages()
@@ -287,6 +290,7 @@ class XPOLightningModule(LightningModule):
         self.policy = self._with_adapters(model)
         self.reference = Reference(self.policy, self.reference_refresh)
         self.memory = PersistentState(self.reference, self.sampler, self.objective.bonus, self.bonus_sampler)
+        self.memory.writer = self.writer
         self.reward.load()
         self.reward.set_check(self.guard.stop.check)
         rollout = LocalRollout(
@@ -303,7 +307,6 @@ class XPOLightningModule(LightningModule):
             try_ways(*(model for model in (self.policy, self.reference.frozen) if model is not None))
             shard_all([self.policy, self.reference, self.reward], self.device_mesh)
         if self.rollout is not None:
-            self.rollout.set_check(self.guard.stop.check)
             self.rollout.begin(rollout)
         scorer = PairScorer(self.reward, self.missing_eos_penalty, self.timer)
         self.collector = Collector(
@@ -313,7 +316,7 @@ class XPOLightningModule(LightningModule):
             scorer,
             self.label_rule,
             self.timer,
-            self.rollout,
+            self.writer,
             keeps_previous=self.objective.preference_loss.needs_previous,
         )
         speed_up_linears(self.policy, self.reference, self.reward)
@@ -351,10 +354,12 @@ class XPOLightningModule(LightningModule):
         before_training(self.trainer, lambda: self.run_state.take_up(self.trainer, self.memory))
 
     def on_train_start(self) -> None:
-        """Apply the configured settings to the optimizer, and set the length of the run."""
+        """Apply the configured settings to the optimizer, set the length of the run, and have the loader look ahead."""
         self.optimization.take_settings(self._optimizer.optimizer, self._scheduler)
         if isinstance(self._scheduler, WarmupThenDecay):
             self._scheduler.begin(self._total_steps)
+        if self.rollout is not None and self.rollout.ahead:
+            look_ahead(self.trainer.train_dataloader)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Sample and label one pair per prompt of the batch, then take the optimizer steps on all kept pairs.
@@ -368,7 +373,7 @@ class XPOLightningModule(LightningModule):
         experience, settings = None, {}
         with self.run_state.step():
             with self._models_unsharded(), self.guard.step() as step:
-                experience = self._collect(batch, rng, training=True)
+                experience = self._collect(batch, rng, training=True, upcoming=self._upcoming(done + 1))
             if experience is not None and not step.is_skipped:
                 self._show_pairs(experience)
                 settings = self._take_steps(experience, rng)
@@ -570,10 +575,23 @@ class XPOLightningModule(LightningModule):
                 f"eval mode"
             )
 
-    def _collect(self, batch: Any, rng: RolloutRNG, training: bool = False) -> Experience:
+    def _collect(
+        self, batch: Any, rng: RolloutRNG, training: bool = False, upcoming: Upcoming | None = None
+    ) -> Experience:
         """Collect the labelled pairs of a batch."""
         prompts = as_prompts(batch, self.prompt_encoder, self.device)
-        return check_rollout(self.collector.collect(self.policy, prompts, rng, training=training))
+        return check_rollout(self.collector.collect(self.policy, prompts, rng, training=training, upcoming=upcoming))
+
+    def _upcoming(self, number: int) -> Upcoming | None:
+        """Return the training batch of this number, if it is to be written ahead and the loader has it."""
+        if self.rollout is None or not self.rollout.ahead:
+            return None
+        batch = next_batch(self.trainer.train_dataloader)
+        if batch is None:
+            return None
+        prompts = as_prompts(batch, self.prompt_encoder, self.device)
+        is_last = 0 < self.trainer.max_steps <= self.global_step + self.plan.step_count
+        return Upcoming(prompts, self._rng(Stream.TRAINING, number), wanted=not is_last)
 
     def _models_unsharded(self) -> AbstractContextManager[None]:
         """Unshard the models inside the context, for rollouts and scores."""
@@ -608,8 +626,8 @@ class XPOLightningModule(LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Close the engine, which then drops the policy."""
-        if self.rollout is not None:
-            self.rollout.close()
+        if self.writer is not None:
+            self.writer.close()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer of the trained weights and its learning-rate schedule."""

@@ -76,10 +76,16 @@ class VLLMRollout(RolloutEngine):
             /dev/shm, the machine's shared memory.
         reference_url: URL of a server that has the reference, with `weights: full`; null has the reference write in
             this process.
+        sync_every: How many training batches the server writes with the same weights: they are sent before the first of
+            them. 1 sends the weights before each batch.
+        ahead: 1 has the server write the next batch while the policy is trained on this one, with the weights from
+            before; 0 has it wait.
 
     Raises:
         InputError: An option is invalid.
     """
+
+    copies_weights = True
 
     def __init__(
         self,
@@ -96,8 +102,10 @@ class VLLMRollout(RolloutEngine):
         weights: Literal["adapter", "full"] = "adapter",
         weights_folder: str | None = None,
         reference_url: str | None = None,
+        sync_every: int = 1,
+        ahead: int = 0,
     ) -> None:
-        super().__init__(max_logp_drift)
+        super().__init__(max_logp_drift, sync_every, ahead)
         is_adapter = weights == "adapter"
         self.needs_adapters = self.takes_adapters = is_adapter
         self.has_reference = is_adapter or reference_url is not None
@@ -142,7 +150,6 @@ class VLLMRollout(RolloutEngine):
     def write(self, prompts: Prompts, asked: Sequence[GenerationRequest]) -> list[list[Completions]]:
         """See `RolloutEngine.write`; send one request per completion, because a seed applies to a request."""
         ids, mask = prompts.ids.cpu(), prompts.mask.cpu()
-        self.measured = {}
         self.servers.take_back()
         self.reference_servers.take_back()
         rows: list[list[int]] = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
