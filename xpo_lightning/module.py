@@ -33,6 +33,7 @@ from xpo_lightning.core.trainer_progress import (
     has_begun,
     normalize_loop_counters,
 )
+from xpo_lightning.data.dataloader import look_ahead, next_batch
 from xpo_lightning.data.datamodule import PromptDataModule
 from xpo_lightning.data.preference_pairs import KEY, as_preferences, split_batch
 from xpo_lightning.data.prompts import PromptTokenizer, as_prompts
@@ -52,13 +53,14 @@ from xpo_lightning.rewards.labels import LabelRule, check_penalty
 from xpo_lightning.rewards.no_reward import MISSING, is_missing
 from xpo_lightning.rewards.scorer import PairScorer
 from xpo_lightning.rollout.engine import RolloutEngine
+from xpo_lightning.rollout.engine_writer import EngineWriter
 from xpo_lightning.rollout.local import LocalRollout, order_of
 from xpo_lightning.rollout.opening import try_ways
 from xpo_lightning.rollout.pair_selection import Candidates
 from xpo_lightning.rollout.samplers import ReferenceSampler, Sampler
 from xpo_lightning.rollout.sampling import Sampling
 from xpo_lightning.training.bonus_options import choose_bonus, refuse_with_bonus_sampler, refuse_with_previous
-from xpo_lightning.training.collector import Collector, check_rollout
+from xpo_lightning.training.collector import Collector, Upcoming, check_rollout
 from xpo_lightning.training.config_checks import (
     INERT_OPTIONS,
     check_trainer,
@@ -222,6 +224,7 @@ class XPOLightningModule(LightningModule):
             micro_batch_size, micro_batch_tokens, updates_per_rollout, epochs_per_rollout, completions
         )
         self.timer, self.guard = PhaseTimer(), Guard(max_skipped_steps)
+        self.writer = None if rollout is None else EngineWriter(rollout, self.guard.stop.check)
         self.run_state = RunState(self.guard)
         self.rollout_averages, self.update_averages = PairAverages(), PairAverages()
         self.eval_rollout_averages, self.eval_averages = PairAverages(), PairAverages()
@@ -295,6 +298,7 @@ class XPOLightningModule(LightningModule):
         self.policy = self._with_adapters(model)
         self.reference = Reference(self.policy, self.reference_refresh)
         self.memory = PersistentState(self.reference, self.sampler, self.objective.bonus, self.bonus_sampler)
+        self.memory.writer = self.writer
         self.reward.load()
         self.reward.set_check(self.guard.stop.check)
         rollout = LocalRollout(
@@ -311,7 +315,6 @@ class XPOLightningModule(LightningModule):
             try_ways(*(model for model in (self.policy, self.reference.frozen) if model is not None))
             shard_all([self.policy, self.reference, self.reward], self.device_mesh)
         if self.rollout is not None:
-            self.rollout.set_check(self.guard.stop.check)
             self.rollout.begin(rollout)
         scorer = PairScorer(self.reward, self.missing_eos_penalty, self.timer)
         self.collector = Collector(
@@ -321,7 +324,7 @@ class XPOLightningModule(LightningModule):
             scorer,
             self.label_rule,
             self.timer,
-            self.rollout,
+            self.writer,
             keeps_previous=self.objective.preference_loss.needs_previous,
         )
         speed_up_linears(self.policy, self.reference, self.reward)
@@ -370,10 +373,12 @@ class XPOLightningModule(LightningModule):
         before_training(self.trainer, lambda: self.run_state.take_up(self.trainer, self.memory))
 
     def on_train_start(self) -> None:
-        """Apply the configured settings to the optimizer, and set the length of the run."""
+        """Apply the configured settings to the optimizer, set the length of the run, and have the loader look ahead."""
         self.optimization.take_settings(self._optimizer.optimizer, self._scheduler)
         if isinstance(self._scheduler, WarmupThenDecay):
             self._scheduler.begin(self._total_steps)
+        if self.rollout is not None and self.rollout.ahead:
+            look_ahead(self.trainer.train_dataloader)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Sample and label one pair per prompt of the batch, then take the optimizer steps on all kept pairs.
@@ -389,7 +394,7 @@ class XPOLightningModule(LightningModule):
         experience, settings = None, {}
         with self.run_state.step():
             with self._models_unsharded(), self.guard.step() as step:
-                experience = self.collect(batch, rng, training=True)
+                experience = self.collect(batch, rng, training=True, upcoming=self._upcoming(done + 1))
             if experience is not None and not step.is_skipped:
                 sampled = experience.sampled
                 if sampled is not None:
@@ -595,13 +600,16 @@ class XPOLightningModule(LightningModule):
                 f"eval mode"
             )
 
-    def collect(self, batch: Any, rng: RolloutRNG, training: bool = False) -> Experience:
+    def collect(
+        self, batch: Any, rng: RolloutRNG, training: bool = False, upcoming: Upcoming | None = None
+    ) -> Experience:
         """Collect the labelled pairs of a batch: sample one for each prompt, and take its preference pairs as they are.
 
         Args:
             batch: A batch.
             rng: Source of randomness.
             training: Whether the policy trains on the pairs.
+            upcoming: The batch for an engine to write meanwhile; see `Collector.collect`.
 
         Returns:
             The pairs; those of a preference data set are the last.
@@ -611,18 +619,31 @@ class XPOLightningModule(LightningModule):
         """
         asked, given = split_batch(batch)
         if given is None:
-            return self._sampled_pairs(asked, rng, training)
+            return self._sampled_pairs(asked, rng, training, upcoming)
         refuse_with_preferences(self, alone=asked is None)
         for averages in (self.rollout_averages, self.update_averages, self.eval_rollout_averages, self.eval_averages):
             averages.skips_nan = True
         pairs = as_preferences(given, self.prompt_encoder, self.device)
         offline = self.collector.take(self.policy, pairs.prompts, pairs.chosen, pairs.rejected, training=training)
         check_rollout(offline)
-        return offline if asked is None else join_experiences(self._sampled_pairs(asked, rng, training), offline)
+        if asked is None:
+            return offline
+        return join_experiences(self._sampled_pairs(asked, rng, training, upcoming), offline)
 
-    def _sampled_pairs(self, batch: Any, rng: RolloutRNG, training: bool) -> Experience:
+    def _sampled_pairs(self, batch: Any, rng: RolloutRNG, training: bool, upcoming: Upcoming | None) -> Experience:
         prompts = as_prompts(batch, self.prompt_encoder, self.device)
-        return check_rollout(self.collector.collect(self.policy, prompts, rng, training=training))
+        return check_rollout(self.collector.collect(self.policy, prompts, rng, training=training, upcoming=upcoming))
+
+    def _upcoming(self, number: int) -> Upcoming | None:
+        """Return the training batch of this number, if it is to be written ahead and the loader has it."""
+        if self.rollout is None or not self.rollout.ahead:
+            return None
+        batch = next_batch(self.trainer.train_dataloader)
+        if batch is None:
+            return None
+        prompts = as_prompts(batch, self.prompt_encoder, self.device)
+        is_last = 0 < self.trainer.max_steps <= self.global_step + self.plan.step_count
+        return Upcoming(prompts, self._rng(Stream.TRAINING, number), wanted=not is_last)
 
     def _models_unsharded(self) -> AbstractContextManager[None]:
         """Unshard the models inside the context, for rollouts and scores."""
@@ -657,8 +678,8 @@ class XPOLightningModule(LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Close the engine, which then drops the policy."""
-        if self.rollout is not None:
-            self.rollout.close()
+        if self.writer is not None:
+            self.writer.close()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer of the trained weights and its learning-rate schedule."""

@@ -26,6 +26,7 @@ RUNS = {
 """Verbs that LightningCLI runs, each with its description; they take the options of a run."""
 VERBS = {
     "recipes": "list the configs that come with the package, or copy one",
+    "serve": "print or start the vLLM servers of a run",
     "compare": "say how often one policy beats another, with a confidence interval",
     "export": "turn a checkpoint into a folder that transformers loads, or push it to the hub",
     "chat": "talk to a policy and its reference side by side",

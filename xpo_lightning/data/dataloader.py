@@ -109,8 +109,12 @@ class TrainingLoader(DataLoader[Sample]):
     Attributes:
         position: Returns the epoch, its first batch to load, and the batch before which to stop, if any. It is called
             at the first batch of a pass, when a resumed run has its counters back.
+        looks_ahead: Whether to load each batch before the one in front of it is used.
+        upcoming: With `looks_ahead`, the batch after the present one; None at the end of a pass.
     """
 
+    looks_ahead = False
+    upcoming: Any = None
     position: Callable[[], tuple[int, int, int | None]]
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -119,13 +123,20 @@ class TrainingLoader(DataLoader[Sample]):
         self._set_epoch(epoch, first)
         done = first
         try:
-            for batch in islice(super().__iter__(), *self._left(first, last)):
+            batches = islice(super().__iter__(), *self._left(first, last))
+            for batch in self._looking_ahead(batches) if self.looks_ahead else batches:
                 done += 1
                 yield batch
         except InputError as error:
             raise InputError(_without_traceback(str(error))) from error
         if done == 0 and self.drop_last and last != 0:
             raise InputError(f"data.drop_last: no prompts make a whole batch of data.batch_size={self.batch_size}")
+
+    def _looking_ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
+        self.upcoming = next(batches, None)
+        while self.upcoming is not None:
+            batch, self.upcoming = self.upcoming, next(batches, None)
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Return an empty state, since the trainer holds the position; tells Lightning that the loader can resume."""
@@ -146,6 +157,25 @@ class TrainingLoader(DataLoader[Sample]):
         if isinstance(self.dataset, PromptStream):
             return first, last
         return 0, None if last is None else max(last - first, 0)
+
+
+def look_ahead(loader: Any) -> None:
+    """Have a loader of training prompts load each batch before the one in front of it is used.
+
+    Raises:
+        InputError: It is not a loader of `PromptDataModule`.
+    """
+    if not isinstance(loader, TrainingLoader):
+        raise InputError(
+            f"model.rollout.init_args.ahead=1 needs to know the next batch, which PromptDataModule's loader tells, and "
+            f"{type(loader).__name__} does not; train on a PromptDataModule, or set it to 0"
+        )
+    loader.looks_ahead = True
+
+
+def next_batch(loader: Any) -> Any:
+    """Return the batch after the present one of a loader that looks ahead; None at the end of a pass."""
+    return loader.upcoming if isinstance(loader, TrainingLoader) else None
 
 
 def _without_traceback(message: str) -> str:

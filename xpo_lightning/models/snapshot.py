@@ -19,11 +19,14 @@ class Snapshot:
         policy: The policy to copy; with adapters, only their weights are copied.
         dtype: Type of the copies; None is that of the weights. An average needs float32: in bfloat16 small changes
             would be rounded away.
+        device: Where the copies are; None is where the weights are.
     """
 
-    def __init__(self, policy: nn.Module, dtype: torch.dtype | None = None) -> None:
-        trained = _trained(policy).items()
-        self.weights = {name: weight.detach().to(dtype or weight.dtype, copy=True) for name, weight in trained}
+    def __init__(self, policy: nn.Module, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
+        self.weights = {
+            name: weight.detach().to(device or weight.device, dtype or weight.dtype, copy=True)
+            for name, weight in _trained(policy).items()
+        }
 
     def take(self, policy: nn.Module, mix: float = 1.0) -> None:
         """Set the copies to (1 - mix) times themselves plus mix times the policy's current weights."""

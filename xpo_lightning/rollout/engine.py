@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from xpo_lightning.core.batch import Completions, Prompts
+from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.rollout.local import LocalRollout
 
+_OPTIONS = "model.rollout.init_args"
 Writer = Literal["policy", "reference"]
 
 
@@ -40,11 +42,15 @@ class RolloutEngine(ABC):
 
     Args:
         max_logp_drift: Largest allowed difference, in nats per token; None compares without a limit.
+        sync_every: How many training batches the engine writes with the same weights of the policy.
+        ahead: How many batches the engine writes ahead, while the policy is trained on earlier ones: 0 or 1.
 
     Attributes:
         rollout: Samples and decodes in this process, with the same settings; set by `begin`.
         needs_adapters: Whether the policy must be LoRA adapters (`model.lora`) of a model that the engine has.
         takes_adapters: Whether the policy may be LoRA adapters.
+        copies_weights: Whether `sync` gives the engine a copy of the weights, so that it can be behind the policy, and
+            `write` may run in another thread, while the policy is trained.
         has_reference: Whether the engine writes the reference's completions, too; if not, this process does.
         measured: Log-probability differences of the last batch, by metric name.
         check: Called about once a second while waiting; may raise to stop waiting.
@@ -57,13 +63,22 @@ class RolloutEngine(ABC):
     needs_adapters = False
     takes_adapters = True
     has_reference = True
+    copies_weights = False
 
-    def __init__(self, max_logp_drift: float | None = None) -> None:
+    def __init__(self, max_logp_drift: float | None = None, sync_every: int = 1, ahead: int = 0) -> None:
         if max_logp_drift is not None and not 0 < max_logp_drift < float("inf"):
             raise InputError(
                 f"model.rollout.init_args.max_logp_drift must be above 0 and finite, or null, but is {max_logp_drift}"
             )
-        self.max_logp_drift = max_logp_drift
+        check_range(f"{_OPTIONS}.sync_every", sync_every, least=1)
+        check_range(f"{_OPTIONS}.ahead", ahead, least=0, most=1)
+        for name in (name for name, is_set in (("sync_every", sync_every > 1), ("ahead", ahead > 0)) if is_set):
+            if not self.copies_weights:
+                raise InputError(
+                    f"{_OPTIONS}.{name} has the engine be behind the policy, and {type(self).__name__} writes with the "
+                    f"policy itself (copies_weights is False); leave it out"
+                )
+        self.max_logp_drift, self.sync_every, self.ahead = max_logp_drift, sync_every, ahead
         self.measured: dict[str, float] = {}
         self.check: Callable[[], None] = lambda: None
 
@@ -178,7 +193,7 @@ class RolloutEngine(ABC):
         made = Completions(padded, mask, ended, texts, pad_sequence(numbers, batch_first=True))
         return made.to(prompts.ids.device)
 
-    def compare(self, who: Writer, written: Sequence[Completions], logps: Tensor) -> None:
+    def compare(self, who: Writer, written: Sequence[Completions], logps: Tensor, *, is_behind: bool = False) -> None:
         """Compare the engine's log-probabilities with those computed in this process.
 
         The absolute differences between log-probabilities of completions (summed over tokens) are added up and divided
@@ -189,6 +204,7 @@ class RolloutEngine(ABC):
             who: The model that generated the completions.
             written: K times B completions.
             logps: Log-probability of each under the model in this process, in nats. (K, B)
+            is_behind: Whether the engine is meant to have earlier weights, so that no difference is too large.
 
         Raises:
             InputError: They differ by more than the limit.
@@ -197,7 +213,7 @@ class RolloutEngine(ABC):
         drift = float(sum(gaps)) / sum(sum(some.counts) for some in written)
         self.measured["rollout/logp_drift" if who == "reference" else "rollout/policy_logp_drift"] = drift
         # Non-finite numbers are refused elsewhere, in an error that names their prompts.
-        if self.max_logp_drift is not None and drift > self.max_logp_drift:
+        if self.max_logp_drift is not None and drift > self.max_logp_drift and not is_behind:
             raise InputError(
                 f"model.rollout: the engine's log-probabilities of the {who}'s completions differ by {drift:.3g} nats "
                 f"a token from those computed here, more than model.rollout.init_args.max_logp_drift="

@@ -13,12 +13,12 @@ from xpo_lightning.core.batch import BonusSample, Completions, Experience, Pair,
 from xpo_lightning.core.fault_tolerance.guard import check_finite
 from xpo_lightning.core.rng import RolloutRNG
 from xpo_lightning.core.timer import PhaseTimer
-from xpo_lightning.models.forward.causal_forward import eval_mode
 from xpo_lightning.rewards.labels import LabelRule
 from xpo_lightning.rewards.ranking import Ranking
 from xpo_lightning.rewards.scorer import PairScorer, PairScores
 from xpo_lightning.rollout.context import RolloutContext
 from xpo_lightning.rollout.engine import GenerationRequest, RolloutEngine
+from xpo_lightning.rollout.engine_writer import EngineWriter
 from xpo_lightning.rollout.local import LocalRollout, gather, order_of
 from xpo_lightning.rollout.pair_selection import Candidates, chosen_completions, chosen_values
 from xpo_lightning.rollout.reference_cache import ReferenceCache, missing_rows
@@ -30,6 +30,36 @@ Written = tuple[Pair[list[Completions]], Pair[Tensor]]
 
 COMPARED = 8
 """Most of the policy's completions per batch for which the engine's log-probabilities are compared with ours."""
+
+
+@dataclass(frozen=True)
+class Upcoming:
+    """The training batch after the present one.
+
+    Args:
+        prompts: B prompts.
+        rng: Source of its randomness.
+        wanted: Whether this run trains on it.
+    """
+
+    prompts: Prompts
+    rng: RolloutRNG
+    wanted: bool
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers of a batch, float64. The sampler's are drawn first, so that it writes the same beside any policy.
+
+    Args:
+        sides: Those of each side's completions. (B, max_new_tokens) each
+        labels: Those of the labels. (B, 2)
+        bonus: Those of the bonus sampler's completions. (B, max_new_tokens)
+    """
+
+    sides: Pair[list[Tensor]]
+    labels: Tensor | None
+    bonus: Tensor | None
 
 
 @dataclass
@@ -44,7 +74,8 @@ class Collector:
         scorer: Scores completions with the reward or judge.
         label_rule: Turns the scores into labels.
         timer: Times the phases.
-        engine: Generates the policy's and the reference's completions in place of `rollout`, if it is not None.
+        writer: Has an engine write the policy's and the reference's completions in place of `rollout`; None if there is
+            no engine.
         keeps_previous: Whether pairs keep the log-probabilities of the policy that wrote both of them.
     """
 
@@ -54,11 +85,19 @@ class Collector:
     scorer: PairScorer
     label_rule: LabelRule
     timer: PhaseTimer
-    engine: RolloutEngine | None = None
+    writer: EngineWriter | None = None
     keeps_previous: bool = False
 
     @torch.no_grad()
-    def collect(self, policy: nn.Module, prompts: Prompts, rng: RolloutRNG, *, training: bool = False) -> Experience:
+    def collect(
+        self,
+        policy: nn.Module,
+        prompts: Prompts,
+        rng: RolloutRNG,
+        *,
+        training: bool = False,
+        upcoming: Upcoming | None = None,
+    ) -> Experience:
         """Sample completions of each prompt, and label one pair of them.
 
         Args:
@@ -67,22 +106,18 @@ class Collector:
             rng: Source of randomness for samples and labels.
             training: Whether the policy trains on the pairs. If not, each pair is one completion by the policy and one
                 by the initial reference, which is not taken from the cache, and labels are not random.
+            upcoming: The batch that the engine is to write next; None if that is not known, or not ahead of time.
 
         Returns:
             B labelled pairs.
         """
         sampler = self.memory.sampler if training else ReferenceSampler()
         bonus_sampler = self.memory.bonus_sampler if training else None
-        candidates = self.candidates if training else Candidates()
+        candidates = self._candidates(training)
         cache = self.memory.cache if training else None
         kept = [None] * len(prompts) if cache is None else cache.get(prompts)
         lend = partial(self.memory.reference.lent, first=not training)
-        # The sampler's numbers are drawn first: the same RNG gives it the same samples, whatever the policy writes.
-        of_sampler, of_policy = (
-            [self.rollout.uniforms(prompts, rng) for _ in range(candidates.count)] for _ in range(2)
-        )
-        of_labels = rng.uniforms(len(prompts), 2) if training else None
-        of_bonus = None if bonus_sampler is None else self.rollout.uniforms(prompts, rng)
+        drawn = self._draw(prompts, rng, training)
 
         def open_context(rows: list[int]) -> RolloutContext:
             return RolloutContext(
@@ -91,19 +126,22 @@ class Collector:
 
         def write(rows: list[int]) -> Written:
             index = torch.as_tensor(rows, device=prompts.ids.device)
-            uniforms = Pair(of_policy, of_sampler).map(lambda side: [numbers[index] for numbers in side])
+            uniforms = drawn.sides.map(lambda side: [numbers[index] for numbers in side])
             return _written(open_context(rows), sampler, uniforms)
 
         groups = self.rollout.groups(prompts, policy)
-        if self.engine is None:
+        if self.writer is None:
             completions, logps = _together([write(rows) for rows in groups], groups)
         else:
-            self.engine.sync(policy)
-            completions = _by_engine(self.engine, prompts, open_context, sampler, Pair(of_policy, of_sampler), groups)
-            logps = _scored(self.engine, open_context, sampler, completions, groups)
+            batch = rng.number if training else None
+            completions = _by_engine(self.writer, batch, open_context, sampler, drawn.sides, groups)
+            is_behind = self.writer.staleness(batch) > 0
+            if upcoming is not None:
+                self._begin(policy, self.writer, upcoming)
+            logps = _scored(self.writer.engine, open_context, sampler, completions, groups, is_behind=is_behind)
         third = None
-        if bonus_sampler is not None and of_bonus is not None:
-            third = _bonus_sample(open_context, bonus_sampler, of_bonus, groups)
+        if bonus_sampler is not None and drawn.bonus is not None:
+            third = _bonus_sample(open_context, bonus_sampler, drawn.bonus, groups)
         self._count(prompts, completions, third)
         ranking = self.scorer.ranking(prompts, completions)
         if ranking is None:
@@ -117,7 +155,7 @@ class Collector:
         else:
             places, scored = self._judged(ranking, candidates, sampler)
             scores = scored.scores.map(lambda side: side[0])
-        uniforms = None if of_labels is None else of_labels.to(scores.by_policy)
+        uniforms = None if drawn.labels is None else drawn.labels.to(scores.by_policy)
         labels = self.label_rule.label(scored.preferences(scores), uniforms)
         written = chosen_completions(completions, places)
         return Experience(
@@ -182,6 +220,25 @@ class Collector:
             silent=torch.zeros_like(certain, dtype=torch.bool),
             offline=torch.ones_like(certain, dtype=torch.bool),
         )
+
+    def _candidates(self, training: bool) -> Candidates:
+        return self.candidates if training else Candidates()
+
+    def _draw(self, prompts: Prompts, rng: RolloutRNG, training: bool) -> Draws:
+        """Draw the random numbers of a batch."""
+        of_sampler, of_policy = (
+            [self.rollout.uniforms(prompts, rng) for _ in range(self._candidates(training).count)] for _ in range(2)
+        )
+        labels = rng.uniforms(len(prompts), 2) if training else None
+        has_bonus = training and self.memory.bonus_sampler is not None
+        return Draws(Pair(of_policy, of_sampler), labels, self.rollout.uniforms(prompts, rng) if has_bonus else None)
+
+    def _begin(self, policy: nn.Module, writer: EngineWriter, upcoming: Upcoming) -> None:
+        """Have the engine begin to write the next batch."""
+        sides = self._draw(upcoming.prompts, upcoming.rng, True).sides
+        asked = _requests(writer.engine, self.memory.sampler, sides)
+        with self.timer("policy_rollout", upcoming.prompts.ids.device):
+            writer.start(policy, upcoming.prompts, asked, upcoming.rng.number, wanted=upcoming.wanted)
 
     def open_cache(self, where: str | None, reference: dict[str, Any], trainer: Trainer) -> None:
         """Open the cache of the reference's completions and their scores.
@@ -260,21 +317,27 @@ def _bonus_sample(
     return BonusSample(gather(written, groups), torch.cat(logps)[order_of(groups)])
 
 
+def _requests(engine: RolloutEngine, sampler: Sampler, uniforms: Pair[list[Tensor]]) -> list[GenerationRequest]:
+    """Return what an engine is asked for: the policy's completions, and the sampler's if it has the sampler, too."""
+    asked = [GenerationRequest("policy", uniforms.by_policy)]
+    if sampler.is_policy or (sampler.is_reference and engine.has_reference):
+        asked.append(GenerationRequest("policy" if sampler.is_policy else "reference", uniforms.by_sampler))
+    return asked
+
+
 def _by_engine(
-    engine: RolloutEngine,
-    prompts: Prompts,
+    writer: EngineWriter,
+    batch: int | None,
     open_context: Callable[[list[int]], RolloutContext],
     sampler: Sampler,
     uniforms: Pair[list[Tensor]],
     groups: Sequence[list[int]],
 ) -> Pair[list[Completions]]:
-    """Generate completions of all prompts; one call serves both sides if the engine has the sampler, too."""
-    context = open_context(list(range(len(prompts))))
-    asked = [GenerationRequest("policy", uniforms.by_policy)]
-    if sampler.is_policy or (sampler.is_reference and engine.has_reference):
-        asked.append(GenerationRequest("policy" if sampler.is_policy else "reference", uniforms.by_sampler))
-    with context.timer("policy_rollout", context.device), eval_mode(context.policy):
-        by_policy, *others = engine.write(prompts, asked)
+    """Generate completions of all prompts; those of a sampler that the engine does not have are written here."""
+    context = open_context(sorted(row for rows in groups for row in rows))
+    with context.timer("policy_rollout", context.device):
+        asked = _requests(writer.engine, sampler, uniforms)
+        by_policy, *others = writer.write(context.policy, context.prompts, asked, batch)
     if others:
         return Pair(by_policy, others[0])
     parts = []
@@ -290,6 +353,8 @@ def _scored(
     sampler: Sampler,
     completions: Pair[list[Completions]],
     groups: Sequence[list[int]],
+    *,
+    is_behind: bool,
 ) -> Pair[Tensor]:
     """Score an engine's completions with the reference, (K, B) per side, and check that it used the right weights."""
     both = [*completions.by_policy, *completions.by_sampler]
@@ -299,7 +364,7 @@ def _scored(
     # Only this check needs the policy's log-probabilities, so a few completions are enough.
     rows = groups[0][:COMPARED]
     some = [candidate.select(rows) for candidate in completions.by_policy[:1]]
-    engine.compare("policy", some, torch.stack(open_context(rows).policy_logps(some)))
+    engine.compare("policy", some, torch.stack(open_context(rows).policy_logps(some)), is_behind=is_behind)
     return logps
 
 

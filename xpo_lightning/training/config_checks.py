@@ -283,6 +283,7 @@ def refuse_own_steps(options: Any) -> None:
         "model.sampler=PreviousPolicySampler": isinstance(options.sampler, PreviousPolicySampler),
         "model.bonus_sampler=PreviousPolicySampler": isinstance(options.bonus_sampler, PreviousPolicySampler),
         f"model.bonus={type(options.objective.bonus).__name__}": options.objective.bonus.learns,
+        "model.rollout.init_args.ahead": options.rollout is not None and options.rollout.ahead > 0,
         "model.updates_per_rollout": options.plan.step_count != 1,
     }
     for option, is_set in inert.items():

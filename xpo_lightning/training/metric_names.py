@@ -17,9 +17,9 @@ _OF_PAIRS = {
 }
 _OF_STEPS = {
     *("alpha", "beta", "lr", "grad_norm", "skipped_steps", "step", "epoch", "rollout/logp_drift"),
-    *("rollout/policy_logp_drift", "throughput/prompts_per_second", "throughput/tokens_per_second", "time/step"),
-    *("time/reference_rollout", "time/policy_rollout", "time/reference_scoring", "time/reward"),
-    *("time/policy_forward", "time/backward", "time/optimizer"),
+    *("rollout/policy_logp_drift", "rollout/staleness", "throughput/prompts_per_second", "time/step"),
+    *("throughput/tokens_per_second", "time/reference_rollout", "time/policy_rollout", "time/reference_scoring"),
+    *("time/reward", "time/policy_forward", "time/backward", "time/optimizer"),
 }
 METRICS = _OF_PAIRS | _OF_STEPS | {f"eval/{name}" for name in _OF_PAIRS}
 """Every name under which something may be logged; docs/metrics.md says what each is."""

@@ -8,6 +8,7 @@ from torch import nn
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.losses.bonus import Bonus
 from xpo_lightning.models.reference import Reference
+from xpo_lightning.rollout.engine_writer import EngineWriter
 from xpo_lightning.rollout.reference_cache import ReferenceCache
 from xpo_lightning.rollout.samplers import Sampler
 from xpo_lightning.training.replay_buffer.buffer import Buffer
@@ -24,6 +25,7 @@ class PersistentState:
         bonus_sampler: The sampler of the exploration term's own completions; None if it has none.
         cache: Cache of the reference's completions; None for no cache.
         buffer: Replay buffer of earlier batches' pairs; None for no buffer.
+        writer: Has an engine write, with weights that may be behind the policy; None if there is no engine.
     """
 
     reference: Reference
@@ -32,11 +34,14 @@ class PersistentState:
     bonus_sampler: Sampler | None = None
     cache: ReferenceCache | None = None
     buffer: Buffer | None = None
+    writer: EngineWriter | None = None
 
     def begin(self, policy: nn.Module) -> None:
         """Let the samplers record what they need of the policy before training."""
         for sampler in self._samplers().values():
             sampler.begin(policy)
+        if self.writer is not None:
+            self.writer.begin(policy)
 
     def after_batch(self, batches: int, policy: nn.Module, *, taken: bool) -> None:
         """Update each part after a finished batch.
@@ -51,6 +56,8 @@ class PersistentState:
             self.buffer.settle()
         if self.cache is not None:
             self.cache.settle(keep=taken)
+        if self.writer is not None:
+            self.writer.settle()
         for sampler in self._samplers().values():
             sampler.after_batch(batches, policy)
         self.reference.after_batch(batches)
@@ -70,6 +77,7 @@ class PersistentState:
             "bonus": self.bonus.state(),
             "reference": None if refreshed is None else refreshed.state(),
             "cache": {} if self.cache is None else self.cache.shared_state(),
+            "engine": None if self.writer is None else self.writer.state(),
         }
 
     def load(self, own: dict[str, Any], shared: dict[str, Any]) -> None:
@@ -95,6 +103,8 @@ class PersistentState:
         for name, sampler in self._samplers().items():
             sampler.load_state(shared[name])
         self._load_bonus(shared.get("bonus"))
+        if self.writer is not None:
+            self.writer.load_state(shared.get("engine"))
         if self.reference.refreshed is not None:
             self.reference.refreshed.load_state(shared["reference"], "model.reference_refresh")
 

@@ -52,10 +52,12 @@ class VLLMRollout(RolloutEngine):
     The server must see the folder under the same path. `docs/vllm.md` shows how, and `xpo serve` prints the commands.
 
     The run sends prompts and receives completions as token ids. `model.rollout_batch_size` then limits how many prompts
-    are scored together in this process. All processes of a run share one server.
+    are scored together in this process. All processes of a run share the servers.
 
     Args:
-        url: URL of the server, such as http://localhost:8000. Messages show it: put no secret there.
+        url: URL of the server, such as http://localhost:8000, or a list, over whose servers the requests are spread.
+            One that fails is left out, and its requests go to the others until it answers again. Messages show a URL:
+            put no secret there.
         adapter_folder: Folder for the policy's adapter; with `weights: full` it is not needed.
         model: Name of the base model on the server; null takes the only one that it has.
         api_key_env: Name of the environment variable that holds the API key; null sends none.
@@ -74,16 +76,22 @@ class VLLMRollout(RolloutEngine):
         weights: What of the policy is sent: its `adapter`, or its weights in `full`.
         weights_folder: Folder for the policy's weights with `weights: full`, which needs room for them; null is
             /dev/shm, the machine's shared memory.
-        reference_url: URL of a server that has the reference, with `weights: full`; null has the reference write in
-            this process.
+        reference_url: URL of a server that has the reference, with `weights: full`, or a list of them; null has the
+            reference write in this process.
+        sync_every: How many training batches the server writes with the same weights: they are sent before the first of
+            them. 1 sends the weights before each batch.
+        ahead: 1 has the server write the next batch while the policy is trained on this one, with the weights from
+            before; 0 has it wait.
 
     Raises:
         InputError: An option is invalid.
     """
 
+    copies_weights = True
+
     def __init__(
         self,
-        url: str,
+        url: str | list[str],
         adapter_folder: str | None = None,
         model: str | None = None,
         api_key_env: str | None = None,
@@ -95,19 +103,21 @@ class VLLMRollout(RolloutEngine):
         max_logp_drift: float | None = 0.5,
         weights: Literal["adapter", "full"] = "adapter",
         weights_folder: str | None = None,
-        reference_url: str | None = None,
+        reference_url: str | list[str] | None = None,
+        sync_every: int = 1,
+        ahead: int = 0,
     ) -> None:
-        super().__init__(max_logp_drift)
+        super().__init__(max_logp_drift, sync_every, ahead)
         is_adapter = weights == "adapter"
         self.needs_adapters = self.takes_adapters = is_adapter
         self.has_reference = is_adapter or reference_url is not None
         self.model, self.together = model, together
         self._transfer = _transfer(is_adapter, adapter_folder, weights_folder, reference_url, together)
         options = (api_key_env, timeout, retries, backoff, concurrency)
-        self.servers = self.reference_servers = ServerPool([url], *options)
+        self.servers = self.reference_servers = ServerPool(_listed(url), *options)
         if reference_url is not None:
             with _renaming_the_url():
-                self.reference_servers = ServerPool([reference_url], *options)
+                self.reference_servers = ServerPool(_listed(reference_url), *options)
             _refuse_shared(self.servers, self.reference_servers)
         self._bases: dict[VLLMServer, BaseModel] = {}
         self._policy: str | None = None
@@ -142,7 +152,6 @@ class VLLMRollout(RolloutEngine):
     def write(self, prompts: Prompts, asked: Sequence[GenerationRequest]) -> list[list[Completions]]:
         """See `RolloutEngine.write`; send one request per completion, because a seed applies to a request."""
         ids, mask = prompts.ids.cpu(), prompts.mask.cpu()
-        self.measured = {}
         self.servers.take_back()
         self.reference_servers.take_back()
         rows: list[list[int]] = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
@@ -293,7 +302,11 @@ class VLLMRollout(RolloutEngine):
 
 
 def _transfer(
-    is_adapter: bool, adapter_folder: str | None, weights_folder: str | None, reference_url: str | None, together: bool
+    is_adapter: bool,
+    adapter_folder: str | None,
+    weights_folder: str | None,
+    reference_url: str | list[str] | None,
+    together: bool,
 ) -> PolicyTransfer:
     """Choose how the policy is sent, and refuse options that belong to the other way."""
     of_weights = {"weights_folder": weights_folder, "reference_url": reference_url}
@@ -311,6 +324,10 @@ def _transfer(
             f"full"
         )
     return AdapterTransfer(adapter_folder, together=together)
+
+
+def _listed(urls: str | list[str]) -> list[str]:
+    return [urls] if isinstance(urls, str) else urls
 
 
 @contextmanager

@@ -9,8 +9,10 @@ from typing import TypeVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.http.client import RequestError
 from xpo_lightning.rollout.vllm.client import Check, VLLMServer
+from xpo_lightning.rollout.vllm.protocol import OPTIONS
 
 P = TypeVar("P")
 T = TypeVar("T")
@@ -47,6 +49,8 @@ class ServerPool:
     ) -> None:
         each = min(retries, RETRIES_OF_SEVERAL) if len(urls) > 1 else retries
         self.servers = [VLLMServer(url, api_key_env, timeout, each, backoff, concurrency) for url in urls]
+        if len({server.url for server in self.servers}) != len(urls) or not urls:
+            raise InputError(f"{OPTIONS}.url must be one URL, or a list of different ones, but is {list(urls)!r:.200}")
         self.retries, self.backoff = retries, backoff
         self._left_out: list[VLLMServer] = []
 
