@@ -1,8 +1,9 @@
-"""The API key of rewards over HTTP, which is shown nowhere; proxies and certificates of the environment."""
+"""The API key of rewards over HTTP, which is shown nowhere."""
 
 import json
 import logging
 import pickle
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import pytest
 from reward_server import (
     KEY,
     KEY_ENV,
-    QUICK,
     Request,
     Serve,
     failing,
@@ -72,11 +72,13 @@ def test_the_key_is_shown_nowhere(
         for request in server.seen
     ]
     assert caught.value.__context__ is None, "an error of the HTTP library holds the headers"
+    with_locals = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
     captured = capfd.readouterr()
     everything = [
         *elsewhere,
         json.dumps([request.payload for request in server.seen]),
         shown_by(caught.value),
+        "".join(with_locals.format()),
         caplog.text,
         captured.out + captured.err,
         repr(feedback) + str(vars(feedback)),
@@ -116,14 +118,6 @@ def test_netrc_is_not_read(serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_pa
     server = serve(Request.score)
     scores(remote(server, api_key_env=None if key is None else KEY_ENV))
     assert server.seen[0].headers["Authorization"] == (None if key is None else f"Bearer {key}")
-
-
-def test_a_proxy_of_the_environment_is_used(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    proxy = serve(Request.score)
-    monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/score"))
-    monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/score"))
-    assert scores(RemoteReward("http://rewards.invalid/score", **QUICK)) == [0.0]
-    assert proxy.seen[0].path == "http://rewards.invalid/score"
 
 
 @pytest.mark.parametrize("value", [None, ""])

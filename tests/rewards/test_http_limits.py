@@ -1,14 +1,18 @@
 """Requests over HTTP that hang, are broken off, are answered with too much, or are redirected."""
 
+import asyncio
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import thread as executors
 
 import pytest
 from reward_server import (
     KEY_ENV,
+    QUICK,
     Request,
     Serve,
     drip,
@@ -24,6 +28,7 @@ from reward_server import (
 )
 
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.rewards.remote import RemoteReward
 
 pytestmark = pytest.mark.usefixtures("own_environment")
 
@@ -67,7 +72,7 @@ def test_a_request_takes_only_so_long(serve: Serve, behave: Callable[[Request], 
 @pytest.mark.parametrize("behave", [silent, dripping_body])
 def test_one_request_that_hangs_holds_up_no_other(serve: Serve, behave: Callable[[Request], None]) -> None:
     server = serve(first(behave))
-    assert scores(remote(server, timeout=1.5, concurrency=2), 8) == list(range(8))
+    assert scores(remote(server, timeout=1.0, concurrency=2), 8) == list(range(8))
     assert len(server.seen) == 9
 
 
@@ -75,7 +80,8 @@ class Stopped(SystemExit):
     pass
 
 
-def test_a_run_that_is_asked_to_stop_does_not_wait(serve: Serve) -> None:
+def test_a_run_that_is_asked_to_stop_does_not_wait(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xpo_lightning.core.timed_call._LONGEST_WAIT", 0.05)
     server = serve(silent)
     reward = remote(server, timeout=60.0)
     asked = threading.Event()
@@ -139,6 +145,44 @@ def test_the_first_final_failure_breaks_the_other_requests_off(serve: Serve) -> 
     assert time.monotonic() - start < 5
     assert len(server.seen) <= 4
     assert wait_until(lambda: not sending_threads())
+
+
+def test_a_host_that_cannot_be_looked_up_in_time_keeps_nothing_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answered.wait(20) and [])
+    before = set(threading.enumerate())
+    start = time.monotonic()
+    try:
+        with pytest.raises(InputError, match=r"has not answered in full after 0\.1 seconds, tried 2 times"):
+            scores(RemoteReward("http://rewards.invalid", **{**QUICK, "timeout": 0.1, "retries": 1}))
+        assert time.monotonic() - start < 5
+        left = set(threading.enumerate()) - before
+        assert left, "the look-ups still hang, or the test shows nothing"
+        waited_for = {thread for thread in left if not thread.daemon} | left & set(executors._threads_queues)
+        assert not waited_for, "the process would wait for them at its end"
+    finally:
+        answered.set()
+
+
+def test_a_notebook_with_an_event_loop_of_its_own_can_score(serve: Serve) -> None:
+    server = serve(Request.score)
+
+    async def cell() -> list[float]:
+        return scores(remote(server), 3)
+
+    assert asyncio.run(cell()) == [0.0, 1.0, 2.0]
+
+
+def test_neither_threads_nor_files_are_left_open(serve: Serve) -> None:
+    reward = remote(serve(Request.score))
+    scores(reward)
+    assert wait_until(lambda: not sending_threads())
+    files = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        scores(reward, 4)
+    assert wait_until(lambda: not sending_threads())
+    # The server's half of a connection takes a moment longer to close.
+    assert wait_until(lambda: len(os.listdir("/proc/self/fd")) <= files)
 
 
 # --- answers that are too large, and redirects

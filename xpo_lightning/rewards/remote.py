@@ -134,13 +134,13 @@ class RemoteReward(Reward):
             raise InputError(f"{_OPTIONS}.columns: the rows have no column '{missing[0]}', but {sorted(columns)}")
         return {name: list(columns[name]) for name in names}
 
-    def _in_order(self, scores: list[Any], ids: list[Any] | None, expected: int) -> list[Any]:
+    def _in_order(self, scores: list[Any], ids: list[int] | None, expected: int) -> list[Any]:
         """Check an answer's length, and put its scores into the order of the request."""
         if len(scores) != expected:
             raise InputError(f"{self._who} gave {len(scores)} scores for {expected} completions; it must give each one")
         if ids is None:
             return scores
-        if not all(type(number) is int for number in ids) or sorted(ids) != list(range(expected)):
+        if sorted(ids) != list(range(expected)):
             raise InputError(
                 f"{self._who} gave ids that are not those of the request, 0 to {expected - 1}, each once; it may "
                 f"leave them out if its scores are in the order of the completions"
@@ -149,15 +149,15 @@ class RemoteReward(Reward):
         return [by_id[number] for number in range(expected)]
 
 
-def _read(value: Any) -> tuple[list[Any], list[Any] | None]:
-    """Parse scores and ids from an answer; the ids are None if it has none."""
+def _read(value: Any) -> tuple[list[Any], list[int] | None]:
+    """Parse scores and ids from an answer; the ids are None if it has none, and one that is no integer becomes -1."""
     scores, ids = (value.get("scores"), value.get("ids")) if isinstance(value, dict) else (value, None)
-    # A later message would show anything other than a number, and that might be the API key.
+    # A later message or traceback would show anything other than a number, and that might be the API key.
     if not isinstance(scores, list) or not all(score is None or isinstance(score, float | int) for score in scores):
         raise UnusableError("has no list of scores")
     if not isinstance(ids, list | None):
         raise UnusableError("has ids that are no list")
-    return scores, ids
+    return scores, None if ids is None else [number if type(number) is int else -1 for number in ids]
 
 
 def _check_json(name: str, values: Sequence[Any], advice: str) -> None:
