@@ -157,7 +157,7 @@ def steps_logged(folder: Path) -> list[str]:
 # ---- runs ----
 
 
-@pytest.mark.parametrize("every", [1, 2, 3], ids="log_every_n_steps={}".format)
+@pytest.mark.parametrize("every", [1, 2, pytest.param(3, marks=pytest.mark.slow)], ids="log_every_n_steps={}".format)
 @pytest.mark.parametrize(("stop", "resume"), [(4, 3), (7, 6), (9, 6), (10, 9), (10, 3), (6, 3)])
 def test_files_when_a_run_is_resumed_then_those_of_a_run_never_stopped(
     runs: Runs, every: int, stop: int, resume: int

@@ -44,6 +44,8 @@ from xpo_lightning import (
     XPOLightningModule,
 )
 from xpo_lightning.callbacks import CompletionsTable, PolicyExport, RunCheckpoint
+from xpo_lightning.cli import mistakes
+from xpo_lightning.cli.known_options import shipped
 from xpo_lightning.cli.lightning_cli import main
 from xpo_lightning.rewards.llm_judge import is_exchanged
 
@@ -450,6 +452,13 @@ CHECKS: dict[str, Callable[[Run], Any]] = {
     ),
     "Own loss": every(first_loss(1.0), is_a("objective.preference_loss", "SquaredHinge")),
 }
+# Blocks of whose kind another one is run by default.
+SLOW = {
+    *("Higher score", "Drawn labels", "Temperature", "Best of each side", "Largest margin"),
+    *("Reference", "Online DPO", "Previous policy", "Mixture", "Rejected completion", "Clipped bonus"),
+    *("Alpha on a line", "Alpha on a cosine", "Alpha in beta", "Last batches", "Pairs on disk", "New reference"),
+    *("Hinge", "Robust", "Label smoothing", "DPO-Positive", "Nash-MD", "SPPO", "INPO", "Mixed losses"),
+}
 # What a run needs beside `SIZES` to show what it is to show.
 NEEDS: dict[str, dict[str, Any]] = {
     "Flipped labels": {"data__batch_size": 64, "trainer__max_steps": 1},
@@ -497,7 +506,18 @@ def outside(title: str, tmp_path: Path) -> Iterator[dict[str, Any]]:
 # ---- tests ----
 
 
-@pytest.mark.parametrize("title", [title for title in SECTIONS if title != "Human judge"])
+@pytest.mark.parametrize("title", SECTIONS)
+def test_block_names_options_that_there_are(title: str):
+    known = shipped("fit")
+    assert known is not None
+    Path("mine.yaml").write_text(overlay(title))
+    mistakes.check(["fit", "--config", QUICKSTART, "--config", "mine.yaml"], known)
+
+
+@pytest.mark.parametrize(
+    "title",
+    [pytest.param(one, marks=[pytest.mark.slow] * (one in SLOW)) for one in SECTIONS if one != "Human judge"],
+)
 def test_block_runs_and_is_honoured(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
     with outside(title, tmp_path) as stand_in:
@@ -530,7 +550,7 @@ def test_human_judge_without_a_terminal_is_refused(tmp_path: Path, capsys: pytes
 
 def test_every_section_has_one_block_and_one_check():
     assert set(CHECKS) == set(SECTIONS)
-    assert set(NEEDS) <= set(CHECKS)
+    assert set(NEEDS) | SLOW <= set(CHECKS)
     assert [len(blocks(text, "yaml")) for text in SECTIONS.values()] == [1] * len(SECTIONS)
     assert len(blocks(PAGE, "yaml")) == len(SECTIONS), "a block outside of a section is run by nobody"
 

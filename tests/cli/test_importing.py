@@ -82,13 +82,13 @@ def put(folder: Path, beside: str = "", name: str = "myreward") -> None:
     ("folder", "reward", "function"),
     [
         ("configs", "PythonReward", "myreward.positive"),
-        ("here", "PythonReward", "myreward.positive"),
-        ("here", "PythonReward", "myreward.Called"),
+        pytest.param("here", "PythonReward", "myreward.positive", marks=pytest.mark.slow),
+        pytest.param("here", "PythonReward", "myreward.Called", marks=pytest.mark.slow),
         ("configs", "myreward.Positive", None),
-        ("configs", "PythonReward", "myreward.py:positive"),
+        pytest.param("configs", "PythonReward", "myreward.py:positive", marks=pytest.mark.slow),
         ("here", "PythonReward", "myreward.py:positive"),
-        ("here/inner", "PythonReward", "inner/myreward.py:positive"),
-        ("configs/inner", "PythonReward", "inner/myreward.py:Called"),
+        pytest.param("here/inner", "PythonReward", "inner/myreward.py:positive", marks=pytest.mark.slow),
+        pytest.param("configs/inner", "PythonReward", "inner/myreward.py:Called", marks=pytest.mark.slow),
         ("elsewhere", "PythonReward", "{folder}/myreward.py:positive"),
     ],
 )

@@ -166,7 +166,7 @@ CALLS: list[int] = []
 # ---- a run by its folder ----
 
 
-@pytest.mark.parametrize("name", ["runs/version_0", "runs"])
+@pytest.mark.parametrize("name", [pytest.param("runs/version_0", marks=pytest.mark.slow), "runs"])
 def test_folder_is_all_that_a_look_needs(run: Path, xpo: Xpo, capsys: pytest.CaptureFixture[str], name: str):
     Path("runs/version_1").mkdir()  # an older program's refused start
     xpo("validate", name)

@@ -1,6 +1,7 @@
 """Every YAML parses through the real command line, and the recipes say what they must."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def parse(*args: str) -> Namespace:
     return cli.config[cli.subcommand]
 
 
+@cache
 def parse_file(path: Path, *args: str) -> Namespace:
     bases = [CONFIGS / OVERLAYS[path.name]] if path.name in OVERLAYS else []
     return parse("fit", *(part for file in [*bases, path] for part in ("--config", str(file))), *args)

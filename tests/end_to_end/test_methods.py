@@ -165,7 +165,9 @@ def test_nash_md_compares_with_a_mixture(fit: Callable[..., Seen]):
     assert type(fit("nash_md").module.sampler).__name__ == "MixtureSampler"
 
 
-@pytest.mark.parametrize("method", ["selm", "sepopo", "geb", "copo", "sppo"])
+@pytest.mark.parametrize(
+    "method", ["selm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sepopo", "geb", "copo", "sppo"))]
+)
 def test_the_reference_is_renewed_as_the_authors_do(fit: Callable[..., Seen], method: str):
     seen = fit(method, "--model.reference_refresh.every=1")
     second = seen.terms[1]

@@ -51,7 +51,11 @@ def test_the_record_says_how_it_was_made(parity):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gpt_neox", "qwen2", "gemma2", "gpt2, prompts of one length", "llama, IPO", "llama, LoRA"]
+    "name",
+    [
+        *("llama", "gemma2", "llama, IPO", "llama, LoRA"),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("gpt_neox", "qwen2", "gpt2, prompts of one length")),
+    ],
 )
 def test_losses_and_gradients_are_those_of_trl_where_it_is_right(parity, name):
     theirs, ours = recorded()[name], parity.parity_ours.run(parity.cases()[name])

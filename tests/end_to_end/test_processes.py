@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from conftest import BARE, TEST_PATHS
 
 pytestmark = pytest.mark.slow
 Begin = Callable[..., subprocess.Popen[str]]
+Run = Callable[..., str]
+FORKED_RUNS = Path(__file__).parents[1] / "forked_runs.py"
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -41,69 +43,79 @@ def nan_on_rank_1(
     return [math.nan if RANK == 1 and calls == 3 else score for score in scores]
 
 
-@pytest.fixture(scope="module")
-def begin(model_folder: Callable[..., str]) -> Begin:
-    """Give a function that starts a run on so many processes; its files are in a folder of that number."""
+def write_run(
+    where: Path,
+    model: str,
+    processes: int,
+    function: str = "noted",
+    strategy: Any = "ddp",
+    name: str | None = None,
+    **changes: Any,
+) -> Path:
+    """Write the config of a run into a folder of its own, which has its number of processes for a name, or another."""
+    folder = where / (name or str(processes))
+    folder.mkdir(exist_ok=True)
+    prompts = where / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the cat sat on the mat"}\n' * changes.pop("rows", 16))
+    arguments = {"folder": str(folder), **changes.pop("arguments", {})}
+    reward = {"function": f"{__name__}.{function}", "arguments": arguments}
+    callbacks, validation_size = changes.pop("callbacks", []), changes.pop("validation_size", 4)
+    if "reward" in changes:
+        changes["reward"]["init_args"]["path"] = model
+    config = {
+        "seed_everything": 1,
+        "model": {
+            "policy": {"path": model},
+            "reward": {"class_path": "PythonReward", "init_args": reward},
+            "sampling": {"max_new_tokens": 5},
+            # Adam would turn rounding errors of a gradient near 0 into steps of either sign.
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}},
+            "micro_batch_tokens": 40,
+            **changes,
+        },
+        "data": {
+            "source": str(prompts),
+            "validation_size": validation_size,
+            "batch_size": 4 // processes,
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": processes,
+            "strategy": strategy if processes > 1 else "auto",
+            "max_epochs": 1,
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": str(folder),
+            "logger": {"class_path": "ResumableCSVLogger", "init_args": {"save_dir": str(folder), "name": ""}},
+            "callbacks": [
+                {"class_path": "RunCheckpoint", "init_args": {"every_n_train_steps": 1, "save_top_k": -1}},
+                *callbacks,
+            ],
+        },
+        "defaults": BARE,
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder / "run.yaml"
 
-    def start(
-        where: Path,
-        processes: int,
-        function: str = "noted",
-        resume: bool = False,
-        strategy: Any = "ddp",
-        name: str | None = None,
-        command: str = "fit",
-        **changes: Any,
-    ) -> subprocess.Popen[str]:
-        folder = where / (name or str(processes))
-        folder.mkdir(exist_ok=True)
-        prompts = where / "prompts.jsonl"
-        prompts.write_text('{"prompt": "the cat sat on the mat"}\n' * changes.pop("rows", 16))
-        arguments = {"folder": str(folder), **changes.pop("arguments", {})}
-        reward = {"function": f"{__name__}.{function}", "arguments": arguments}
-        callbacks, validation_size = changes.pop("callbacks", []), changes.pop("validation_size", 4)
-        if "reward" in changes:
-            changes["reward"]["init_args"]["path"] = model_folder("llama")
-        config = {
-            "seed_everything": 1,
-            "model": {
-                "policy": {"path": model_folder("llama")},
-                "reward": {"class_path": "PythonReward", "init_args": reward},
-                "sampling": {"max_new_tokens": 5},
-                # Adam would turn rounding errors of a gradient near 0 into steps of either sign.
-                "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}},
-                "micro_batch_tokens": 40,
-                **changes,
-            },
-            "data": {
-                "source": str(prompts),
-                "validation_size": validation_size,
-                "batch_size": 4 // processes,
-            },
-            "trainer": {
-                "accelerator": "cpu",
-                "devices": processes,
-                "strategy": strategy if processes > 1 else "auto",
-                "max_epochs": 1,
-                "log_every_n_steps": 1,
-                "num_sanity_val_steps": 0,
-                "enable_progress_bar": False,
-                "enable_model_summary": False,
-                "default_root_dir": str(folder),
-                "logger": {"class_path": "ResumableCSVLogger", "init_args": {"save_dir": str(folder), "name": ""}},
-                "callbacks": [
-                    {"class_path": "RunCheckpoint", "init_args": {"every_n_train_steps": 1, "save_top_k": -1}},
-                    *callbacks,
-                ],
-            },
-            "defaults": BARE,
-        }
-        (folder / "run.yaml").write_text(yaml.safe_dump(config))
-        words = [sys.executable, "-m", "xpo_lightning", command, "--config", str(folder / "run.yaml")]
-        environment = {**os.environ, "PYTHONPATH": TEST_PATHS, "OMP_NUM_THREADS": "1"}
+
+def words_of(config: Path, resume: bool, command: str = "fit") -> list[str]:
+    return [command, "--config", str(config), *(["--ckpt_path", "last"] if resume else [])]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": TEST_PATHS, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def begin(model_folder: Callable[..., str]) -> Begin:
+    """Give a function that begins the run of `write_run` as a user does: one process, which starts the others."""
+
+    def start(where: Path, processes: int, *, resume: bool = False, **changes: Any) -> subprocess.Popen[str]:
+        words = words_of(write_run(where, model_folder("llama"), processes, **changes), resume)
         return subprocess.Popen(
-            [*words, *(["--ckpt_path", "last"] if resume else [])],
-            env=environment,
+            [sys.executable, "-m", "xpo_lightning", *words],
+            env=ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -111,6 +123,35 @@ def begin(model_folder: Callable[..., str]) -> Begin:
         )
 
     return start
+
+
+@pytest.fixture(scope="session")
+def run(model_folder: Callable[..., str]) -> Iterator[Run]:
+    """Give a function that makes the run of `write_run` without an import, to its good end; returns what it printed."""
+    server = subprocess.Popen(
+        [sys.executable, str(FORKED_RUNS)],
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+
+    def finish(where: Path, processes: int, *, resume: bool = False, command: str = "fit", **changes: Any) -> str:
+        config = write_run(where, model_folder("llama"), processes, **changes)
+        output = config.with_name("output.txt")
+        output.write_text("")
+        asked = {"words": words_of(config, resume, command), "processes": processes, "output": str(output)}
+        print(json.dumps(asked), file=server.stdin, flush=True)
+        status = server.stdout.readline()
+        assert status == "0\n", output.read_text()
+        return output.read_text()
+
+    yield finish
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
 
 
 def ended(process: subprocess.Popen[str], status: int = 0) -> str:
@@ -137,11 +178,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def ended_runs(begin: Begin, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ended_runs(begin: Begin, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give the folder of a run of one process, `1`, and of the same run of two, `2`; both have ended."""
     folder = tmp_path_factory.mktemp("ended")
-    for processes in (1, 2):
-        ended(begin(folder, processes))
+    run(folder, 1)
+    ended(begin(folder, 2))
     return folder
 
 
@@ -178,9 +219,9 @@ LEARNING: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("options", [EVERYTHING, LEARNING], ids=["everything", "a bonus that learns"])
-def test_two_processes_take_the_steps_of_one_on_all_that_is_kept(begin: Begin, tmp_path: Path, options: dict[str, Any]):
+def test_two_processes_take_the_steps_of_one_on_all_that_is_kept(run: Run, tmp_path: Path, options: dict[str, Any]):
     for processes in (1, 2):
-        ended(begin(tmp_path, processes, **options))
+        run(tmp_path, processes, **options)
     assert_same_steps(tmp_path / "1", tmp_path / "2")
 
 
@@ -192,7 +233,7 @@ def test_two_processes_take_the_steps_of_one_and_sample_what_it_samples(ended_ru
 
 
 def test_trouble_in_one_process_stops_both_with_its_message(begin: Begin, tmp_path: Path):
-    output = ended(begin(tmp_path, 2, "nan_on_rank_1"), status=2)
+    output = ended(begin(tmp_path, 2, function="nan_on_rank_1"), status=2)
     assert output.count("xpo: error: ") == 1
     assert "xpo: error: process 1: " in output
     assert "nan" in output
@@ -201,8 +242,8 @@ def test_trouble_in_one_process_stops_both_with_its_message(begin: Begin, tmp_pa
     weights(tmp_path / "2")
 
 
-def test_a_step_that_is_not_finite_in_one_process_is_left_out_by_both(begin: Begin, tmp_path: Path):
-    ended(begin(tmp_path, 2, "nan_on_rank_1", max_skipped_steps=1))
+def test_a_step_that_is_not_finite_in_one_process_is_left_out_by_both(run: Run, tmp_path: Path):
+    run(tmp_path, 2, function="nan_on_rank_1", max_skipped_steps=1)
     assert [row["step"] for row in metrics(tmp_path / "2") if "loss/dpo" in row] == [1, 2]
 
 

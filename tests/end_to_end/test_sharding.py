@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from test_checkpoint_folders import Evil, sign
-from test_processes import Begin, begin, ended, metrics, weights
+from test_processes import Run, metrics, run, weights
 from transformers import AutoModelForCausalLM
 
 from xpo_lightning import InputError
 from xpo_lightning.checkpointing.sharded_io import read_folder
 from xpo_lightning.models import sharding
 
-__all__ = ["begin"]
+__all__ = ["run"]
 
 pytestmark = pytest.mark.slow
 FILE = {"class_path": "FSDP2Strategy"}
@@ -46,28 +46,28 @@ def assert_same_steps(one: Path, two: Path, states: tuple[dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_take_the_steps_of_one_and_resume_exactly(begin: Begin, tmp_path: Path, kind: str):
+def test_two_processes_take_the_steps_of_one_and_resume_exactly(run: Run, tmp_path: Path, kind: str):
     """With DDP, with FSDP2, and with FSDP2 from its own checkpoint of the second batch on."""
     options = {**KINDS[kind], "sampling": ENDING, "buffer": {"keep": 2}, "rows": 24}
-    ended(begin(tmp_path, 1, **options))
+    run(tmp_path, 1, **options)
     lengths = {row["completions/model_length"] for row in metrics(tmp_path / "1") if "completions/model_length" in row}
     assert any(not length.is_integer() for length in lengths), "completions of unequal lengths"
     for name, strategy in {"ddp": "ddp", "fsdp": FILE}.items():
-        ended(begin(tmp_path, 2, name=name, strategy=strategy, **options))
+        run(tmp_path, 2, name=name, strategy=strategy, **options)
         assert_same_steps(tmp_path / "1", tmp_path / name, (weights(tmp_path / "1"), weights(tmp_path / name)))
     whole, checkpoints = weights(tmp_path / "fsdp"), tmp_path / "fsdp" / "version_0" / "checkpoints"
     for file in sorted(checkpoints.glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)[1:]:
         file.unlink()
-    output = ended(begin(tmp_path, 2, name="fsdp", strategy=FILE, resume=True, **options))
+    output = run(tmp_path, 2, name="fsdp", strategy=FILE, resume=True, **options)
     assert "the newest checkpoint is" in output
     assert all(torch.equal(value, whole[name]) for name, value in weights(tmp_path / "fsdp").items())
 
 
-def test_distributed_checkpoints_resume_exactly_and_damaged_ones_are_passed_over(begin: Begin, tmp_path: Path):
+def test_distributed_checkpoints_resume_exactly_and_damaged_ones_are_passed_over(run: Run, tmp_path: Path):
     """With the reward model spread as well, and an optimizer that has no state."""
     reward = {"class_path": "SequenceClassifierReward", "init_args": {"allow_untrained_head": True}}
     options: dict[str, Any] = {"sampling": ENDING, "reward": reward}
-    output = ended(begin(tmp_path, 2, name="run", strategy=FOLDER, **options))
+    output = run(tmp_path, 2, name="run", strategy=FOLDER, **options)
     checkpoints = tmp_path / "run" / "version_0" / "checkpoints"
     folders = sorted(checkpoints.glob("*.ckpt"), key=lambda folder: (folder / "meta.pt").stat().st_mtime_ns)
     assert all(folder.is_dir() for folder in folders)
@@ -75,7 +75,7 @@ def test_distributed_checkpoints_resume_exactly_and_damaged_ones_are_passed_over
     (folders[-1] / ".metadata").unlink()
     for folder in folders[1:-1]:
         shutil.rmtree(folder)
-    output = ended(begin(tmp_path, 2, name="run", strategy=FOLDER, resume=True, **options))
+    output = run(tmp_path, 2, name="run", strategy=FOLDER, resume=True, **options)
     assert f"passed over: '{folders[-1]}' is no checkpoint, or a distributed one that is not whole" in output
     assert f"the newest checkpoint is '{folders[0]}'" in output
     assert metrics(tmp_path / "run") == before, "bit for bit"
@@ -100,8 +100,8 @@ def test_a_distributed_checkpoint_that_would_run_code_is_refused_and_runs_none(t
 
 
 @pytest.mark.timeout(300)
-def test_prompts_that_do_not_divide_evenly_are_predicted(begin: Begin, tmp_path: Path):
-    ended(begin(tmp_path, 2, strategy=FILE, command="predict", validation_size=5, sampling=ENDING))
+def test_prompts_that_do_not_divide_evenly_are_predicted(run: Run, tmp_path: Path):
+    run(tmp_path, 2, strategy=FILE, command="predict", validation_size=5, sampling=ENDING)
     files = sorted((tmp_path / "2" / "predict").glob("predictions*"))
     assert [file.name for file in files] == ["predictions.jsonl", "predictions.rank1.jsonl"]
     assert [len(file.read_text().splitlines()) for file in files] == [3, 2]
@@ -125,9 +125,9 @@ def test_processes_that_do_not_want_the_weights_copy_none(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_policy_is_exported_from_its_parts(begin: Begin, tmp_path: Path, kind: str):
+def test_the_policy_is_exported_from_its_parts(run: Run, tmp_path: Path, kind: str):
     options = {**KINDS[kind], "sampling": ENDING}
-    ended(begin(tmp_path, 2, name="run", strategy=FILE, callbacks=[{"class_path": "PolicyExport"}], **options))
+    run(tmp_path, 2, name="run", strategy=FILE, callbacks=[{"class_path": "PolicyExport"}], **options)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "version_0" / "policy").state_dict()
     if kind == "LoRA":
         changed = [name for name, value in exported.items() if "proj" in name and value.abs().max() > 0]
