@@ -34,40 +34,49 @@ TEMPERATURES = {"sampled": "1", "greedy": "0"}
 Row = dict[str, Any]
 
 
-def says(completion: str, answer: str) -> bool:
-    """Tell whether the answer is among the numbers of a completion, whatever else is written there."""
-    return answer in re.findall(r"-?\d+", completion)
+def is_right(row: Row, side: str) -> bool:
+    """Tell whether the run's own reward calls a completion right."""
+    return bool(row[f"{side}_score"] == 1)
 
 
-def is_exactly(completion: str, answer: str) -> bool:
-    """Tell whether a completion is the answer and nothing else, spaces around it aside."""
-    return completion.strip() == answer
+def is_bare(row: Row, side: str) -> bool:
+    """Tell whether a completion is the right answer and nothing else, spaces around it aside."""
+    return bool(row[side].strip() == str(row["columns"]["answer"]))
 
 
-COUNTS: dict[str, Callable[[str, str], bool]] = {"exact": is_exactly, "anywhere": says}
-"""Other measures than the run's own reward: a stricter one, and one that does not mind the format at all."""
+def holds(row: Row, side: str) -> bool:
+    """Tell whether the right answer is among the numbers of a completion, whatever else is written there."""
+    return str(row["columns"]["answer"]) in re.findall(r"-?\d+", row[side])
 
 
-def counts(rows: Iterable[Row], side: str) -> dict[str, int]:
-    """Count right answers.
+MEASURES: dict[str, Callable[[Row, str], bool]] = {"reward": is_right, "bare": is_bare, "anywhere": holds}
+"""The run's own reward; a stricter measure; and one that does not mind the format at all."""
+
+
+def summarize(rows: Iterable[Row], trained: set[str]) -> dict[str, Any]:
+    """Count right answers of the reference and of the policy, on problems that are not among the training problems.
+
+    Of a problem that the task made up twice, the first answer counts.
 
     Args:
         rows: Rows that `xpo predict` wrote.
-        side: `policy` or `reference`.
+        trained: The prompts of the training problems.
 
     Returns:
-        How many completions the reward calls right, and how many the other measures do.
+        The number of problems, and for each measure how many are right before and after, and how many became right
+        (`gained`) and wrong (`lost`).
     """
-    given = [(row[side], str(row["columns"]["answer"]), row[f"{side}_score"]) for row in rows]
-    others = {name: sum(measure(text, answer) for text, answer, _ in given) for name, measure in COUNTS.items()}
-    return {"reward": sum(score == 1 for *_, score in given), **others}
-
-
-def summarize(rows: list[Row], trained: set[str]) -> dict[str, Any]:
-    """Count right answers before and after training, on problems that are not among the training problems."""
-    unseen = [row for row in rows if row["prompt"] not in trained]
-    sides = {"before": "reference", "after": "policy"}
-    return {"problems": len(unseen), **{when: counts(unseen, side) for when, side in sides.items()}}
+    unseen: dict[str, Row] = {}
+    for row in rows:
+        if row["prompt"] not in trained:
+            unseen.setdefault(row["prompt"], row)
+    result: dict[str, Any] = {"problems": len(unseen)}
+    for name, measure in MEASURES.items():
+        pairs = [(measure(row, "reference"), measure(row, "policy")) for row in unseen.values()]
+        before, after = (sum(side) for side in zip(*pairs, strict=True))
+        result[name] = {"before": before, "after": after, "gained": pairs.count((False, True))}
+        result[name]["lost"] = pairs.count((True, False))
+    return result
 
 
 def training_prompts() -> set[str]:
@@ -147,11 +156,7 @@ def described(seeds: list[int]) -> dict[str, Any]:
 
 def main() -> None:
     """Train each seed, then measure each, and write the results after each measurement."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="the seeds (1 2 3)")
-    parser.add_argument("--out", type=Path, default=Path("runs/reasoning_seeds"), help="where the runs go")
-    parser.add_argument("--json", type=Path, help="where the results go")
-    args = parser.parse_args()
+    args = _arguments()
     trained, folders = training_prompts(), {seed: args.out.resolve() / f"seed-{seed}" for seed in args.seeds}
     description = described(args.seeds)
     for seed, folder in folders.items():
@@ -163,6 +168,14 @@ def main() -> None:
             print(json.dumps(runs), flush=True)
             if args.json is not None:
                 args.json.write_text(json.dumps({**description, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="the seeds (1 2 3)")
+    parser.add_argument("--out", type=Path, default=Path("runs/reasoning_seeds"), help="where the runs go")
+    parser.add_argument("--json", type=Path, help="where the results go")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
