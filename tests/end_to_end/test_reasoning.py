@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import BARE
 from test_configs import CONFIGS
 
-from xpo_lightning import PromptDataModule
+from xpo_lightning import PromptDataModule, VerifierReward
 from xpo_lightning.cli.lightning_cli import main
 
 DATA = yaml.safe_load((CONFIGS / "reasoning.yaml").read_text())["data"]
 TINY = ["--model.policy.path", "package:xpo_lightning/embedded/policy", "--model.policy.dtype", "float32"]
-SMALL = ["--trainer.max_steps", "2", "--data.batch_size", "4", "--data.max_validation_prompts", "4"]
+SMALL = ["--trainer.max_steps", "2", "--data.batch_size", "4", "--trainer.limit_val_batches", "0"]
+SMALL += [f"--defaults.{name}={str(wanted).lower()}" for name, wanted in BARE.items()]
 
 
 @pytest.fixture
@@ -34,30 +36,32 @@ def test_recipe_takes_two_steps_with_a_tiny_model(tmp_path: Path):
         assert float(row["loss/total"]) == float(row["loss/xpo"]) < 0
 
 
-def test_held_out_problems_are_not_the_training_problems():
-    """Row i of seed s is made from s + i, so that seeds 0 and 1 would share all problems but one."""
+def test_held_out_problems_are_not_the_training_problems(script):
+    """Row i of seed s is made from s + i, so that seeds 0 and 1 would share all rows but one."""
     pytest.importorskip("reasoning_gym", reason="pip install reasoning-gym")
     data = PromptDataModule(DATA["source"], validation_source=DATA["validation_source"])
     data.setup("fit")
     loaders = (data.train_dataloader(), data.val_dataloader())
-    train, held_out = ([prompt for batch in loader for prompt in batch["prompt"]] for loader in loaders)
+    train, validation = ([prompt for batch in loader for prompt in batch["prompt"]] for loader in loaders)
     assert len(train) == 16 * DATA["batch_size"], "one epoch is the 16 steps of the header"
-    assert len(set(held_out) - set(train)) >= 256
+    unseen = [row["prompt"] for row in script.held_out(DATA)]
+    assert sorted(unseen) == sorted(set(validation) - set(train))
+    assert len(unseen) >= 256
 
 
 def test_right_answers_are_counted_by_hand(script):
-    rows = [
-        {"prompt": "a", "policy": " 12", "policy_score": 1.0, "reference": " It is 12.", "reference_score": 1.0},
-        {"prompt": "b", "policy": " -3", "policy_score": 1.0, "reference": " 3", "reference_score": 0.0},
-        {"prompt": "c", "policy": " 40", "policy_score": 0.0, "reference": " 4 or 5", "reference_score": 0.0},
-        {"prompt": "c", "policy": " 4", "policy_score": 0.0, "reference": " 4 or 5", "reference_score": 0.0},
-        {"prompt": "seen", "policy": " 7", "policy_score": 1.0, "reference": " 7", "reference_score": 1.0},
-    ]
-    for row, answer in zip(rows, ("12", "-3", "4", "4", "7"), strict=True):
-        row["columns"] = {"answer": answer}
-    assert script.summarize(rows, {"seen"}) == {
-        "problems": 3,
-        "reward": {"before": 1, "after": 2, "gained": 1, "lost": 0},
-        "bare": {"before": 0, "after": 2, "gained": 2, "lost": 0},
-        "anywhere": {"before": 2, "after": 2, "gained": 1, "lost": 1},
-    }
+    """A bare number, one in a sentence, another number, and no number; the reward takes the last number of a text."""
+    problems = [{"prompt": "?", "answer": answer} for answer in ("12", "-3", "4", "7")]
+    reward = VerifierReward("math")
+    before = script.verdicts(reward, problems, [" It is 12", " 3", " 4 or 5", ""])
+    after = script.verdicts(reward, problems, [" 12", " -3", " 40", " seven"])
+    assert before["bare"] == [False, False, False, False]
+    assert before["anywhere"] == [True, False, True, False]
+    assert (before["reward"], after["reward"]) == ([True, False, False, False], [True, True, False, False])
+    assert after["bare"] == after["anywhere"] == [True, True, False, False]
+    assert script.compare(before["anywhere"], after["anywhere"]) == {"before": 2, "after": 2, "gained": 1, "lost": 1}
+    assert script.compare(before["reward"], after["reward"]) == {"before": 1, "after": 2, "gained": 1, "lost": 0}
+
+
+def test_answers_end_at_the_first_stop_string(script):
+    assert [script.cut(text, [".", "\n"]) for text in (" 12. So", " 12\n.", " 12")] == [" 12", " 12", " 12"]
