@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -777,20 +777,22 @@ def test_two_processes_cannot_take_turns(serve: Serve, write_config: Callable[..
 # --- a real server
 
 
-@pytest.fixture
-def vllm_server(tmp_path: Path) -> Iterator[tuple[str, str]]:
+@contextmanager
+def real_server(folder: Path, *options: str, tied: bool = False, **switches: str) -> Iterator[tuple[str, str]]:
     """Start a real server on a model that its kernels take; give its address and the model's folder."""
     python = os.environ["XPO_VLLM_PYTHON"]
-    folder, port = str(tmp_path / "model"), 8765
+    model, port = str(folder / "model"), 8765
     torch.manual_seed(1)
     shape = {"hidden_size": 128, "intermediate_size": 128, "max_position_embeddings": 128, "initializer_range": 0.12}
-    AutoModelForCausalLM.from_config(LlamaConfig(**{**GROUPED, **shape})).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "128", "--enable-lora"]
-    switches = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with (tmp_path / "server.log").open("w") as log:
-        server = subprocess.Popen(command, env={**os.environ, **switches}, stdout=log, stderr=log)
+    config = LlamaConfig(**{**GROUPED, **shape}, tie_word_embeddings=tied)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "128", *options]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | switches
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         url, end = f"http://127.0.0.1:{port}", time.monotonic() + 600
         while server.poll() is None and time.monotonic() < end:
@@ -799,11 +801,17 @@ def vllm_server(tmp_path: Path) -> Iterator[tuple[str, str]]:
                     break
             except httpx2.TransportError:
                 time.sleep(1)
-        assert server.poll() is None, (tmp_path / "server.log").read_text()[-2000:]
-        yield url, folder
+        assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
+        yield url, model
     finally:
         server.terminate()
         server.wait(60)
+
+
+@pytest.fixture
+def vllm_server(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    with real_server(tmp_path, "--enable-lora", VLLM_ALLOW_RUNTIME_LORA_UPDATING="True") as served:
+        yield served
 
 
 @pytest.mark.vllm

@@ -1,6 +1,7 @@
 """Several vLLM servers: requests are spread over them, and go elsewhere while one is down."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,11 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Recorder, fit_quietly, make_tokenizer, noise, prompts_of, random_rows, randomize_adapters
+from conftest import (
+    Recorder,
+    fit_quietly,
+    make_tokenizer,
+    noise,
+    prompts_of,
+    quiet_trainer,
+    random_rows,
+    randomize_adapters,
+)
 from test_vllm import worst_gap
 from vllm_stand_in import Handler, StandIn, standing_in
 
-from xpo_lightning import InputError, LoRASpec, Sampling, VLLMRollout, XPOLightningModule
+from xpo_lightning import InputError, LoRASpec, PromptDataModule, Sampling, VLLMRollout, XPOLightningModule
 from xpo_lightning.rollout.engine import GenerationRequest
 from xpo_lightning.rollout.local import LocalRollout
 
@@ -176,3 +186,26 @@ def test_training_goes_on_while_a_server_is_down(
         fit_quietly(module, ["the cat", "a dog ran", "red"] * 8, batch_size=6, callbacks=[recorder := Recorder()])
     assert module.global_step == 4
     assert max(recorder.of("rollout/policy_logp_drift") + recorder.of("rollout/logp_drift")) < 1e-4
+
+
+@pytest.mark.parametrize("weights", ["adapter", "full"])
+def test_servers_may_be_behind_and_write_ahead(
+    serve: Any, make_module: Callable[..., XPOLightningModule], tmp_path: Path, weights: str
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat sat on the mat"}\n' * 10)
+    data = PromptDataModule(str(tmp_path / "prompts.jsonl"), batch_size=2, validation_size=2)
+    servers = serve(2, dev=True)
+    options: dict[str, Any] = {"together": weights == "full", "max_logp_drift": 1e-3}  # which holds for validation
+    rollout = engine_of(servers, tmp_path / "there", weights, sync_every=2, ahead=1, **options)
+    module = make_module(rollout=rollout, lora=LORA if weights == "adapter" else None, learning_rate=1e-2)
+    trainer = quiet_trainer(callbacks=[recorder := Recorder()], num_sanity_val_steps=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\.")
+        trainer.fit(module, data)
+    assert recorder.of("rollout/staleness") == [0, 1, 1, 2]
+    drifts = recorder.of("rollout/policy_logp_drift")
+    assert drifts[0] < 1e-4 < min(drifts[1:])
+    path = {"adapter": "/v1/load_lora_adapter", "full": "/collective_rpc"}[weights]
+    loads = [len(server.asked(path)) for server in servers]
+    assert loads == [3 + (weights == "full")] * 2  # for batches 0 and 2, and validation; a trial of all weights
+    assert not list((tmp_path / "there").glob("*"))

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Recorder, fit_quietly, make_tokenizer, noise, prompts_of, random_rows
-from test_vllm import worst_gap
+from conftest import Recorder, fit_quietly, longer_is_better, make_tokenizer, noise, prompts_of, random_rows
+from test_vllm import real_server, worst_gap
+from transformers import AutoModelForCausalLM
 from vllm_stand_in import Handler, StandIn, standing_in
 
 from xpo_lightning import (
     InputError,
     LoRASpec,
+    ModelSpec,
     PolicySampler,
+    PythonReward,
     ReferenceRefresh,
     Sampling,
     VLLMRollout,
@@ -273,3 +276,31 @@ def test_server_that_forgets_a_part_later_ends_the_run(serve: Serve, engine: Eng
     with pytest.raises(InputError, match=r"of the policy's completions differ by"):
         trained(module, steps=3)
     assert module.global_step == 1
+
+
+# --- a real server
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("options", [(), ("--enforce-eager",)])
+def test_real_server_takes_over_all_weights(tmp_path: Path, options: tuple[str, ...]) -> None:
+    with real_server(tmp_path, *options, VLLM_SERVER_DEV_MODE="1") as (url, folder):
+        rollout = VLLMRollout(url, weights="full", weights_folder=str(tmp_path / "weights"), retries=0)
+        policy = AutoModelForCausalLM.from_pretrained(folder).eval()
+        change(policy)
+        assert worst_gap(policy, written(begun(rollout, policy), "policy")[0]) < 1e-4
+        rollout.close()
+        options: dict[str, Any] = {"sampling": Sampling(max_new_tokens=12), "learning_rate": 1e-2}
+        module = XPOLightningModule(ModelSpec(folder), PythonReward(longer_is_better), rollout=rollout, **options)
+        recorder = trained(module, steps=10)
+        assert max(recorder.of("rollout/policy_logp_drift")) < 1e-4
+        assert recorder.of("objective/kl")[-1] > 0.1
+
+
+@pytest.mark.vllm
+def test_real_server_on_a_cpu_with_tied_embeddings_is_refused(tmp_path: Path) -> None:
+    """It packs the weights of the vocabulary head when it starts, and loads no others for it."""
+    with real_server(tmp_path, tied=True, VLLM_SERVER_DEV_MODE="1") as (url, folder):
+        rollout = VLLMRollout(url, weights="full", weights_folder=str(tmp_path / "weights"), retries=0)
+        with pytest.raises(InputError, match="taken over only a part"):
+            begun(rollout, AutoModelForCausalLM.from_pretrained(folder).eval())
