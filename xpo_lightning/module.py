@@ -35,7 +35,7 @@ from xpo_lightning.core.trainer_progress import (
 )
 from xpo_lightning.data.dataloader import look_ahead, next_batch
 from xpo_lightning.data.datamodule import PromptDataModule
-from xpo_lightning.data.preference_pairs import KEY, as_preferences, split_batch
+from xpo_lightning.data.preference_pairs import as_preferences, held_out_pairs, split_batch
 from xpo_lightning.data.prompts import PromptTokenizer, as_prompts
 from xpo_lightning.losses.bonus import Bonus
 from xpo_lightning.losses.bonuses import BonusTarget
@@ -500,7 +500,7 @@ class XPOLightningModule(LightningModule):
         """
         with self._models_unsharded(), self.guard.together():
             weights = self._weights()
-            held_out = {KEY: batch} if is_missing(self.reward) else batch
+            held_out = held_out_pairs(batch) if is_missing(self.reward) else batch
             experience = self.collect(held_out, self._rng(Stream.VALIDATION, batch_idx))
             self.eval_rollout_averages.update(rollout_metrics(experience, weights["beta"]))
             plan = self.plan.within(self.run_state.tokens_together)

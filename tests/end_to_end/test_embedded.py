@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import xpo_lightning.embedded
-from tools.quickstart_assets import damage, grammar, judge
+from tools.quickstart_assets import damage, grammar, judge, pairs
 from tools.quickstart_assets.vocabulary import make_tokenizer
 
 ASSETS: Final = Path(xpo_lightning.embedded.__file__).parent
@@ -68,6 +68,21 @@ def sampled(policy: tuple[Any, Any], validation_prompts: list[str]) -> tuple[lis
         output = model.generate(**batch, do_sample=True, top_k=0, max_new_tokens=64)
     new = output[:, batch["input_ids"].shape[1] :]
     return tokenizer.batch_decode(new, skip_special_tokens=True), new
+
+
+def test_preference_pairs_are_built_as_the_card_says():
+    """Two faultless completions each, the chosen one worth at least one more; the file is what the tool writes."""
+    path = ASSETS / pairs.NAME
+    rows = [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
+    assert rows == pairs.draw_pairs(random.Random(pairs.SEED), pairs.PAIRS)
+    assert path.stat().st_size < 100_000
+    for row in rows:
+        assert judge.is_clean(row["prompt"], row["chosen"])
+        assert judge.is_clean(row["prompt"], row["rejected"])
+        assert judge.utility(row["prompt"], row["chosen"]) - judge.utility(row["prompt"], row["rejected"]) >= 1
+        assert not grammar.read_facts(row["prompt"]).held_out
+    card = (ASSETS / "README.md").read_text()
+    assert f"{len(rows)} preference pairs | | {path.stat().st_size} |" in card
 
 
 def score(reward: tuple[Any, Any], texts: list[str]) -> list[float]:

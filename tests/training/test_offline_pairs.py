@@ -167,6 +167,12 @@ def test_a_run_on_pairs_alone_validates_by_the_reward_if_there_is_one(
     assert "eval/pairs/truncated" not in logged
 
 
+def test_validation_without_a_reward_needs_pairs(make_module: MakeModule, pairs_file: str, prompts_file: str):
+    data = PromptDataModule(preferences=pairs_file, batch_size=3, validation_source=prompts_file)
+    with pytest.raises(InputError, match=r"model\.reward is null, .*hold pairs out by data\.validation_size"):
+        run(make_module(reward=None), data, max_steps=1, val_check_interval=1)
+
+
 HYBRID = {"prompt": PROMPTS[:2], "preferences": PAIRS}
 
 

@@ -125,6 +125,21 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     return others or None, batch[KEY]
 
 
+def held_out_pairs(batch: Any) -> dict[str, Any]:
+    """Return a validation batch as one of preference pairs, for a module without a reward.
+
+    Raises:
+        InputError: Its rows are no pairs.
+    """
+    if not isinstance(batch, Mapping) or not batch.keys() >= PAIR:
+        raise InputError(
+            "model.reward is null, so that validation measures held-out preference pairs, but the validation rows have "
+            "no 'chosen' and 'rejected'; hold pairs out by data.validation_size, name some in data.validation_source, "
+            "or give a reward"
+        )
+    return {KEY: batch}
+
+
 def as_preferences(batch: Any, encoder: PromptTokenizer, device: torch.device) -> PreferencePairs:
     """Turn a batch of pairs into tokenized prompts and texts.
 
