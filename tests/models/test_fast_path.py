@@ -241,6 +241,10 @@ def test_norms_as_one_kernel_give_the_same_step(
         ("float32", "bf16-mixed"),
     ],
 )
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("llama", "gemma2_sliding"))) for name in CONFIGS],
+)
 def test_a_step_runs_in_every_type_of_weights(
     make_module: Callable[..., XPOLightningModule], arch: str, dtype: str, precision: str
 ):

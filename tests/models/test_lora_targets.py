@@ -46,6 +46,11 @@ FUSED: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         **GROUPED, **EXPERTS, **DELTA, **ONE_OF_EACH, num_experts=4, head_dim=8, shared_expert_intermediate_size=24
     ),
 }
+DEAR_OF_FUSED = [
+    *("qwen3_moe", "mixtral"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in FUSED if name not in ("qwen3_moe", "mixtral")),
+]
+"""For tests that take seconds for each: two by default, and the others with the slow tests."""
 ROUTED: dict[str, tuple[Callable[[], transformers.PreTrainedConfig], str]] = {
     "phimoe": (lambda: transformers.PhimoeConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2), "router"),
     "llama4": (
@@ -126,7 +131,7 @@ def test_adapters_of_fused_experts_give_what_peft_gives(name: str):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", DEAR_OF_FUSED)
 def test_in_bfloat16_they_are_as_near_to_float32_as_peft_is(name: str):
     """Rounding sends a few tokens to other experts, whichever way, so it is the median token that is compared."""
     exact, _ = outputs_of(adapted(name, torch.float32, rounded=True), converted=False)
@@ -138,7 +143,7 @@ def test_in_bfloat16_they_are_as_near_to_float32_as_peft_is(name: str):
     assert own < 0.05 * float(exact.abs().mean())
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", DEAR_OF_FUSED)
 def test_a_step_with_default_targets_on_fused_experts(make_module: MakeModule, name: str):
     """The adapted policy is scored as row by row without padding, and its experts' adapters are trained."""
     recorder, model = Recorder(), build(FUSED[name]())
@@ -158,7 +163,7 @@ def test_a_step_with_default_targets_on_fused_experts(make_module: MakeModule, n
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["adapters", "merged"])
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", DEAR_OF_FUSED)
 def test_exported_adapters_of_fused_experts_are_the_policy(
     make_module: MakeModule, tmp_path: Path, name: str, merge: bool
 ):
