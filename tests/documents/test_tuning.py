@@ -20,7 +20,7 @@ def test_overlay_of_the_page_parses(tmp_path: Path):
     assert config.model.optimizer.init_args.eps == 1e-12
 
 
-@pytest.mark.parametrize("name", ["quickstart", "smollm2", "tldr", "tldr_lora"])
+@pytest.mark.parametrize("name", ["quickstart", "smollm2", "reasoning", "tldr", "tldr_lora"])
 def test_learning_rates_are_those_of_the_recipes(name: str):
     (said,) = re.findall(rf"^\| `{name}` \| [^|]+ \| ([^|]+) \|", PAGE, re.MULTILINE)
     assert float(said) == float(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"]["learning_rate"])
