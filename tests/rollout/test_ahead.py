@@ -86,17 +86,17 @@ class History(pl.Callback):
         self.sums.append(sum_of(module.policy))
 
 
-class Breaking:
-    """A reward that fails at one of its calls."""
+class Breaking(pl.Callback):
+    """Saves a checkpoint in the middle of the third step, and fails."""
 
-    def __init__(self, at: int) -> None:
-        self.at, self.calls = at, 0
+    def __init__(self, path: Path) -> None:
+        self.path, self.batches = path, 0
 
-    def __call__(self, prompts: list[Any], completions: list[str], columns: Any) -> list[float]:
-        self.calls += 1
-        if self.calls == self.at:
-            raise RuntimeError("the reward has no power")
-        return longer_is_better(prompts, completions, columns)
+    def on_pairs_collected(self, trainer: Any, module: Any, experience: Any) -> None:
+        self.batches += 1
+        if self.batches == 3:
+            trainer.save_checkpoint(self.path)
+            raise InputError("there is no power")
 
 
 @pytest.fixture
@@ -174,20 +174,17 @@ def test_drift_ends_no_run_whose_engine_is_meant_to_be_behind(
 def test_resumed_run_ends_as_the_unbroken_one(
     make_module: MakeModule, data: Any, engine_of: Any, way: tuple[int, int], lora: bool, tmp_path: Path
 ) -> None:
-    """The broken one fails in its third batch, with the next one under way; or it stops after two."""
-    options: dict[str, Any] = {
-        "learning_rate": 1e-2,
-        "lr_schedule": "constant",
-        "lora": LoRASpec(r=2) if lora else None,
-    }
+    """The broken one fails in its third batch, with the next one under way; the other stops after two."""
+    options: dict[str, Any] = {"learning_rate": 1e-2, "lr_schedule": "constant"}
+    options["lora"] = LoRASpec(r=2) if lora else None
     whole = make_module(rollout=engine_of(*way), **options)
     fit(whole, data(), callbacks=[of_whole := Recorder()])
-    for name, first in {"broken": {}, "stopped": {"max_steps": 2}}.items():
-        keeps = pl.callbacks.ModelCheckpoint(tmp_path / name, every_n_train_steps=1, save_last=True)
-        reward = PythonReward(Breaking(3)) if name == "broken" else PythonReward(longer_is_better)
-        begun = make_module(rollout=engine_of(*way), reward=reward, **options)
-        with pytest.raises(InputError, match="no power") if name == "broken" else nullcontext():
-            fit(begun, data(), enable_checkpointing=True, callbacks=[keeps], **first)
+    for name in ("broken", "stopped"):
+        breaks = [Breaking(tmp_path / "broken" / "last.ckpt")] if name == "broken" else []
+        keeps = pl.callbacks.ModelCheckpoint(tmp_path / "stopped", every_n_train_steps=1, save_last=True)
+        begun = make_module(rollout=engine_of(*way), **options)
+        with pytest.raises(InputError, match="no power") if breaks else nullcontext():
+            fit(begun, data(), enable_checkpointing=True, callbacks=[keeps, *breaks], max_steps=-1 if breaks else 2)
         resumed = make_module(rollout=engine_of(*way), **options)
         fit(resumed, data(), str(tmp_path / name / "last.ckpt"), callbacks=[of_rest := Recorder()])
         assert len(of_rest.steps) == 4
