@@ -22,6 +22,9 @@ from transformers import TemperatureLogitsWarper as Temperature
 from transformers import TopKLogitsWarper as TopK
 from transformers import TopPLogitsWarper as TopP
 
+LOADING = threading.Lock()
+"""Loading a model patches transformers for all threads; two that do so at once leave it patched."""
+
 
 class ServerError(Exception):
     """An answer that is an error, worded as vLLM words it."""
@@ -129,7 +132,8 @@ class StandIn(ThreadingHTTPServer):
 
     def start_anew(self) -> None:
         """Forget what it was sent, as a server that was started again."""
-        self.base = AutoModelForCausalLM.from_pretrained(self.folder).eval()
+        with LOADING:
+            self.base = AutoModelForCausalLM.from_pretrained(self.folder).eval()
         self.adapters: dict[str, nn.Module] = {}
         self.weight_version = "default"
         self.computed: dict[tuple[str, tuple[int, ...]], nn.Module] = {}
@@ -168,7 +172,8 @@ class StandIn(ThreadingHTTPServer):
             raise ServerError(400, f"The lora adapter '{name}' has already been loaded.", "InvalidUserInput")
         if not Path(path, "adapter_config.json").exists():
             raise ServerError(404, f"Loading lora {name} failed: No adapter found for {path}", "NotFoundError")
-        self.adapters[name] = PeftModel.from_pretrained(copy.deepcopy(self.base), path).eval()
+        with LOADING:
+            self.adapters[name] = PeftModel.from_pretrained(copy.deepcopy(self.base), path).eval()
         return f"Success: LoRA adapter '{name}' added successfully."
 
     def unload(self, payload: Any) -> str:
@@ -180,7 +185,8 @@ class StandIn(ThreadingHTTPServer):
         path = payload["kwargs"]["weights_path"]
         if payload["method"] != "reload_weights" or not Path(path, "model.safetensors").exists():
             raise ServerError(500, f"Cannot find any model weights with `{path}`", "InternalServerError")
-        fresh = AutoModelForCausalLM.from_pretrained(path).eval()
+        with LOADING:
+            fresh = AutoModelForCausalLM.from_pretrained(path).eval()
         old = dict(self.base.named_parameters())
         with torch.no_grad():
             for name, weight in fresh.named_parameters():
