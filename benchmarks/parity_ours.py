@@ -33,6 +33,7 @@ from xpo_lightning.core.batch import Completions, Pair, Prompts, left_pad
 from xpo_lightning.losses.xpo import IPOLoss, SigmoidLoss
 from xpo_lightning.models.logprobs import token_logps
 from xpo_lightning.rollout.engine import GenerationRequest, RolloutEngine
+from xpo_lightning.rollout.engine_writer import EngineWriter
 from xpo_lightning.rollout.local import LocalRollout
 
 
@@ -98,7 +99,7 @@ class Watch(Callback):
         else:
             pl_module.policy.load_state_dict(self.case.models()[0].state_dict())
         # The option `rollout` is for servers, which want adapters; this writer needs none.
-        pl_module.collector.engine = GivenCompletions(self.case)
+        pl_module.collector.writer = EngineWriter(GivenCompletions(self.case), lambda: None)
         pl_module.objective = Noting(pl_module.objective, self._note_losses)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
