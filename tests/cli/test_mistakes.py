@@ -139,6 +139,11 @@ def check_answer(capsys: pytest.CaptureFixture[str], words: list[str], parts: tu
     assert len(line) < 500
 
 
+def test_value_that_is_no_text_is_shown_as_an_escape(capsys: pytest.CaptureFixture[str]):
+    line = refused(capsys, "fit", "--config", "quickstart", "--model.sampling.repetition_penalty", "\ud800")
+    assert r"model.sampling.repetition_penalty must be a number, but is '\ud800' (on the command line)" in line
+
+
 @pytest.mark.parametrize("flags", FLAGS)
 def test_mistake_on_the_command_line(flags: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("xpo_lightning.models.policy.ModelSpec.load_model", lambda _: pytest.fail("it was loaded"))

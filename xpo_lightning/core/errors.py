@@ -56,8 +56,9 @@ def exit_with_error(message: str) -> NoReturn:
 
 
 def write_line(message: str) -> None:
-    """Write an error in one line."""
-    sys.stderr.write(f"xpo: error: {one_line(message)}\n")
+    """Write an error in one line; what is no text, such as bytes of a command line that are not UTF-8, as escapes."""
+    line = one_line(message).encode(errors="backslashreplace").decode()
+    sys.stderr.write(f"xpo: error: {line}\n")
 
 
 def one_line(message: object) -> str:
