@@ -106,6 +106,14 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no proxy of the machine between a test and its servers."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.fixture(autouse=True)
 def _no_run_is_joined() -> Iterator[None]:
     """Forget what Lightning tells the processes of a run by the environment: a later test would join that run."""
     yield

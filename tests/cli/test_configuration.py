@@ -237,10 +237,7 @@ def tiny_judge(folder: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Work in a folder with the page's Python files, where they can be imported; let no proxy in."""
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
+    """Work in a folder with the page's Python files, where they can be imported."""
     for name, text in MODULES.items():
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)

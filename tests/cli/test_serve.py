@@ -23,11 +23,8 @@ LORA = {"r": 9, "alpha": 8}
 
 
 @pytest.fixture
-def write(tmp_path: Path, model_folder: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Write:
+def write(tmp_path: Path, model_folder: Callable[..., str]) -> Write:
     """Give a function that writes the config of a small run with servers; `options` are those of the engine."""
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
 
     def config(lora: Any = None, precision: str = "32-true", tokens: int | None = None, **options: Any) -> str:
         (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat sat on the mat"}\n' * 8)

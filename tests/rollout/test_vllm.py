@@ -62,13 +62,6 @@ LORA = LoRASpec(r=4, alpha=8)
 ROWS = random_rows([3, 5, 2, 5])
 
 
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-
-
 @pytest.fixture
 def serve(model_folder: Callable[..., str]) -> Iterator[Serve]:
     """Give a function that starts a stand-in."""

@@ -33,11 +33,8 @@ LORA = LoRASpec(r=4, alpha=8)
 
 
 @pytest.fixture
-def serve(model_folder: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[StandIn]]]:
+def serve(model_folder: Callable[..., str]) -> Iterator[Callable[..., list[StandIn]]]:
     """Give a function that starts stand-ins."""
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
     with ExitStack() as servers:
         yield lambda count, **options: [
             servers.enter_context(standing_in(model_folder("llama"), **options)) for _ in range(count)
