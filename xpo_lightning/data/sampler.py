@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import cycle, islice
 from typing import TypeVar, cast
 
@@ -59,16 +60,17 @@ def rows_of_turn(length: int, size: int, turn: int, share: ProcessShard, seed: i
         seed: Seed of the order of each pass; None keeps the order of the data set.
     """
     first = turn * size * share.num_replicas + share.rank
-    rows: list[int] = []
-    orders: dict[int, list[int]] = {}
-    for place in range(first, first + size * share.num_replicas, share.num_replicas):
-        number, index = divmod(place, length)
-        if number not in orders:
-            orders[number] = list(range(length))
-            if seed is not None:
-                random.Random(f"{seed} pairs {number}").shuffle(orders[number])
-        rows.append(orders[number][index])
-    return rows
+    places = range(first, first + size * share.num_replicas, share.num_replicas)
+    passes = (divmod(place, length) for place in places)
+    return [_order_of_pass(length, number, seed)[index] for number, index in passes]
+
+
+@lru_cache(maxsize=2)  # A batch may be in two passes; a large data set is not shuffled anew for each batch.
+def _order_of_pass(length: int, number: int, seed: int | None) -> list[int]:
+    order = list(range(length))
+    if seed is not None:
+        random.Random(f"{seed} pairs {number}").shuffle(order)
+    return order
 
 
 def epoch_generator(seed: int, epoch: int) -> random.Random:
