@@ -76,7 +76,7 @@ def test_weight_averaging_that_would_average_nothing_is_refused(make_module: Mak
         trained(make_module(), StochasticWeightAveraging(1e-3))
 
 
-def test_moving_average_ends_with_the_averaged_weights(make_module: MakeModule) -> None:
+def test_moving_average_ends_with_the_averaged_weights(make_module: MakeModule, tmp_path: Path) -> None:
     seen: list[list[Tensor]] = []
 
     class Watch(Callback):
@@ -84,7 +84,7 @@ def test_moving_average_ends_with_the_averaged_weights(make_module: MakeModule) 
             seen.append([weight.detach().clone() for weight in pl_module.trained_parameters()])
 
     module = make_module()
-    trained(module, EMAWeightAveraging(decay=0.5), Watch())
+    trained(module, EMAWeightAveraging(decay=0.5), Watch(), default_root_dir=tmp_path)
     average = seen[0]
     for weights in seen[1:]:
         average = [0.5 * old + 0.5 * new for old, new in zip(average, weights, strict=True)]
