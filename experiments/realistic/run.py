@@ -5,21 +5,16 @@ command goes on where it was stopped. What is measured goes to `curves.csv`, and
 """
 
 import argparse
-import json
-import os
-import shutil
-import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import label_curves
 import label_plot
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+sys.path.insert(0, str(HERE.parent))
+from xpo_runs import ROOT, Run, make_all
+
 ARMS = {
     "xpo": "XPO, alpha 0.05 beta",
     "xpo_small": "XPO, alpha 1e-5",
@@ -29,59 +24,6 @@ ARMS = {
 CONFIGS = {"quickstart": "configs/quickstart.yaml", "smollm2": "configs/smollm2.yaml"}
 REPEATED = {"smollm2": Path("configs/data/smollm2_prompts_validation.jsonl")}
 """Validation prompts that are too few for one answer each to say much."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run.
-
-    Args:
-        arm: Its overlay.
-        seed: Its seed.
-        folder: Where its metrics and its log go.
-        options: The options of `xpo fit`, except where to write.
-    """
-
-    arm: str
-    seed: int
-    folder: Path
-    options: tuple[str, ...]
-
-    @property
-    def settings(self) -> dict[str, object]:
-        """What the run is made with: its options, and what the YAML files among them say."""
-        files = {option: (ROOT / option).read_text() for option in self.options if option.endswith(".yaml")}
-        return {"options": list(self.options), "files": files}
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run has been made.
-
-        Raises:
-            SystemExit: It has been made with other settings.
-        """
-        mark = self.folder / "finished.json"
-        if not mark.exists():
-            return False
-        if json.loads(mark.read_text()) != self.settings:
-            raise SystemExit(f"{self.folder} was made with other settings; choose another --out, or remove it")
-        return True
-
-    def make(self, threads: int) -> float | None:
-        """Make the run from its beginning; return its seconds, or None where it failed."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        where = ("--trainer.default_root_dir", str(self.folder))
-        command = [sys.executable, "-m", "xpo_lightning", "fit", *self.options, *where]
-        python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        env = {"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": str(threads)}
-        begun = time.perf_counter()
-        with (self.folder / "log.txt").open("w") as log:
-            done = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log, check=False)  # noqa: S603
-        if done.returncode:
-            return None
-        (self.folder / "finished.json").write_text(json.dumps(self.settings, indent=1))
-        return time.perf_counter() - begun
 
 
 def main() -> int:
@@ -101,23 +43,11 @@ def main() -> int:
 
 
 def _make(args: argparse.Namespace, out: Path) -> int:
-    """Make the runs that are missing, several at a time; return how many failed."""
+    """Make the runs that are missing; return how many failed."""
     out.mkdir(parents=True, exist_ok=True)
     options = _shared_options(args, out)
     # Seeds go round in the outer loop, so that whatever has been made at some time compares the arms.
-    runs = [_run(arm, seed, out, args.model, options) for seed in args.seeds for arm in args.arms]
-    left = [run for run in runs if not run.is_finished]
-    print(f"{len(runs) - len(left)} of {len(runs)} runs are finished", flush=True)
-    threads = max(1, (os.cpu_count() or 1) // args.processes)
-
-    def make(run: Run) -> bool:
-        seconds = run.make(threads)
-        said = f"failed, see {run.folder / 'log.txt'}" if seconds is None else f"{seconds:.0f} s"
-        print(f"{run.arm}, seed {run.seed}: {said}", flush=True)
-        return seconds is None
-
-    with ThreadPoolExecutor(args.processes) as pool:
-        return sum(pool.map(make, left))
+    return make_all([_run(arm, seed, out, args.model, options) for seed in args.seeds for arm in args.arms], args.processes)
 
 
 def _run(arm: str, seed: int, out: Path, model: str, options: list[str]) -> Run:

@@ -1,0 +1,1 @@
+"""Reads what the runs measured; see `run.py`."""

@@ -1,0 +1,79 @@
+"""What exploration buys a language model: all arms and seeds on the story tasks, by the command line that users have.
+
+    python experiments/language_models/run.py --processes 2
+
+Runs that are finished are not made again, so the same command goes on where it was stopped. What all of them measured goes
+to CSV files, tables and figures. See docs/exploration_language_models.md, which was written before the runs.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+from plan import TASKS, Task
+from reference import make as make_reference
+from results import collect, write_all
+from xpo_runs import ROOT, Run, make_all
+
+
+def main() -> int:
+    """Make the runs that are missing, then write down what all of them measured."""
+    args = _arguments()
+    tasks = {name: replace(TASKS[name], seeds=args.seeds or TASKS[name].seeds) for name in args.tasks}
+    failed = 0
+    if not args.collect:
+        # Seeds go round in the outer loop, so that whatever has been made at some time compares the arms.
+        failed = make_all(sorted(_runs(args, tasks), key=lambda run: run.seed), args.processes)
+    rows = collect(args.out, list(tasks))
+    if not rows:
+        print(f"no measurements in {args.out}", file=sys.stderr)
+        return 1
+    print(write_all(rows, args.results, args.figures))
+    return int(failed > 0)
+
+
+def _runs(args: argparse.Namespace, tasks: dict[str, Task]) -> list[Run]:
+    runs = []
+    for name, task in tasks.items():
+        options = ["--model.policy.path", _policy(args, task), *args.options]
+        for arm in [arm for arm in task.arms if not args.arms or arm in args.arms]:
+            files = (HERE / task.base, HERE / "arms" / f"{arm}.yaml")
+            configs = [part for file in files for part in ("--config", str(file.relative_to(ROOT)))]
+            for seed in range(1, task.seeds + 1):
+                chosen = (*configs, "--seed_everything", str(seed), *options)
+                runs.append(Run(arm, seed, args.out / name / f"{arm}-{seed}", chosen, (str(HERE),)))
+    return runs
+
+
+def _policy(args: argparse.Namespace, task: Task) -> str:
+    """Return the path of a task's reference, made if it is not there."""
+    if task.rarity is None:
+        return "package:xpo_lightning/embedded/policy"
+    args.out.mkdir(parents=True, exist_ok=True)
+    return str(make_reference(args.out / f"reference_{task.rarity:g}", task.rarity, args.reference_steps))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="which tasks (all)")
+    parser.add_argument("--arms", nargs="+", help="which arms (all of a task)")
+    parser.add_argument("--seeds", type=int, help="seeds of each arm (the plan's)")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, which share the cores (2)")
+    parser.add_argument("--reference-steps", type=int, default=300, help="steps of the reference's own training (300)")
+    parser.add_argument("--out", type=Path, default=Path("runs/language_models"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, help="folder of the CSV files (default: `results` in --out)")
+    parser.add_argument("--figures", type=Path, help="folder of the figures (default: that of the CSV files)")
+    parser.add_argument("--collect", action="store_true", help="run nothing; collect what there is")
+    parser.add_argument("options", nargs="*", help="after --: further options of `xpo fit`, for all runs")
+    args = parser.parse_args()
+    args.out = args.out.resolve()
+    args.results = args.results or args.out / "results"
+    args.figures = args.figures or args.results
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())
