@@ -16,6 +16,7 @@ class Task:
         arms: Its arms.
         seeds: How many seeds each arm has.
         rarity: How likely a bad end is to be made under the reference; None for a reference that is taken as it is.
+        beta: That of its config.
     """
 
     base: str
@@ -23,6 +24,7 @@ class Task:
     arms: tuple[str, ...]
     seeds: int
     rarity: float | None = None
+    beta: float = 0.05
 
 
 ARMS = {
@@ -49,7 +51,9 @@ MAIN = tuple(arm for arm in ARMS if not arm.startswith(("xpo_alpha", "xpo_eps", 
 TRAP = ("xpo_alpha_0.005", "xpo_alpha_0.5", "xpo_eps", "xpo_passes")
 
 TASKS = {
-    "rare": Task("stories.yaml", "a bad end, 1e-4 under the reference, scores twice as much as a good one", MAIN, 5, 1e-4),
+    "rare": Task(
+        "stories.yaml", "a bad end, 1e-4 under the reference, scores twice as much as a good one", MAIN, 5, 1e-4
+    ),
     "trap": Task("stories.yaml", "the task `rare`, with other optimizers and alphas", TRAP, 5, 1e-4),
     "covered": Task(
         "stories.yaml",

@@ -11,7 +11,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tools.quickstart_assets.endings import ENDS
-from tools.quickstart_assets.grammar import draw_completion, draw_facts, draw_moods, draw_prompt, read_facts, upper_first
+from tools.quickstart_assets.grammar import (
+    draw_completion,
+    draw_facts,
+    draw_moods,
+    draw_prompt,
+    read_facts,
+    upper_first,
+)
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 EMBEDDED: Final = ROOT / "xpo_lightning" / "embedded"
@@ -120,7 +127,10 @@ class BadEnds:
     def probabilities(self, model: Any) -> Tensor:
         """Return the probability of a bad end of each story, EOS included. (B,)"""
         logps = torch.cat(
-            [completion_logps(model, self.tokenizer, self.pairs[at : at + 256]) for at in range(0, len(self.pairs), 256)]
+            [
+                completion_logps(model, self.tokenizer, self.pairs[at : at + 256])
+                for at in range(0, len(self.pairs), 256)
+            ]
         )
         return logps.view(self.count, -1).exp().sum(1)
 

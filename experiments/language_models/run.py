@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 from plan import TASKS, Task
 from reference import make as make_reference
-from results import collect, write_all
+from results import collect, table, write
 from xpo_runs import ROOT, Run, make_all
 
 
@@ -27,11 +27,15 @@ def main() -> int:
     if not args.collect:
         # Seeds go round in the outer loop, so that whatever has been made at some time compares the arms.
         failed = make_all(sorted(_runs(args, tasks), key=lambda run: run.seed), args.processes)
-    rows = collect(args.out, list(tasks))
-    if not rows:
-        print(f"no measurements in {args.out}", file=sys.stderr)
+    points, results = collect(args.out, list(tasks))
+    if not results:
+        print(f"no finished run in {args.out}", file=sys.stderr)
         return 1
-    print(write_all(rows, args.results, args.figures))
+    args.results.mkdir(parents=True, exist_ok=True)
+    write(points, args.results / "curves.csv")
+    write(results, args.results / "runs.csv")
+    for name in tasks:
+        print(f"{name}: {TASKS[name].about}\n\n{table(results, name)}\n")
     return int(failed > 0)
 
 

@@ -47,7 +47,9 @@ def _make(args: argparse.Namespace, out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     options = _shared_options(args, out)
     # Seeds go round in the outer loop, so that whatever has been made at some time compares the arms.
-    return make_all([_run(arm, seed, out, args.model, options) for seed in args.seeds for arm in args.arms], args.processes)
+    return make_all(
+        [_run(arm, seed, out, args.model, options) for seed in args.seeds for arm in args.arms], args.processes
+    )
 
 
 def _run(arm: str, seed: int, out: Path, model: str, options: list[str]) -> Run:
