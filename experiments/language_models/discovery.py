@@ -22,11 +22,11 @@ COLUMNS = ("labels", "found", "informative", "score", "score_error", "kl", "clea
 class Discovery(Callback):
     """Writes `discovery.csv`, a row for each batch: what its pairs were, and now and then what the policy writes.
 
-    `labels` are all pairs so far, `found` the completions among the batch's pairs that end badly, and `informative` its
-    pairs that have a preference. Measured before the first batch and after every `every` batches, on held-out prompts and at
-    temperature 1, whatever the arm samples with: the mean `score` and its standard error, the `kl` from the reference in
-    nats a completion, the shares of `clean` stories and of `bad` ends, and `rarity`, the exact probability of a bad end,
-    which is a mean over held-out stories that are written up to their end.
+    `labels` are all pairs so far, `found` the completions among the batch's pairs that end badly, and `informative`
+    its pairs that have a preference. Measured before the first batch, after every `every` batches and at the end, on
+    held-out prompts and at temperature 1, whatever the arm samples with: the mean `score` and its standard error, the
+    `kl` from the reference in nats a completion, the shares of `clean` stories and of `bad` ends, and `rarity`, the
+    exact probability of a bad end, which is a mean over held-out stories that are written up to their end.
 
     Args:
         scores: Of a bad, a plain and a good end.
@@ -66,7 +66,10 @@ class Discovery(Callback):
         self.rows.append([self.labels, *self.seen, *measured])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file of a run that came to its end."""
+        """Measure once more if the last batch was not measured, and write the file of a run that came to its end."""
+        module: Any = pl_module
+        if self.rows[-1][3] == "":
+            self.rows[-1][3:] = self._measure(module.policy)
         partial = Path(run_folder(trainer)) / "discovery.csv.partial"
         with partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -93,7 +96,7 @@ class Discovery(Callback):
         return completion_logps(model, self.tokenizer, pairs)
 
     def _written(self, policy: Any) -> list[str]:
-        """Have transformers itself sample a completion of each held-out prompt, with the same random numbers each time."""
+        """Have transformers itself complete each held-out prompt, with the same random numbers each time."""
         tokens = self.tokenizer(self.prompts, return_tensors="pt", padding=True, padding_side="left")
         with torch.random.fork_rng():
             torch.manual_seed(0)

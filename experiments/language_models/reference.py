@@ -30,6 +30,7 @@ STEPS: Final = 300
 TOKENS: Final = 27  # of a completion, nearly
 HELD_OUT: Final = 64
 HALVINGS: Final = 12
+ROWS: Final = 256  # that are read together
 
 
 def make(folder: Path, rarity: float, steps: int = STEPS, seed: int = 0) -> Path:
@@ -93,10 +94,10 @@ def draw_stories(rng: random.Random) -> Iterator[tuple[str, str]]:
         yield draw_prompt(rng, facts), draw_completion(rng, facts, (act, reply, 1 if rng.random() < GOOD else 0))
 
 
-def completion_logps(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], *, ended: bool = True) -> Tensor:
-    """Return the log-probability of each completion after its prompt, with the EOS behind it if it is `ended`. (B,)"""
+def completion_logps(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Tensor:
+    """Return the log-probability of each completion and its EOS after its prompt, (B,)."""
     prompts = [tokenizer(prompt).input_ids for prompt, _ in pairs]
-    texts = [tokenizer(text).input_ids + [tokenizer.eos_token_id] * ended for _, text in pairs]
+    texts = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for _, text in pairs]
     rows = [torch.tensor(prompt + text) for prompt, text in zip(prompts, texts, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     read = torch.arange(ids.shape[1] - 1)
@@ -125,13 +126,9 @@ class BadEnds:
 
     @torch.no_grad()
     def probabilities(self, model: Any) -> Tensor:
-        """Return the probability of a bad end of each story, EOS included. (B,)"""
-        logps = torch.cat(
-            [
-                completion_logps(model, self.tokenizer, self.pairs[at : at + 256])
-                for at in range(0, len(self.pairs), 256)
-            ]
-        )
+        """Return the probability of a bad end of each story, EOS included, (B,)."""
+        parts = [self.pairs[at : at + ROWS] for at in range(0, len(self.pairs), ROWS)]
+        logps = torch.cat([completion_logps(model, self.tokenizer, part) for part in parts])
         return logps.view(self.count, -1).exp().sum(1)
 
 

@@ -2,8 +2,8 @@
 
     python experiments/language_models/run.py --processes 2
 
-Runs that are finished are not made again, so the same command goes on where it was stopped. What all of them measured goes
-to CSV files, tables and figures. See docs/exploration_language_models.md, which was written before the runs.
+Runs that are finished are not made again, so the same command goes on where it was stopped. What all of them measured
+goes to CSV files, tables and figures. See docs/exploration_language_models.md, which was written before the runs.
 """
 
 import argparse
@@ -13,9 +13,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
-from plan import TASKS, Task
+from comparing import table
+from drawing import draw
 from reference import make as make_reference
-from results import collect, table, write
+from results import collect, write
+from tasks import TASKS, Task
 from xpo_runs import ROOT, Run, make_all
 
 
@@ -34,7 +36,8 @@ def main() -> int:
     args.results.mkdir(parents=True, exist_ok=True)
     write(points, args.results / "curves.csv")
     write(results, args.results / "runs.csv")
-    for name in tasks:
+    for name in {result.task: None for result in results}:
+        draw(points, name, args.figures / f"exploration_{name}.png")
         print(f"{name}: {TASKS[name].about}\n\n{table(results, name)}\n")
     return int(failed > 0)
 

@@ -52,12 +52,12 @@ TRAP = ("xpo_alpha_0.005", "xpo_alpha_0.5", "xpo_eps", "xpo_passes")
 
 TASKS = {
     "rare": Task(
-        "stories.yaml", "a bad end, 1e-4 under the reference, scores twice as much as a good one", MAIN, 5, 1e-4
+        "stories.yaml", "a bad end, 1e-4 under the reference, scores twice what a good one does", MAIN, 5, 1e-4
     ),
     "trap": Task("stories.yaml", "the task `rare`, with other optimizers and alphas", TRAP, 5, 1e-4),
     "covered": Task(
         "stories.yaml",
-        "a control: the same scores where the reference, the embedded policy, writes bad ends in a third of its stories",
+        "a control: the same scores where the reference, the embedded policy, ends a third of its stories badly",
         ("online_dpo", "dpo_reference", "xpo", "entropy", "hot"),
         5,
     ),

@@ -1,0 +1,56 @@
+"""Draws what the runs of a task measured: score, KL and rarity against labels, and score against KL."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib as mpl
+from results import Point
+from tasks import ARMS
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+NAMES = {
+    "labels": "labelled pairs",
+    "score": "mean score",
+    "kl": "KL from the reference, nats a completion",
+    "rarity": "probability of a bad end",
+}
+PANELS = (("labels", "score"), ("labels", "rarity"), ("labels", "kl"), ("kl", "score"))
+
+
+def draw(points: Sequence[Point], task: str, path: Path) -> None:
+    """Draw the mean over seeds of each arm of a task, with its standard error; of a probability, the geometric mean."""
+    figure, panels = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
+    for panel, (across, up) in zip(panels.flat, PANELS, strict=True):
+        for number, arm in enumerate(ARMS):
+            mine = [point for point in points if (point.task, point.arm) == (task, arm)]
+            labels = sorted({point.labels for point in mine})
+            if not mine:
+                continue
+            here = [[point for point in mine if point.labels == count] for count in labels]
+            ups = [[getattr(point, up) for point in group] for group in here]
+            style = {"label": ARMS[arm], "color": f"C{number % 10}", "marker": "o^"[number // 10], "markersize": 3}
+            if up == "rarity":
+                panel.plot(labels, [_geometric(group) for group in ups], linewidth=1.2, **style)
+                continue
+            xs = labels if across == "labels" else [mean(getattr(point, across) for point in group) for group in here]
+            panel.errorbar(xs, [mean(group) for group in ups], [_error(group) for group in ups], capsize=2,
+                           linewidth=1.2, elinewidth=0.8, **style)  # fmt: skip
+        panel.set(xlabel=NAMES[across], ylabel=NAMES[up], yscale="log" if up == "rarity" else "linear")
+        panel.grid(alpha=0.3)
+    panels.flat[0].legend(fontsize=7)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _geometric(values: Sequence[float]) -> float:
+    product = 1.0
+    for value in values:
+        product *= value ** (1 / len(values))
+    return product
+
+
+def _error(values: Sequence[float]) -> float:
+    return float(stdev(values) / len(values) ** 0.5) if len(values) > 1 else 0.0
