@@ -28,7 +28,7 @@ from xpo_lightning.core.rng import RolloutRNG
 from xpo_lightning.rewards.python import PythonReward
 from xpo_lightning.rollout import opening, replay
 
-pytest_plugins = ["reward_server"]  # fixtures of tests/rewards
+pytest_plugins = ["reward_server", "vllm_rollouts"]  # fixtures of tests/rewards and tests/rollout
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup; processes that tests start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
