@@ -28,7 +28,8 @@ from xpo_lightning.core.rng import RolloutRNG
 from xpo_lightning.rewards.python import PythonReward
 from xpo_lightning.rollout import opening, replay
 
-pytest_plugins = ["reward_server"]  # fixtures of tests/rewards
+# Fixtures of tests/callbacks, tests/cli, tests/data, tests/rewards and tests/rollout.
+pytest_plugins = ["check_bench", "prompt_files", "reward_server", "scoring", "vllm_rollouts", "watched_runs"]
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup; processes that tests start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -268,6 +269,12 @@ def naive_token_logps(model: nn.Module, prompt: Sequence[int], completion: Seque
         logits = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0].double()
     logps = logits.log_softmax(-1)
     return [float(logps[len(prompt) - 1 + step, token]) for step, token in enumerate(completion)]
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module) -> Tensor:
+    """Compute the logits of one fixed row of tokens."""
+    return model(input_ids=torch.tensor([[5, 60, 120, 33, 7, 250]])).logits
 
 
 # ---- modules and runs ----

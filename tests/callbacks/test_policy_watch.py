@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from test_callbacks import build_module, loader
+from watched_runs import build_module, loader
 
 from xpo_lightning import Completions, InputError
 from xpo_lightning.callbacks import PolicyWatch

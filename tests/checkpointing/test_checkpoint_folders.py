@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import test_cli
 import torch
-from test_checkpoint_io import GONE, file_size_limit, flip, names_in
+from damage import GONE, file_size_limit, flip, names_in
 from test_cli import Write, refused
 
 from xpo_lightning import XPOLightningModule

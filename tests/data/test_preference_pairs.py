@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_data import CHAT, ROWS, TOKENIZER, refusal, set_up, write_jsonl
+from prompt_files import CHAT, ROWS, TOKENIZER, both_ways, refusal, set_up, write_jsonl
 
 from xpo_lightning import InputError, PromptDataModule
 from xpo_lightning.data.sampler import ProcessShard, rows_of_turn
@@ -14,8 +14,6 @@ from xpo_lightning.data.sampler import ProcessShard, rows_of_turn
 ASKED = [{"role": "user", "content": "How are you?"}]
 WELL, ILL = ({"role": "assistant", "content": text} for text in ("I am well", "I am ill"))
 TALK = "\n\nHuman: How are you?\n\nAssistant:"
-
-both_ways = pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streamed"])
 
 
 @both_ways
@@ -166,3 +164,27 @@ def test_missing_file_and_split_name_their_keys(tmp_path: Path):
     assert refusal(None, preferences=str(tmp_path / "no.jsonl")).startswith("data.preferences:")  # type: ignore[arg-type]
     assert refusal(prompts, preferences=pairs, preferences_split="test").startswith("data.preferences_split:")
     assert json.loads(Path(pairs).read_text().splitlines()[0])["chosen"] == "c0"
+
+
+@both_ways
+def test_prompt_of_a_preference_pair_is_what_both_sides_begin_with(tmp_path: Path, streaming: bool):
+    begin = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    asked = [*begin, {"role": "user", "content": "Who?"}]
+    chats = {name: [*asked, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    text = "\n\nHuman: Hello\n\nAssistant:"
+    for pair, expected in (
+        (chats, asked),
+        ({"chosen": f"{text} I am well", "rejected": f"{text} I am ill"}, text),
+        ({"chosen": chats["chosen"], "rejected": chats["chosen"]}, asked),  # the answer is none of the prompt
+    ):
+        path = write_jsonl(tmp_path / "pairs.jsonl", [{**pair, "prompt_number": 1}])
+        (batch,) = set_up(path, streaming=streaming).train_dataloader()
+        assert batch["prompt"] == [expected]
+        assert batch["chosen"] == [pair["chosen"]]
+
+
+@both_ways
+def test_preference_pair_that_does_not_say_where_its_prompt_ends_is_refused(tmp_path: Path, streaming: bool):
+    for pair in ({"chosen": "It is warm", "rejected": "It is cold"}, {"chosen": None, "rejected": "a"}):
+        path = write_jsonl(tmp_path / "pairs.jsonl", [pair])
+        assert "pairs.jsonl, line 1 has 'chosen' and 'rejected'" in refusal(path, streaming=streaming)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import test_cli
 from conftest import PROMPTS, fit_quietly
-from test_checkpoint_io import file_size_limit
+from damage import file_size_limit
 from test_cli import Write, refused
 
 from xpo_lightning.cli.lightning_cli import main

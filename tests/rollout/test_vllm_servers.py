@@ -19,7 +19,7 @@ from conftest import (
     random_rows,
     randomize_adapters,
 )
-from test_vllm import worst_gap
+from vllm_rollouts import worst_gap
 from vllm_stand_in import Handler, StandIn, standing_in
 
 from xpo_lightning import InputError, LoRASpec, PromptDataModule, Sampling, VLLMRollout, XPOLightningModule

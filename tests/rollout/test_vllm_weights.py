@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Recorder, fit_quietly, longer_is_better, make_tokenizer, noise, prompts_of, random_rows
-from test_vllm import real_server, worst_gap
 from transformers import AutoModelForCausalLM
+from vllm_rollouts import real_server, worst_gap
 from vllm_stand_in import Handler, StandIn, standing_in
 
 from xpo_lightning import (
