@@ -52,6 +52,7 @@ from xpo_lightning.rewards.base import Feedback
 from xpo_lightning.rewards.labels import LabelRule, check_penalty
 from xpo_lightning.rewards.no_reward import MISSING, is_missing
 from xpo_lightning.rewards.scorer import PairScorer
+from xpo_lightning.rollout.batch_writer import BatchWriter
 from xpo_lightning.rollout.engine import RolloutEngine
 from xpo_lightning.rollout.engine_writer import EngineWriter
 from xpo_lightning.rollout.local import LocalRollout, order_of
@@ -316,15 +317,13 @@ class XPOLightningModule(LightningModule):
             shard_all([self.policy, self.reference, self.reward], self.device_mesh)
         if self.rollout is not None:
             self.rollout.begin(rollout)
-        scorer = PairScorer(self.reward, self.missing_eos_penalty, self.timer)
         self.collector = Collector(
-            rollout,
+            BatchWriter(rollout, self.timer, self.writer),
             self.memory,
             self.candidates,
-            scorer,
+            PairScorer(self.reward, self.missing_eos_penalty),
             self.label_rule,
             self.timer,
-            self.writer,
             keeps_previous=self.objective.preference_loss.needs_previous,
         )
         speed_up_linears(self.policy, self.reference, self.reward)
