@@ -75,7 +75,7 @@ from xpo_lightning.training.conversions import as_policy, as_reward
 from xpo_lightning.training.gradients import add_gradients, clip_gradient
 from xpo_lightning.training.memory_budget import MemoryBudget, counts_memory
 from xpo_lightning.training.metrics import PairAverages, rollout_metrics
-from xpo_lightning.training.objective import Objective
+from xpo_lightning.training.objective import DEFAULT_ALPHA, Objective
 from xpo_lightning.training.offline_options import refuse_with_preferences, refuse_without_reward
 from xpo_lightning.training.optimizer import Optimization, WarmupThenDecay, total_steps
 from xpo_lightning.training.persistent_state import PersistentState
@@ -167,7 +167,7 @@ class XPOLightningModule(LightningModule):
         candidates: Candidates = Candidates(),  # noqa: B008
         labels: LabelRule = LabelRule(),  # noqa: B008
         # The schedule comes first, because the parser reports why the first of several types did not fit.
-        alpha: Schedule | float | list[float] = 1e-5,
+        alpha: Schedule | float | list[float] = DEFAULT_ALPHA,
         alpha_in_beta: bool = False,
         beta: Schedule | float | list[float] = 0.1,
         preference_loss: PreferenceLoss | None = None,
