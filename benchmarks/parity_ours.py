@@ -99,7 +99,7 @@ class Watch(Callback):
         else:
             pl_module.policy.load_state_dict(self.case.models()[0].state_dict())
         # The option `rollout` is for servers, which want adapters; this writer needs none.
-        pl_module.collector.writer = EngineWriter(GivenCompletions(self.case), lambda: None)
+        pl_module.collector.writer.by_engine = EngineWriter(GivenCompletions(self.case), lambda: None)
         pl_module.objective = Noting(pl_module.objective, self._note_losses)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:

@@ -52,6 +52,7 @@ from xpo_lightning.rewards.base import Feedback
 from xpo_lightning.rewards.labels import LabelRule, check_penalty
 from xpo_lightning.rewards.no_reward import MISSING, is_missing
 from xpo_lightning.rewards.scorer import PairScorer
+from xpo_lightning.rollout.batch_writer import BatchWriter
 from xpo_lightning.rollout.engine import RolloutEngine
 from xpo_lightning.rollout.engine_writer import EngineWriter
 from xpo_lightning.rollout.local import LocalRollout, order_of
@@ -74,7 +75,7 @@ from xpo_lightning.training.conversions import as_policy, as_reward
 from xpo_lightning.training.gradients import add_gradients, clip_gradient
 from xpo_lightning.training.memory_budget import MemoryBudget, counts_memory
 from xpo_lightning.training.metrics import PairAverages, rollout_metrics
-from xpo_lightning.training.objective import Objective
+from xpo_lightning.training.objective import DEFAULT_ALPHA, Objective
 from xpo_lightning.training.offline_options import refuse_with_preferences, refuse_without_reward
 from xpo_lightning.training.optimizer import Optimization, WarmupThenDecay, total_steps
 from xpo_lightning.training.persistent_state import PersistentState
@@ -166,7 +167,7 @@ class XPOLightningModule(LightningModule):
         candidates: Candidates = Candidates(),  # noqa: B008
         labels: LabelRule = LabelRule(),  # noqa: B008
         # The schedule comes first, because the parser reports why the first of several types did not fit.
-        alpha: Schedule | float | list[float] = 1e-5,
+        alpha: Schedule | float | list[float] = DEFAULT_ALPHA,
         alpha_in_beta: bool = False,
         beta: Schedule | float | list[float] = 0.1,
         preference_loss: PreferenceLoss | None = None,
@@ -316,15 +317,13 @@ class XPOLightningModule(LightningModule):
             shard_all([self.policy, self.reference, self.reward], self.device_mesh)
         if self.rollout is not None:
             self.rollout.begin(rollout)
-        scorer = PairScorer(self.reward, self.missing_eos_penalty, self.timer)
         self.collector = Collector(
-            rollout,
+            BatchWriter(rollout, self.timer, self.writer),
             self.memory,
             self.candidates,
-            scorer,
+            PairScorer(self.reward, self.missing_eos_penalty),
             self.label_rule,
             self.timer,
-            self.writer,
             keeps_previous=self.objective.preference_loss.needs_previous,
         )
         speed_up_linears(self.policy, self.reference, self.reward)

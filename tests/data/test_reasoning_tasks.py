@@ -46,6 +46,40 @@ def test_mistakes_are_refused_by_name(name: str, message: str):
     assert str(refusal.value).startswith("data.source")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("option", ["split", "subset", "revision", "validation_split"])
+def test_options_that_a_task_does_not_have_are_refused(option: str, streaming: bool):
+    with pytest.raises(InputError, match=rf"^data\.{option}: .*data\.source '?.*chain_sum"):
+        PromptDataModule("reasoning-gym:chain_sum?size=4", streaming=streaming, **{option: "test"}).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("source", "validation", "shared"),
+    [
+        ("max_terms=2&size=6&seed=3", "size=4&seed=7&max_terms=2", 2),
+        ("size=6", "size=4", 4),
+        ("size=4&seed=6", "size=8", 2),
+        ("size=6", "size=4&seed=6", 0),
+        ("size=4&seed=4", "size=4", 0),
+        ("size=6&max_terms=2", "size=4", 0),
+    ],
+)
+def test_problems_in_training_and_validation_are_warned_of(
+    source: str, validation: str, shared: int, recwarn: pytest.WarningsRecorder
+):
+    """Row i is made from seed + i: of the seeds 3 to 8 and 7 to 10, 7 and 8 are in both."""
+    source, validation = (f"reasoning-gym:chain_sum?{options}" for options in (source, validation))
+    data = PromptDataModule(source, validation_source=validation)
+    data.setup("fit")
+    prompts, held_out = ([sample["prompt"] for sample in data.prompts[role]] for role in ("training", "validation"))
+    said = [str(one.message) for one in recwarn if "of its" in str(one.message)]
+    assert len(said) == (shared > 0)
+    if shared:
+        assert len({*prompts} & {*held_out}) == shared
+        for part in (f"data.validation_source={validation} shares {shared} of", "data.source="):
+            assert part in said[0]
+
+
 def test_run_is_scored_by_the_task_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     reward = '{"class_path": "VerifierReward", "init_args": {"verifier": "reasoning_gym"}}'
     sizes = ["--trainer.max_steps", "2", "--data.batch_size", "4", "--model.sampling.max_new_tokens", "4"]

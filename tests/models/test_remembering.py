@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from xpo_lightning import LoRASpec, XPOLightningModule
-from xpo_lightning.models.forward import remembering
+from xpo_lightning.models.forward import capabilities, remembering
 from xpo_lightning.models.forward.capabilities import Sharing, rows_of, sharing_of
 from xpo_lightning.models.forward.remembering import identity_of
 
@@ -51,6 +51,20 @@ def test_equal_model_is_not_probed_again_and_goes_the_same_way(load_model: LoadM
     assert passes_of(passes, lambda: rows_of(other, 40)) == passes_of(passes, lambda: rows_of(one, 40)) == 0
     assert passes_of(passes, lambda: sharing_of(other, 20)) > 8, "another question"
     assert passes_of(passes, lambda: sharing_of(one, 20)) == 0
+
+
+def test_weights_are_read_once_for_all_questions_of_a_choice(load_model: LoadModel, monkeypatch: pytest.MonkeyPatch):
+    model, read = load_model(), list[nn.Module]()
+
+    def counted(model: nn.Module) -> object:
+        read.append(model)
+        return identity_of(model)
+
+    monkeypatch.setattr(capabilities, "identity_of", counted)
+    rows_of(model, 60)
+    assert len(read) == 1
+    sharing_of(model, 60)
+    assert len(read) == 2, "the model may have changed"
 
 
 def test_reference_and_later_runs_need_no_probe(make_module: MakeModule, passes: list[int]):

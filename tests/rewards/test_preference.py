@@ -8,18 +8,19 @@ from conftest import ChainModel, chain_module, make_tokenizer, noise
 from torch import Tensor
 
 from xpo_lightning import Experience, InputError, Sampling
+from xpo_lightning.core.batch import Pair
 from xpo_lightning.data.prompts import as_prompts
-from xpo_lightning.rewards.labels import LabelRule, Preferences, penalize_missing_eos, tempered
+from xpo_lightning.rewards.labels import LabelRule, PairScores, penalize_missing_eos, tempered
 from xpo_lightning.rewards.python import PythonReward
 
 
-def scored(margins: list[float]) -> Preferences:
-    return Preferences(torch.tensor(margins))
+def scored(margins: list[float]) -> PairScores:
+    return PairScores(Pair(torch.tensor(margins), torch.zeros(len(margins))))
 
 
-def judged(probabilities: list[float]) -> Preferences:
+def judged(probabilities: list[float]) -> PairScores:
     wins = torch.tensor(probabilities)
-    return Preferences(2 * wins - 1, wins)
+    return PairScores(Pair(wins, 1 - wins), answered=~wins.isnan())
 
 
 def uniforms(*rows: tuple[float, float]) -> Tensor:
@@ -47,7 +48,7 @@ def test_argmax_of_a_judge_takes_the_side_it_finds_more_probable():
 def test_labels_of_swapped_sides_are_the_complement(rule: Any):
     margins = torch.randn(50).round()
     label = LabelRule(rule)
-    labels, swapped = (label.label(Preferences(sign * margins), torch.rand(50, 2)).labels for sign in (1, -1))
+    labels, swapped = (label.label(scored((sign * margins).tolist()), torch.rand(50, 2)).labels for sign in (1, -1))
     torch.testing.assert_close(labels + swapped, torch.ones(50))
     assert len(set(labels.tolist())) >= 3
 
@@ -103,7 +104,7 @@ def test_temperature_divides_the_log_odds_of_a_judge():
     ids=["scores", "judge"],
 )
 def test_bradley_terry_label_is_1_where_the_number_drawn_is_below_the_probability(
-    preferences: Preferences, temperature: float, probability: float
+    preferences: PairScores, temperature: float, probability: float
 ):
     """0.3 and a number just below the probability win, one just above it and 0.99 lose."""
     rule = LabelRule("bradley_terry", temperature=temperature)

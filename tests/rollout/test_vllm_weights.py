@@ -186,6 +186,19 @@ def test_weights_that_a_killed_run_left_are_removed(serve: Serve, engine: Engine
     assert (tmp_path / "weights" / "other").exists()
 
 
+def test_error_of_the_references_server_names_its_own_option(serve: Serve, engine: Engine, policy: Any) -> None:
+    server, other = serve(), serve(dev=False)
+    rollout = begun(engine(server, reference_url=other.url), policy)
+
+    def refuse(request: Handler, number: int) -> bool:
+        request.answer(400, "no")
+        return True
+
+    other.misbehave = refuse
+    with pytest.raises(InputError, match=rf"^model\.rollout\.init_args\.reference_url: {other.url}.* answered 400"):
+        written(rollout, "policy", "reference")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

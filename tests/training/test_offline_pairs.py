@@ -18,6 +18,7 @@ from xpo_lightning import (
     COPOBonus,
     INPOLoss,
     InputError,
+    LabelRule,
     PolicySampler,
     PromptDataModule,
     ReferenceRefresh,
@@ -297,6 +298,24 @@ def test_options_of_sampled_pairs_are_refused_without_any(
 ):
     with pytest.raises(InputError, match=f"{named}.* trains on data.preferences alone"):
         run(make_module(**options), PromptDataModule(preferences=pairs_file), max_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"alpha": 1e-3}, "model.alpha"),
+        ({"alpha": [0.0, 1e-5]}, "model.alpha"),
+        ({"alpha_in_beta": True}, "model.alpha_in_beta"),
+        ({"labels": LabelRule("soft")}, "model.labels"),
+    ],
+)
+def test_options_of_scored_pairs_are_refused_if_validation_has_none_either(
+    make_module: MakeModule, pairs_file: str, prompts_file: str, options: dict[str, Any], named: str
+):
+    with pytest.raises(InputError, match=f"{named} .* trains on data.preferences alone"):
+        run(make_module(reward=None, **options), PromptDataModule(preferences=pairs_file), max_steps=1)
+    validating = PromptDataModule(preferences=pairs_file, batch_size=3, validation_source=prompts_file)
+    run(make_module(**options), validating, max_steps=1)
 
 
 def test_loss_on_the_writing_policy_is_refused(make_module: MakeModule, pairs_file: str, prompts_file: str):

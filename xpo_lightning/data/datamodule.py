@@ -19,6 +19,7 @@ from xpo_lightning.data.preference_pairs import KEY
 from xpo_lightning.data.preprocessing import PromptPreprocessor, Sample
 from xpo_lightning.data.prompts import Truncation
 from xpo_lightning.data.readers import LocatedRow
+from xpo_lightning.data.reasoning_tasks import PREFIX, warn_of_shared_rows
 from xpo_lightning.data.sampler import ProcessShard, rows_of_turn
 from xpo_lightning.data.sources import Source, Stream, read, stream
 from xpo_lightning.data.splits import first_rows, hold_out
@@ -250,7 +251,9 @@ class PromptDataModule(LightningDataModule):
             needed.insert(0, "training")
         if self.preferences is not None and stage in ("fit", None):
             needed.append("preferences")
-        for role, rows in self._rows([role for role in needed if role not in self._prompts]).items():
+        read_rows = self._rows([role for role in needed if role not in self._prompts])
+        self._warn_of_shared_rows(read_rows)
+        for role, rows in read_rows.items():
             source = self.source_of(role)
             name = f"{source.key}: {role} prompts of {source.name}"
             if isinstance(rows, Stream):
@@ -262,6 +265,15 @@ class PromptDataModule(LightningDataModule):
                         f"data.batch_size={self.batching.size} is more than the {len(prompts)} training prompts of "
                         f"{source.name}, so that each step sees only these"
                     )
+
+    def _warn_of_shared_rows(self, rows: Mapping[Role, Sequence[LocatedRow] | Stream]) -> None:
+        """Warn if a task makes up the same problems for training and validation."""
+        training, validation = rows.get("training"), rows.get("validation")
+        if self.validation_source is None or isinstance(training, Stream) or isinstance(validation, Stream):
+            return
+        names = self.source.name, self.validation_source.name
+        if training is not None and validation is not None and all(name.startswith(PREFIX) for name in names):
+            warn_of_shared_rows(names[0], training, names[1], validation)
 
     def require_validation(self) -> None:
         """Raise an error if there are no validation prompts.

@@ -139,7 +139,7 @@ def read(source: Source) -> Sequence[LocatedRow]:
 
 def _read(source: Source) -> Sequence[LocatedRow]:
     if source.name.startswith(PREFIX):
-        return read_task(source.name, source.key)
+        return _task_rows(source)
     path = resolve(source.name, source.key)
     if not is_local(path):
         return _arrow_rows(_label(source), _load_from_hub(source, streaming=False))
@@ -165,7 +165,7 @@ def stream(source: Source, limit: int | None = None) -> Stream:
 
 def _stream(source: Source, limit: int | None) -> Stream:
     if source.name.startswith(PREFIX):
-        return Stream(partial(iter, read_task(source.name, source.key)), limit)
+        return Stream(partial(iter, _task_rows(source)), limit)
     path = resolve(source.name, source.key)
     if not is_local(path):
         return Stream(partial(numbered, _label(source), _load_from_hub(source, streaming=True)), limit)
@@ -181,13 +181,26 @@ def _label(source: Source) -> str:
     return f"{source.name} (split {source.split})"
 
 
-def _checked_suffix(path: str, source: Source) -> str:
+def _refuse_hub_options(source: Source, what: str) -> None:
+    """Refuse options of hub data sets for a source that is none."""
     prefix = source.key.rpartition(".")[0]
     for option, value in (("subset", source.subset), ("revision", source.revision)):
         if value is not None:
-            raise InputError(
-                f"{prefix}.{option}: only hub data sets have one, and {source.key} '{path}' is local; remove it"
-            )
+            raise InputError(f"{prefix}.{option}: only hub data sets have one, and {source.key} {what}; remove it")
+
+
+def _task_rows(source: Source) -> list[LocatedRow]:
+    _refuse_hub_options(source, f"'{source.name}' is a task")
+    if source.split != _SPLIT_OF_A_FILE:
+        raise InputError(
+            f"{source.split_key}: {source.key} '{source.name}' is a task and has no split '{source.split}'; remove it, "
+            f"and give data.validation_source the task with another seed"
+        )
+    return read_task(source.name, source.key)
+
+
+def _checked_suffix(path: str, source: Source) -> str:
+    _refuse_hub_options(source, f"'{path}' is local")
     if Path(path).is_dir():
         return ""
     suffix = Path(path).suffix.lower()

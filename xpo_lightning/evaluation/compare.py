@@ -10,12 +10,11 @@ from torch import Tensor
 from xpo_lightning.core.batch import Completions, Pair, Prompts, RawPrompt, left_pad
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.rng import RolloutRNG, Stream
-from xpo_lightning.core.timer import PhaseTimer
 from xpo_lightning.data.preprocessing import PromptPreprocessor
 from xpo_lightning.data.prompts import PromptTokenizer
 from xpo_lightning.data.readers import LocatedRow
 from xpo_lightning.evaluation.policies import NamedPolicy
-from xpo_lightning.rewards.base import Feedback, Judge
+from xpo_lightning.rewards.base import Feedback
 from xpo_lightning.rewards.scorer import PairScorer
 from xpo_lightning.rollout.sampling import Sampling
 
@@ -145,16 +144,13 @@ def compare_completions(
     """
     ids, mask = left_pad(encoded.ids)
     prompts = Prompts(ids, mask, encoded.raw, encoded.columns)
-    scorer = PairScorer(feedback, missing_eos_penalty, PhaseTimer())
-    known: list[float | None] = [None] * len(prompts)
-    if isinstance(feedback, Judge):
-        said = [
-            scorer.score(prompts, Pair([one], [other]), known)
-            for one, other in zip(completions.by_policy, completions.by_sampler, strict=True)
-        ]
-        margins = torch.stack([each.preferences(each.scores.map(lambda side: side[0])).margins for each in said], 1)
-        return Outcome(_won(margins), None)
-    scores = scorer.score(prompts, completions, known).scores
+    scorer = PairScorer(feedback, missing_eos_penalty)
+    ranking = scorer.ranking(prompts, completions)
+    if ranking is not None:
+        own = [torch.full((len(prompts),), place) for place in range(len(completions.by_policy))]
+        pairs = [scorer.compared(ranking, Pair(place, place + len(own))) for place in own]
+        return Outcome(_won(torch.stack([each.margins for each in pairs], 1)), None)
+    scores = scorer.penalized(scorer.score(prompts, completions, [None] * len(prompts)), completions)
     margins = scores.by_policy[:, None] - scores.by_sampler[None]  # (K, K, B)
     margins = margins.masked_fill(_alike(completions), 0.0).flatten(0, 1).t()
     return Outcome(_won(margins), Pair(float(scores.by_policy.mean()), float(scores.by_sampler.mean())))

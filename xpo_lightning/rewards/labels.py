@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from xpo_lightning.core.batch import Pair
 from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 
@@ -14,18 +15,30 @@ Ties = Literal["half", "policy", "sampler", "random"]
 
 
 @dataclass(frozen=True)
-class Preferences:
-    """Score margins of B pairs, or a judge's answers about them.
+class PairScores:
+    """Scores of B pairs of completions, by a reward or a judge.
 
     Args:
-        margins: Score of the policy's completion minus that of the sampler's; 2p - 1 for a judge's probability p. NaN
-            if a judge has no answer. (B,)
-        probabilities: A judge's probability that the policy's completion is better, NaN as above; None if a reward gave
-            scores. (B,)
+        scores: Scores, less the missing-EOS penalty; or a judge's probability that the completion beats the other one,
+            0.5 if it has no answer. (B,) a side
+        answered: False where a judge gave no usable answer; None if a reward gave the scores. (B,)
+        counts_unanswered: Whether a pair without an answer counts as a tie.
+        comparisons: Comparisons that a judge was asked for to choose the pair among several completions; None if none
+            was. (B,)
     """
 
-    margins: Tensor
-    probabilities: Tensor | None = None
+    scores: Pair[Tensor]
+    answered: Tensor | None = None
+    counts_unanswered: bool = False
+    comparisons: Tensor | None = None
+
+    @property
+    def margins(self) -> Tensor:
+        """Score of the policy's completion minus that of the sampler's; NaN if a judge has no answer. (B,)."""
+        margins = self.scores.by_policy - self.scores.by_sampler
+        if self.answered is None or self.counts_unanswered:
+            return margins
+        return margins.masked_fill(~self.answered, torch.nan)
 
 
 @dataclass(frozen=True)
@@ -87,24 +100,24 @@ class LabelRule:
                 f"equal scores are a probability of 0.5; leave it out"
             )
 
-    def probability(self, preferences: Preferences) -> Tensor:
+    def probability(self, pairs: PairScores) -> Tensor:
         """Turn score differences or a judge's answers into probabilities.
 
         Args:
-            preferences: Preferences of B pairs.
+            pairs: Scores of B pairs.
 
         Returns:
             The probability that the policy's completion is better. (B,)
         """
-        if preferences.probabilities is None:
-            return torch.sigmoid(preferences.margins / self.temperature)
-        return tempered(preferences.probabilities, self.temperature)
+        if pairs.answered is None:
+            return torch.sigmoid(pairs.margins / self.temperature)
+        return tempered(pairs.scores.by_policy, self.temperature)
 
-    def label(self, preferences: Preferences, uniforms: Tensor | None) -> Labels:
+    def label(self, pairs: PairScores, uniforms: Tensor | None) -> Labels:
         """Label pairs.
 
         Args:
-            preferences: Preferences of B pairs.
+            pairs: Scores of B pairs.
             uniforms: Random numbers in [0, 1), (B, 2): the first of a row draws its winner, the second decides on the
                 flip. None gives labels without randomness, for validation: a draw becomes its probability, no label is
                 flipped, and no pair is silent because of its margin.
@@ -112,21 +125,22 @@ class LabelRule:
         Returns:
             The labels; 0.5 and silent for a pair without an answer of the judge.
         """
-        labels = self._labels(preferences, None if uniforms is None else uniforms[:, 0])
-        unanswered = preferences.margins.isnan()
-        silent = unanswered
-        if uniforms is not None:
-            labels = torch.where(uniforms[:, 1] < self.flip, 1 - labels, labels)
-            silent = silent | (preferences.margins.abs() < self.min_margin)
+        margins = pairs.margins
+        draws, flips = (None, None) if uniforms is None else uniforms.to(margins).unbind(1)
+        labels = self._labels(pairs, draws)
+        silent = unanswered = margins.isnan()
+        if flips is not None:
+            labels = torch.where(flips < self.flip, 1 - labels, labels)
+            silent = silent | (margins.abs() < self.min_margin)
         return Labels(torch.where(unanswered, 0.5, labels), silent)
 
-    def _labels(self, preferences: Preferences, draws: Tensor | None) -> Tensor:
+    def _labels(self, pairs: PairScores, draws: Tensor | None) -> Tensor:
         """Label pairs before flipping; `draws` has one random number per pair (B,), or is None for no randomness."""
-        margins = preferences.margins
         if self.rule == "argmax":
+            margins = pairs.margins
             labels = (torch.sign(margins) + 1) / 2
             return torch.where(margins == 0, self._tied(labels, draws), labels)
-        probabilities = self.probability(preferences)
+        probabilities = self.probability(pairs)
         if self.rule == "soft" or draws is None:
             return probabilities
         return (draws < probabilities).to(probabilities.dtype)

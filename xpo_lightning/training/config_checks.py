@@ -15,6 +15,7 @@ from xpo_lightning.losses.schedules import FIRST_STEP
 from xpo_lightning.models.policy import LoadedModel, LoRASpec, ModelSpec
 from xpo_lightning.models.reference import ReferenceRefresh
 from xpo_lightning.rewards.base import Feedback, Judge
+from xpo_lightning.rewards.labels import LabelRule
 from xpo_lightning.rollout.engine import RolloutEngine
 from xpo_lightning.rollout.pair_selection import Candidates
 from xpo_lightning.rollout.samplers import PreviousPolicySampler, Sampler
@@ -101,6 +102,7 @@ class Options(Protocol):
     sampler: Sampler
     bonus_sampler: Sampler | None
     candidates: Candidates
+    label_rule: LabelRule
     missing_eos_penalty: float | None
     reference_cache: str | None
     reference_refresh: ReferenceRefresh | None

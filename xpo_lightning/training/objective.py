@@ -15,6 +15,9 @@ from xpo_lightning.losses.xpo import bonus_input, xpo_loss
 from xpo_lightning.models.logprobs import several_logps, several_logps_and_entropies
 from xpo_lightning.training.metrics import of_sampled, update_metrics
 
+DEFAULT_ALPHA = 1e-5
+"""Weight of the exploration term unless `model.alpha` is set."""
+
 
 class Objective:
     """Evaluates the objective; the arguments are `XPOLightningModule`'s options of the same names.

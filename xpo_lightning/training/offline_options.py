@@ -2,8 +2,11 @@
 
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.losses.bonuses import XPOBonus
+from xpo_lightning.losses.schedules import Constant
+from xpo_lightning.rewards.labels import LabelRule
 from xpo_lightning.rewards.no_reward import is_missing
 from xpo_lightning.training.config_checks import Options, refuse_first
+from xpo_lightning.training.objective import DEFAULT_ALPHA
 
 
 def refuse_without_reward(options: Options) -> None:
@@ -44,6 +47,14 @@ def refuse_with_preferences(options: Options, *, alone: bool) -> None:
         "model.entropy_bonus": options.objective.entropy_bonus > 0,
         "model.reference_cache": options.reference_cache is not None,
     }
+    if is_missing(options.reward):  # Otherwise validation samples, scores and labels.
+        alpha, in_beta = options.objective.alpha, options.objective.alpha_in_beta
+        is_default = isinstance(alpha, Constant) and alpha.value in (0, DEFAULT_ALPHA)
+        inert |= {
+            "model.labels": options.label_rule != LabelRule(),
+            "model.alpha": not is_default,
+            "model.alpha_in_beta": in_beta,
+        }
     refuse_first(
         (
             alone and is_set,

@@ -41,6 +41,7 @@ class RetryPolicy:
     concurrency: int
     max_bytes: int
     options: str
+    url_key: str
 
 
 class RequestBatch(Generic[T]):
@@ -135,7 +136,7 @@ class RequestBatch(Generic[T]):
 
     def _error(self, failure: TryError, tries: int) -> RequestError:
         often = "once" if tries == 1 else f"{tries} times"
-        message = f"{self._terms.options}.url: {self._terms.url} {failure.what}, tried {often}; {failure.advice}"
+        message = f"{self._terms.url_key}: {self._terms.url} {failure.what}, tried {often}; {failure.advice}"
         return RequestError(message, failure.status)
 
 

@@ -54,6 +54,7 @@ class HTTPClient:
         concurrency: Most requests under way at once.
         max_bytes: Largest answer, in bytes.
         options: Key of the config that these options are under, for messages.
+        url_key: Key of the config that the URL is under; None is `url` among the options.
         loads: Parses the body of an answer; raises `ValueError` if it is not JSON.
 
     Raises:
@@ -70,6 +71,7 @@ class HTTPClient:
         concurrency: int,
         max_bytes: int,
         options: str = _OPTIONS,
+        url_key: str | None = None,
         loads: Callable[[bytes], Any] = json.loads,
     ) -> None:
         if api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", api_key_env):
@@ -92,7 +94,9 @@ class HTTPClient:
             ("max_bytes", max_bytes, 1),
         ):
             check_range(f"{options}.{name}", number, least=least)
-        self.terms = RetryPolicy(checked_url(url, options), timeout, retries, backoff, concurrency, max_bytes, options)
+        url_key = url_key or f"{options}.url"
+        checked_url(url, options, url_key)
+        self.terms = RetryPolicy(url, timeout, retries, backoff, concurrency, max_bytes, options, url_key)
         self.api_key_env, self._loads = api_key_env, loads
 
     def load(self) -> None:
@@ -161,7 +165,7 @@ class HTTPClient:
         what = f"answered {status}" + (f" ({reply.excerpt!r})" if reply.excerpt else "")
         if 300 <= status < 400:
             what = f"answered {status}, a redirect to {reply.location!r}, and redirects are not followed"
-            advice = f"set {options}.url to where the service really is"
+            advice = f"set {self.terms.url_key} to where the service really is"
         elif status in (401, 403):
             advice = self._advice_on_key()
         elif status == 404:
@@ -180,17 +184,18 @@ class HTTPClient:
         return f"check the API key in the environment variable {self.api_key_env}"
 
 
-def checked_url(url: str, options: str = _OPTIONS) -> str:
+def checked_url(url: str, options: str = _OPTIONS, url_key: str | None = None) -> str:
     """Check a URL and return it.
 
     Args:
         url: The URL.
-        options: Key of the config that it is under.
+        options: Key of the config that its options are under.
+        url_key: Its own key; None is `url` among the options.
 
     Raises:
         InputError: It is not one of http or https, or holds a user name, a fragment or blanks.
     """
-    where = f"{options}.url"
+    where = url_key or f"{options}.url"
     authority = re.split(r"[/?#]", url.partition("://")[2] or url, maxsplit=1)[0]
     if "@" in authority:  # not shown: it may hold a password
         raise InputError(f"{where} must not hold a user name or a password; set {options}.api_key_env instead")

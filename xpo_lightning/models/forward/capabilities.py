@@ -1,9 +1,10 @@
 """Probes which fast paths a causal language model supports, by comparing outputs with those of each row alone."""
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from xpo_lightning.models.forward.ladder import Ladder
 from xpo_lightning.models.forward.lengths import BASE, context_length, first_reach, named_lengths
 from xpo_lightning.models.forward.prefix_sharing import shared_features
 from xpo_lightning.models.forward.probe import Probe, draw_rows
-from xpo_lightning.models.forward.remembering import remember
+from xpo_lightning.models.forward.remembering import identity_of, remember
 from xpo_lightning.models.forward.truth import FAILURES, described, name_of
 from xpo_lightning.models.forward.unshared import Rows, unshared_features
 from xpo_lightning.models.lora import cast_lora_weights
@@ -83,7 +84,9 @@ class Capabilities:
         ladder: Ladder[W] = self._ladders[title]
         # All ranks of a sharded model must take the same way, whatever the length of their rows.
         way = ladder.surest if is_sharded(self.model) else ladder.way(length)
-        self._probes.clear()  # Outdated once the model is trained further or its adapters are on again.
+        # Outdated once the model is trained further or its adapters are on again.
+        self._probes.clear()
+        self.__dict__.pop("_identity", None)
         return way
 
     def surest(self, title: str) -> Any:
@@ -103,6 +106,11 @@ class Capabilities:
             raise RuntimeError("expected the model to exist")
         return model
 
+    @cached_property
+    def _identity(self) -> Hashable | None:
+        """What tells the model as it is now from others; worked out once for a choice, as it reads all weights."""
+        return identity_of(self.model)
+
     def _ladder(self, title: str, ways: Sequence[W], features: "Features[W]", is_written: bool) -> Ladder[W]:
         def fault(way: W, reach: int) -> str | None:
             model = self.model
@@ -116,7 +124,7 @@ class Capabilities:
                 return next((fault for probe in probes if (fault := probe.fault(compute, is_written=is_written))), None)
 
             with cast_lora_weights(model):
-                return remember(model, (title, way, reach, self.head is None), probed)
+                return remember(self._identity, (title, way, reach, self.head is None), probed)
 
         ladder = Ladder(f"{name_of(self.model)}, {title}", ways, fault, self.longest, named_lengths(self.model)[0])
         reach = first_reach(self.model)

@@ -17,15 +17,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _found: dict[Hashable, str | None] = {}
 
 
-def remember(model: nn.Module, question: Hashable, probe: Callable[[], str | None]) -> str | None:
+def remember(identity: Hashable | None, question: Hashable, probe: Callable[[], str | None]) -> str | None:
     """Return what a probe finds; do not probe again if this model, or one that equals it, was asked the same before.
 
     Args:
-        model: The model that is probed.
+        identity: What `identity_of` returns of the model that is probed.
         question: What is asked of it.
         probe: Probes the model; returns what is wrong, or None.
     """
-    identity = identity_of(model)
     if identity is None:
         return probe()
     key = (identity, question)

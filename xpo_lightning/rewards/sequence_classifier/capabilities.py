@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 from xpo_lightning.models.forward.ladder import Ladder
 from xpo_lightning.models.forward.lengths import context_length, first_reach, named_lengths
 from xpo_lightning.models.forward.probe import STEPS, draw_rows, prompt_lengths, vocabulary_size
-from xpo_lightning.models.forward.remembering import remember
+from xpo_lightning.models.forward.remembering import identity_of, remember
 from xpo_lightning.models.forward.truth import Truth, name_of
 from xpo_lightning.models.forward.unshared import Rows
 from xpo_lightning.rewards.sequence_classifier.scoring import score_prefix_pairs, score_rows
@@ -47,7 +47,7 @@ class ScoringCapabilities:
             pairs = _Pairs(self.model, reach)
             return pairs.truth.fault(lambda: score_rows(self.model, pairs.rows, len(pairs.rows), [0], way))
 
-        return remember(self.model, ("scores", way, reach), probed)
+        return remember(identity_of(self.model), ("scores", way, reach), probed)
 
     def _fault_of_sharing(self, way: str, reach: int) -> str | None:
         def probed() -> str | None:
@@ -55,7 +55,7 @@ class ScoringCapabilities:
             rows = pairs.rows
             return pairs.truth.fault(lambda: score_prefix_pairs(self.model, rows, pairs.twins, len(rows), [0]))
 
-        return remember(self.model, ("scores of pairs", way, reach), probed)
+        return remember(identity_of(self.model), ("scores of pairs", way, reach), probed)
 
 
 class _Pairs:

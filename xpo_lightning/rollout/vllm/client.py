@@ -28,17 +28,25 @@ class VLLMServer:
         retries: How often a failed request is tried again.
         backoff: Seconds before the first retry.
         concurrency: Maximum number of requests in flight.
+        key: Key of the config that the URL is under, for messages.
 
     Raises:
         InputError: An option is invalid.
     """
 
     def __init__(
-        self, url: str, api_key_env: str | None, timeout: float, retries: int, backoff: float, concurrency: int
+        self,
+        url: str,
+        api_key_env: str | None,
+        timeout: float,
+        retries: int,
+        backoff: float,
+        concurrency: int,
+        key: str = f"{OPTIONS}.url",
     ) -> None:
         if "?" in url:
-            raise InputError(f"{OPTIONS}.url must hold no '?', but is {url!r}; give the server's address alone")
-        self.url = url.rstrip("/").removesuffix("/v1")
+            raise InputError(f"{key} must hold no '?', but is {url!r}; give the server's address alone")
+        self.url, self.key = url.rstrip("/").removesuffix("/v1"), key
         self._timeout, self._retries, self._others = timeout, retries, (api_key_env, backoff, concurrency)
         self._endpoint("", timeout, retries)
 
@@ -75,10 +83,9 @@ class VLLMServer:
             self._endpoint(path, min(self._timeout, _FAREWELL), 0).post([payload], _ignore, lambda: None)
 
     def _endpoint(self, path: str, timeout: float, retries: int) -> HTTPClient:
-        key, backoff, concurrency = self._others
-        return HTTPClient(
-            self.url + path, key, timeout, retries, backoff, concurrency, _MAX_BYTES, options=OPTIONS, loads=_loads
-        )
+        api_key_env, backoff, concurrency = self._others
+        limits = (timeout, retries, backoff, concurrency, _MAX_BYTES)
+        return HTTPClient(self.url + path, api_key_env, *limits, options=OPTIONS, url_key=self.key, loads=_loads)
 
 
 def _ignore(_: Any) -> None:

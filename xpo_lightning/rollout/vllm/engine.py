@@ -1,7 +1,6 @@
 """Generates completions on vLLM servers, over HTTP, with the policy as an adapter or with all of its weights."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -116,8 +115,7 @@ class VLLMRollout(RolloutEngine):
         options = (api_key_env, timeout, retries, backoff, concurrency)
         self.servers = self.reference_servers = ServerPool(_listed(url), *options)
         if reference_url is not None:
-            with _renaming_the_url():
-                self.reference_servers = ServerPool(_listed(reference_url), *options)
+            self.reference_servers = ServerPool(_listed(reference_url), *options, key=f"{OPTIONS}.reference_url")
             _refuse_shared(self.servers, self.reference_servers)
         self._bases: dict[VLLMServer, BaseModel] = {}
         self._policy: str | None = None
@@ -184,7 +182,7 @@ class VLLMRollout(RolloutEngine):
     def _base_model(self, server: VLLMServer, check: Check) -> BaseModel:
         """Return a server's base model; at first use, check the server's version and list its models."""
         if server not in self._bases:
-            server.look("/version", read_version, check)
+            server.look("/version", partial(read_version, key=server.key), check)
             models = server.look("/v1/models", read_models, check)
             self._bases[server] = chosen_model(models, self.model, server.url)
         return self._bases[server]
@@ -250,7 +248,7 @@ class VLLMRollout(RolloutEngine):
             if copy is None or self._copy(server, check) == copy:
                 break
         else:
-            raise InputError(f"{OPTIONS}.url: the vLLM server at {server.url} keeps losing the policy; see its log")
+            raise InputError(f"{server.key}: the vLLM server at {server.url} keeps losing the policy; see its log")
         for payload, answer in zip(payloads, answers, strict=True):
             self._check_answer(server, payload, answer)
         return answers
@@ -275,7 +273,7 @@ class VLLMRollout(RolloutEngine):
     def _check_answer(self, server: VLLMServer, payload: dict[str, Any], answer: Answer) -> None:
         """Refuse a completion of another prompt, by another model or under other settings."""
         sampling, ends = self.rollout.sampling, self.rollout.eos_token_ids
-        said = f"{OPTIONS}.url: the vLLM server at {server.url}"
+        said = f"{server.key}: the vLLM server at {server.url}"
         highest = max(answer.ids)
         if answer.prompt != payload["prompt"]:
             raise InputError(f"{said} has read other prompt tokens than it was sent; start it without truncation")
@@ -328,15 +326,6 @@ def _transfer(
 
 def _listed(urls: str | list[str]) -> list[str]:
     return [urls] if isinstance(urls, str) else urls
-
-
-@contextmanager
-def _renaming_the_url() -> Iterator[None]:
-    """Have the errors about a URL name `reference_url`."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(str(error).replace(f"{OPTIONS}.url", f"{OPTIONS}.reference_url")) from None
 
 
 def _refuse_shared(policy: ServerPool, reference: ServerPool) -> None:

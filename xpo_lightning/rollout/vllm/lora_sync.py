@@ -2,12 +2,9 @@
 
 import hashlib
 import secrets
-import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,7 +15,6 @@ from xpo_lightning.rollout.vllm.protocol import OPTIONS, BaseModel
 from xpo_lightning.rollout.vllm.transfer import ROUNDING, Ask, PolicyTransfer, gap, trial
 
 _BESIDE = 8
-_KEY = f"{OPTIONS}.adapter_folder"
 
 
 class AdapterTransfer(PolicyTransfer):
@@ -27,7 +23,7 @@ class AdapterTransfer(PolicyTransfer):
     A server caches its computations on prompts by the name of the adapter, so each adapter gets a new name.
 
     Args:
-        folder: Folder from which the server loads adapters; it is created if it does not exist.
+        folder: See `PolicyTransfer`.
         together: Whether the base model may write beside an adapter.
 
     Raises:
@@ -35,11 +31,8 @@ class AdapterTransfer(PolicyTransfer):
     """
 
     def __init__(self, folder: str, *, together: bool) -> None:
-        if not folder.strip():
-            raise InputError(f"{_KEY} is empty; give a folder that the server can read")
-        self.path, self.together = Path(folder).expanduser().absolute(), together
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"{_KEY} must be a folder, but {self.path} is a file")
+        super().__init__(folder, f"{OPTIONS}.adapter_folder")
+        self.together = together
 
     def mark(self, policy: nn.Module) -> str:
         """Hash all weights of the adapters."""
@@ -51,17 +44,11 @@ class AdapterTransfer(PolicyTransfer):
         return digest.hexdigest()
 
     def save(self, policy: Any) -> str:
-        """Save the adapter to a temporary folder, and rename the folder when it is complete."""
+        """Save the adapter."""
         name = f"xpo-{secrets.token_hex(8)}"
-        place, beside = self.path / name, self.path / f".{name}.new"
-        try:
-            beside.mkdir(parents=True)
+        with self.saving(name) as folder:
             # The embeddings are the base model's own; by default, peft would ask the hub whether they are.
-            policy.save_pretrained(str(beside), save_embedding_layers=False)
-            beside.rename(place)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise InputError(f"{_KEY}: the adapter cannot be written to {place} ({error})") from error
+            policy.save_pretrained(str(folder), save_embedding_layers=False)
         return name
 
     def load(self, server: VLLMServer, name: str, check: Check) -> None:
@@ -113,10 +100,6 @@ class AdapterTransfer(PolicyTransfer):
     def forget(self, server: VLLMServer, name: str) -> None:
         """Have the server unload an adapter, and ignore errors, as a restarted server lacks it."""
         server.tell("/v1/unload_lora_adapter", {"lora_name": name})
-
-    def remove(self, name: str) -> None:
-        """Delete the files of an adapter."""
-        shutil.rmtree(self.path / name, ignore_errors=True)
 
     def _scramble(self, name: str) -> None:
         """Give an adapter random weights: a fresh one changes nothing, so its use could not be detected."""

@@ -137,8 +137,12 @@ def read_answer(value: Any) -> Answer:
     return Answer(prompt, ids, [float(logp) for logp in logps], reason, stopped_by, str(model))
 
 
-def read_version(value: Any) -> str:
+def read_version(value: Any, key: str) -> str:
     """Parse the answer of `/version`, and refuse a version older than `OLDEST` or newer than `NEWEST`.
+
+    Args:
+        value: The answer.
+        key: Key of the config that the server's URL is under, for messages.
 
     Raises:
         UnusableError: The answer has no version.
@@ -151,7 +155,7 @@ def read_version(value: Any) -> str:
     if not OLDEST <= (int(found[1]), int(found[2])) <= NEWEST:
         oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
         raise InputError(
-            f"{OPTIONS}.url: the server runs vLLM {version[:40]!r}, and VLLMRollout knows {oldest} to {newest}; "
+            f"{key}: the server runs vLLM {version[:40]!r}, and VLLMRollout knows {oldest} to {newest}; "
             f"start a server of such a version"
         )
     return version

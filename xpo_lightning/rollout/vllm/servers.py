@@ -33,6 +33,7 @@ class ServerPool:
             with none left, this is how often the run waits for one of them.
         backoff: Seconds before the first retry.
         concurrency: Maximum number of requests in flight at each server.
+        key: Key of the config that the URLs are under, for messages.
 
     Raises:
         InputError: An option is invalid.
@@ -46,11 +47,12 @@ class ServerPool:
         retries: int,
         backoff: float,
         concurrency: int,
+        key: str = f"{OPTIONS}.url",
     ) -> None:
         each = min(retries, RETRIES_OF_SEVERAL) if len(urls) > 1 else retries
-        self.servers = [VLLMServer(url, api_key_env, timeout, each, backoff, concurrency) for url in urls]
+        self.servers = [VLLMServer(url, api_key_env, timeout, each, backoff, concurrency, key) for url in urls]
         if len({server.url for server in self.servers}) != len(urls) or not urls:
-            raise InputError(f"{OPTIONS}.url must be one URL, or a list of different ones, but is {list(urls)!r:.200}")
+            raise InputError(f"{key} must be one URL, or a list of different ones, but is {list(urls)!r:.200}")
         self.retries, self.backoff = retries, backoff
         self._left_out: list[VLLMServer] = []
 

@@ -1,11 +1,15 @@
 """Base class of the ways in which a policy's weights get from this process into a vLLM server."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from xpo_lightning.core.atomic_files import remove, replacing_folder
+from xpo_lightning.core.errors import InputError
 from xpo_lightning.rollout.vllm.client import Check, VLLMServer
 from xpo_lightning.rollout.vllm.protocol import Answer, BaseModel
 
@@ -18,7 +22,22 @@ PROMPT, TOKEN, TOKENS = [1, 2, 3, 4], 5, 16
 
 
 class PolicyTransfer(ABC):
-    """Saves a policy's weights to a folder, under a new name each time, and has servers load them from there."""
+    """Saves a policy's weights to a folder, under a new name each time, and has servers load them from there.
+
+    Args:
+        folder: Folder from which the servers load the weights; it is created if it does not exist.
+        key: Key of the config that the folder is under, for messages.
+
+    Raises:
+        InputError: The path is empty, or is a file.
+    """
+
+    def __init__(self, folder: str, key: str) -> None:
+        if not folder.strip():
+            raise InputError(f"{key} is empty; give a folder that the server can read")
+        self.path, self.key = Path(folder).expanduser().absolute(), key
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{key} must be a folder, but {self.path} is a file")
 
     @abstractmethod
     def mark(self, policy: nn.Module) -> str:
@@ -70,9 +89,22 @@ class PolicyTransfer(ABC):
     def forget(self, server: VLLMServer, name: str) -> None:  # noqa: B027  (a hook)
         """Have a server drop weights that are no longer needed, and ignore errors."""
 
-    @abstractmethod
     def remove(self, name: str) -> None:
         """Delete the files of saved weights."""
+        remove(self.path / name)
+
+    @contextmanager
+    def saving(self, name: str) -> Iterator[Path]:
+        """Yield a folder to write weights to; it has its name once they are complete.
+
+        Raises:
+            InputError: They cannot be written.
+        """
+        try:
+            with replacing_folder(self.path / name) as folder:
+                yield folder
+        except InputError as error:
+            raise InputError(f"{self.key}: {error}") from error
 
 
 def trial(base: BaseModel, name: str) -> dict[str, Any]:

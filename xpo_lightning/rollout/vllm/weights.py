@@ -4,13 +4,12 @@ import hashlib
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xpo_lightning.core.atomic_files import remove, replacing_folder
+from xpo_lightning.core.atomic_files import remove
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.http.client import RequestError, UnusableError
 from xpo_lightning.core.owner import Owner, this_process
@@ -21,7 +20,6 @@ from xpo_lightning.rollout.vllm.protocol import OPTIONS, BaseModel
 from xpo_lightning.rollout.vllm.transfer import PROMPT, ROUNDING, Ask, PolicyTransfer, gap, trial
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108
-_KEY = f"{OPTIONS}.weights_folder"
 _PREFIX = "xpo-weights-"
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -34,18 +32,14 @@ class WeightsTransfer(PolicyTransfer):
     started anew has the base model and no version.
 
     Args:
-        folder: Folder from which the server loads the weights; it is created if it does not exist.
+        folder: See `PolicyTransfer`.
 
     Raises:
         InputError: The path is empty, or is a file.
     """
 
     def __init__(self, folder: str) -> None:
-        if not folder.strip():
-            raise InputError(f"{_KEY} is empty; give a folder that the server can read, such as {SHARED_MEMORY}")
-        self.path = Path(folder).expanduser().absolute()
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"{_KEY} must be a folder, but {self.path} is a file")
+        super().__init__(folder, f"{OPTIONS}.weights_folder")
         self._is_swept = False
 
     def mark(self, policy: nn.Module) -> str:
@@ -65,11 +59,8 @@ class WeightsTransfer(PolicyTransfer):
             check_exportable(policy, merge_adapters=False, who=f"{OPTIONS}.weights=full")
             self._sweep()
         name = f"{_PREFIX}{secrets.token_hex(8)}.{this_process()}"
-        try:
-            with replacing_folder(self.path / name) as folder:
-                policy.save_pretrained(folder)
-        except InputError as error:
-            raise InputError(f"{_KEY}: {error}") from error
+        with self.saving(name) as folder:
+            policy.save_pretrained(folder)
         return name
 
     def load(self, server: VLLMServer, name: str, check: Check) -> None:
@@ -116,10 +107,6 @@ class WeightsTransfer(PolicyTransfer):
                 f"log-probabilities then differ by {drift:.3g} nats a token from those computed here: it has taken "
                 f"over only a part of them, or has another model; see 'All weights' in docs/vllm.md"
             )
-
-    def remove(self, name: str) -> None:
-        """Delete the files of saved weights."""
-        remove(self.path / name)
 
     def _version(self, server: VLLMServer, check: Check) -> str:
         try:
