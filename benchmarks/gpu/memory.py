@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.gpu.assets import SHAPES, random_policy, save_models, word_tokenizer
 from benchmarks.scale.recipes import largest_matrix, quantized_bytes
+from benchmarks.scale.shapes import RunInputs, estimate
 from xpo_lightning import (
     LoadedModel,
     LoRASpec,
@@ -23,7 +24,6 @@ from xpo_lightning import (
     SequenceClassifierReward,
     XPOLightningModule,
 )
-from xpo_lightning.reporting.memory.estimate import MemoryInputs, estimate
 
 PROMPT_TOKENS, NEW_TOKENS, ROWS, MICRO_BATCH, REWARD_ROWS, RANK = 1024, 32, 16, 2, 8, 16
 
@@ -90,7 +90,7 @@ def measure_memory(case: MemoryCase) -> dict[str, Any]:
 def predicted(case: MemoryCase) -> dict[str, int]:
     """Work out what a case takes: all the time, and at most."""
     shape = SHAPES[case.model]
-    plan = MemoryInputs(
+    plan = RunInputs(
         policy=shape,
         reward=replace(shape, tied=True) if case.reward_model else None,
         weight_bytes=4 if case.kind == "full" else 2,

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from xpo_lightning.reporting.memory.estimate import MemoryInputs, estimate
-from xpo_lightning.reporting.memory.fsdp import estimate_sharded
+from benchmarks.scale.fsdp import estimate_sharded
+from benchmarks.scale.shapes import RunInputs, estimate
 from xpo_lightning.reporting.memory.model_shape import Shape
 
 SHAPES = {
@@ -90,10 +90,10 @@ CASES = {
 }
 
 
-def plan_of(case: Case, shape: Shape) -> MemoryInputs:
+def plan_of(case: Case, shape: Shape) -> RunInputs:
     """Describe a case, whose model has this shape, to `estimate`."""
     width = 2 if case.dtype == "bfloat16" else 4
-    return MemoryInputs(
+    return RunInputs(
         policy=shape,
         reward=replace(shape, tied=True) if case.reward_model else None,  # no vocabulary head
         weight_bytes=width,

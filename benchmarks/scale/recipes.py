@@ -6,10 +6,10 @@ from typing import Any
 
 import yaml
 
+from benchmarks.scale.fsdp import estimate_sharded
 from benchmarks.scale.public_models import POLICIES, REWARDS
-from xpo_lightning.reporting.memory.estimate import MemoryInputs, estimate
-from xpo_lightning.reporting.memory.fsdp import estimate_sharded, root_weight_count
-from xpo_lightning.reporting.memory.model_shape import Shape, weight_count
+from benchmarks.scale.shapes import RunInputs, estimate, root_weight_count, weight_count
+from xpo_lightning.reporting.memory.model_shape import Shape
 
 FOLDER = Path(__file__).parents[2] / "configs" / "scale"
 OVERLAYS = {"8b_full_nodes": "8b_full_8_gpus", "8b_lora_vllm": "8b_lora_one_gpu"}
@@ -58,13 +58,13 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-def plan_of(recipe: dict[str, Any]) -> MemoryInputs:
+def plan_of(recipe: dict[str, Any]) -> RunInputs:
     """Describe a recipe to `estimate`; it must state every key that its memory depends on."""
     model, data, trainer = (recipe[part] for part in ("model", "data", "trainer"))
     policy, reward = model["policy"], model["reward"]["init_args"]
     shape, width = POLICIES[policy["path"]], BYTES[policy["dtype"]]
     compute = 2 if trainer["precision"] == "bf16-mixed" else width
-    plan = MemoryInputs(
+    plan = RunInputs(
         policy=shape,
         weight_bytes=width,
         compute_bytes=compute,

@@ -16,10 +16,11 @@ from typing import Any
 from benchmarks.memory import measure
 from benchmarks.memory.cases import CASES, predicted
 from benchmarks.scale import floors, plan, recipes
+from benchmarks.scale.fsdp import estimate_sharded
 from benchmarks.scale.public_models import LLAMA_1B, LLAMA_8B, LLAMA_70B
+from benchmarks.scale.shapes import RunInputs, estimate
 from benchmarks.speed.flops import step_flop
-from xpo_lightning.reporting.memory.estimate import MemoryEstimate, MemoryInputs, estimate
-from xpo_lightning.reporting.memory.fsdp import estimate_sharded
+from xpo_lightning.reporting.memory.estimate import MemoryEstimate
 from xpo_lightning.reporting.memory.model_shape import Shape
 
 BENCHMARKS = Path(__file__).parents[1]
@@ -35,10 +36,10 @@ MIXED = {"weight_bytes": 4, "compute_bytes": 2, "cache_bytes": 2}
 REWARD = {"reward": LLAMA_1B, "reward_bytes": 2}
 
 
-def worked_plan(shape: Shape, kind: str) -> MemoryInputs:
+def worked_plan(shape: Shape, kind: str) -> RunInputs:
     """Describe a run of the worked table: `full`, `LoRA` or `QLoRA`, with gradient checkpointing."""
     width = MIXED if kind == "full" else HALF
-    plan = MemoryInputs(policy=shape, **REWARD, **STEP, **width, gradient_checkpointing=True)  # type: ignore[arg-type]
+    plan = RunInputs(policy=shape, **REWARD, **STEP, **width, gradient_checkpointing=True)  # type: ignore[arg-type]
     if kind == "full":
         return plan
     packed = recipes.quantized_bytes(shape) // 2 if kind == "QLoRA" else None

@@ -21,9 +21,10 @@ from benchmarks.memory.cases import CASES
 from benchmarks.scale import floors, public_models, recipes, tables
 from benchmarks.scale.floors import flop_shape
 from benchmarks.scale.public_models import LLAMA_8B
+from benchmarks.scale.shapes import weight_count
 from benchmarks.speed import flops
 from benchmarks.speed.assets import PYTHIA_14M
-from xpo_lightning.reporting.memory.model_shape import Shape, weight_count
+from xpo_lightning.reporting.memory.model_shape import Shape
 
 ROOT = Path(__file__).parents[2]
 SCALE = RUNS / "scale"

@@ -1,14 +1,14 @@
 """Estimates the memory of each rank of a run under `FSDP2Strategy` from the shapes of its models.
 
-`estimate.py` counts what a run on one device holds. This module counts the shard of each of N ranks, and the weights
+`shapes.py` counts what a run on one device holds. This module counts the shard of each of N ranks, and the weights
 that a rank holds unsharded: every model while completions are generated and scored, a few layers at a time in forward
 and backward passes.
 """
 
 from dataclasses import dataclass
 
-from xpo_lightning.reporting.memory.estimate import MemoryEstimate, MemoryInputs, estimate
-from xpo_lightning.reporting.memory.model_shape import Shape, weight_count
+from benchmarks.scale.shapes import RunInputs, estimate, root_weight_count
+from xpo_lightning.reporting.memory.estimate import MemoryEstimate
 
 IN_FLIGHT = 3
 """Layers unsharded at a time in a pass: the current one, the next one, and the buffer that an all-gather fills."""
@@ -62,7 +62,7 @@ class ShardedFootprint:
         return max(self.rollout_peak, self.update_peak)
 
 
-def estimate_sharded(plan: MemoryInputs, processes: int, micro_batches: int = 2) -> ShardedFootprint:
+def estimate_sharded(plan: RunInputs, processes: int, micro_batches: int = 2) -> ShardedFootprint:
     """Estimate the memory of each rank, from the second step on.
 
     Args:
@@ -90,17 +90,7 @@ def estimate_sharded(plan: MemoryInputs, processes: int, micro_batches: int = 2)
     )
 
 
-def root_weight_count(shape: Shape) -> int:
-    """Count the weights outside of layers: the embedding, the vocabulary head, and the last norm."""
-    return shape.vocabulary * shape.hidden * (1 if shape.tied else 2) + shape.hidden
-
-
-def layer_weight_count(shape: Shape) -> int:
-    """Count the weights of a layer."""
-    return (weight_count(shape) - root_weight_count(shape)) // shape.layers
-
-
-def _root_and_layer(plan: MemoryInputs, alone: MemoryEstimate) -> tuple[int, int]:
+def _root_and_layer(plan: RunInputs, alone: MemoryEstimate) -> tuple[int, int]:
     """Return the bytes of the policy's weights outside of layers, and of a layer with its adapters."""
     root = int(root_weight_count(plan.policy) * plan.weight_bytes)
     return root, (alone.policy - root) // plan.policy.layers
