@@ -22,7 +22,7 @@ part() { # name, seconds, command
 }
 
 part tests 90 python3 -m pytest -q -m gpu -n 8 -p no:cacheprovider tests/end_to_end/test_gpu.py
-part time 180 python3 benchmarks/gpu.py --only time --trl-batches 64 --json "$results/time.json"
-part decode 60 python3 benchmarks/gpu.py --only decode --json "$results/decode.json"
-part trace 60 python3 benchmarks/gpu.py --only trace --models smollm2 --json "$results/trace.json"
-part memory 60 python3 benchmarks/gpu.py --only memory --json "$results/memory.json"
+part time 180 python3 -m benchmarks.gpu.measure --only time --trl-batches 64 --json "$results/time.json"
+part decode 60 python3 -m benchmarks.gpu.measure --only decode --json "$results/decode.json"
+part trace 60 python3 -m benchmarks.gpu.measure --only trace --models smollm2 --json "$results/trace.json"
+part memory 60 python3 -m benchmarks.gpu.measure --only memory --json "$results/memory.json"

@@ -105,6 +105,13 @@ def test_files_import_each_other_in_no_circle():
         visit(node, ())
 
 
+def test_embedded_assets_come_without_code():
+    """What builds them is in `tools/`, so that no run and no wheel carries it."""
+    (file,) = (PACKAGE / "embedded").rglob("*.py")
+    (docstring,) = ast.parse(file.read_text()).body
+    assert isinstance(docstring, ast.Expr)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_functions_fit_a_screen_and_files_are_named_for_their_job(name: str):
     assert Path(name).name not in {"utils", "util", "helpers", "helper", "common", "misc"}

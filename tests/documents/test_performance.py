@@ -87,7 +87,7 @@ def test_every_measurement_has_a_date_a_commit_a_machine_a_command_and_says_wher
         assert re.fullmatch(r"20\d\d-\d\d-\d\d", date)
         assert re.fullmatch(r"`[0-9a-f]{7}`", commit)
         assert machine
-        assert "`python benchmarks/" in command
+        assert "`python -m benchmarks." in command
         assert data.startswith("not kept") or (ROOT / data.strip("`")).is_file()
 
 

@@ -1,5 +1,6 @@
 """Each command and each Python example of README and docs is parsed or run."""
 
+import importlib
 import importlib.util
 import re
 import runpy
@@ -89,6 +90,9 @@ def test_command_is_one_that_works(command, monkeypatch, capsys, tmp_path):
         check_pip(words)
     elif words[:3] == ["python", "-m", "pytest"]:
         assert command in TEST_LINE or all(Path(word).exists() for word in words[3:] if "/" in word)
+    elif words[:2] == ["python", "-m"] and words[2].startswith("benchmarks."):
+        monkeypatch.setattr(sys, "argv", words[2:])
+        importlib.import_module(words[2])._arguments()
     elif words[:2] == ["python", "-m"]:
         monkeypatch.syspath_prepend(ROOT)
         monkeypatch.setattr(sys, "argv", [words[2], "--help"])
@@ -98,7 +102,7 @@ def test_command_is_one_that_works(command, monkeypatch, capsys, tmp_path):
         assert "usage" in capsys.readouterr().out
     elif words[0] == "python" and words[1].startswith("examples/"):
         assert Path(words[1]).is_file()  # tests/documents/test_extending.py runs it
-    elif words[0] == "python" and words[1].startswith(("benchmarks/", "experiments/", "tests/", "docs/tools/")):
+    elif words[0] == "python" and words[1].startswith(("experiments/", "tests/", "docs/tools/")):
         monkeypatch.syspath_prepend(ROOT / Path(words[1]).parent)
         monkeypatch.setattr(sys, "argv", words[1:])
         # By its path: several folders may have a script of one name.
@@ -117,6 +121,14 @@ def test_python_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), {"__name__": "example"})  # noqa: S102
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_benchmarks_that_a_page_names_are_there(page):
+    text = page.read_text()
+    modules = {name.replace(".", "/") + ".py" for name in re.findall(r"python3? -m (benchmarks(?:\.\w+)+)", text)}
+    for name in modules | set(re.findall(r"\bbenchmarks/[\w/]+\.\w+", text)):
+        assert (ROOT / name).is_file(), name
 
 
 def test_the_readme_has_a_python_example():

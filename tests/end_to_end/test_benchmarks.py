@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from benchmarks.gpu import decode, measure, worker_trace
+from benchmarks.gpu.assets import make_assets
+from benchmarks.speed import report, worker_ours
+from benchmarks.speed.flops import Shape, step_flop
+from benchmarks.speed.measuring import read_prompts
+from benchmarks.speed.suites import SUITES, our_spec, trl_spec
 
-
-@pytest.fixture(autouse=True)
-def _scripts_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
+ROOT = Path(__file__).parents[2]
 
 
 def test_flop_of_a_step_worked_by_hand():
@@ -22,8 +24,6 @@ def test_flop_of_a_step_worked_by_hand():
     Reading the prompt: 4 * 20 + 12 * (4 * 5 / 2) = 80 + 120 = 200.
     One more token behind it: 20 + 12 * (4 + 1) = 80. Two: 40 + 12 * (8 + 3) = 172.
     """
-    from flops import Shape, step_flop
-
     flop = step_flop(Shape(body=10, layers=1, attention=3, hidden=2, vocabulary=5), prompt=4, completion=2)
     assert flop == {
         "policy rollout": 200 + 80 + 2 * 20,
@@ -37,8 +37,6 @@ def test_flop_of_a_step_worked_by_hand():
 
 def test_frozen_weights_need_no_gradient():
     """Of the 6 trained-on tokens' products (120) and 3 head positions (60) one backward pass falls away."""
-    from flops import Shape, step_flop
-
     full = step_flop(Shape(10, 1, 3, 2, 5), 4, 2)
     lora = step_flop(Shape(10, 1, 3, 2, 5, adapters=1), 4, 2)
     assert lora["policy forward"] - full["policy forward"] == 2 * 1 * 6
@@ -47,8 +45,6 @@ def test_frozen_weights_need_no_gradient():
 
 @pytest.mark.parametrize("name", ["pythia", "smollm2", "smollm2-lora"])
 def test_both_sides_are_told_the_same(name: str):
-    from suites import SUITES, our_spec, trl_spec
-
     suite = SUITES[name]
     ours = our_spec(suite, Path("assets"), suite.prompts, {})
     theirs = trl_spec(suite, Path("assets"), "trl-best", suite.trl_prompts)
@@ -64,8 +60,6 @@ def test_the_tables_have_every_phase():
     """`report.py` runs where this package is not installed, so it keeps a list of its own."""
     from typing import get_args
 
-    import report
-
     from xpo_lightning.core.timer import Phase
 
     assert get_args(Phase) == report.PHASES
@@ -78,7 +72,6 @@ def test_our_worker_times_a_step_and_all_of_its_phases(
     from typing import get_args
 
     import torch
-    import worker_ours
     from conftest import CONFIGS, make_tokenizer
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -120,8 +113,8 @@ def test_our_worker_times_a_step_and_all_of_its_phases(
 
 def test_the_command_needs_nothing_but_python():
     """Without site-packages: it has to run before there is any environment."""
-    command = [sys.executable, "-S", str(BENCHMARKS / "compare.py"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-S", "-m", "benchmarks.speed.compare", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--tune-trl" in done.stdout
 
@@ -131,21 +124,15 @@ def test_parts_for_a_gpu_run_at_toy_size_without_one(tmp_path: Path, monkeypatch
     """A token's time both ways, the specs of a step's time, and a look into a step."""
     import argparse
 
-    import gpu
-    import gpu_decode
-    import worker_ours
-    import worker_trace
-    from measuring import read_prompts
-
-    monkeypatch.setattr(gpu_decode, "NEW_TOKENS", 3)
-    assert next(iter(gpu_decode.decode_cases(["toy"]))) == ("toy", 128)
-    eager, graphs = gpu_decode.measure_decoding("toy", 3)
+    monkeypatch.setattr(decode, "NEW_TOKENS", 3)
+    assert next(iter(decode.decode_cases(["toy"]))) == ("toy", 128)
+    eager, graphs = decode.measure_decoding("toy", 3)
     assert graphs["same_tokens"] == 1
-    assert "toy, 3 rows, eager" in gpu.decode_row(eager)
-    assets = gpu.make_assets(tmp_path, "toy", 4)
+    assert "toy, 3 rows, eager" in measure.decode_row(eager)
+    assets = make_assets(tmp_path, "toy", 4)
     asked = argparse.Namespace(prompts=4, trl_batches=[2], shipped=True)
-    specs = gpu.time_specs("toy", assets, asked)
-    assert [worker for _, worker, _ in specs] == ["worker_ours.py", "worker_trl.py", "worker_ours.py", "worker_trl.py"]
+    specs = measure.time_specs("toy", assets, asked)
+    assert [worker for _, worker, _ in specs] == ["speed.worker_ours", "speed.worker_trl"] * 2
     spec = {**specs[0][2], "new_tokens": 3}
     warm, timed = read_prompts(spec)
     trace = worker_trace.StepTrace()

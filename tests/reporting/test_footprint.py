@@ -9,10 +9,9 @@ import torch
 from conftest import CONFIGS
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, MambaConfig, OPTConfig
 
+from benchmarks.scale.shapes import RunInputs, adapter_count, estimate, weight_count
 from xpo_lightning.reporting.memory.estimate import (
-    MemoryInputs,
     cache_bytes,
-    estimate,
     head_bytes,
     layer_bytes,
     micro_batch_bytes,
@@ -20,7 +19,7 @@ from xpo_lightning.reporting.memory.estimate import (
     rollout_bytes,
     scoring_bytes,
 )
-from xpo_lightning.reporting.memory.model_shape import Shape, adapter_count, weight_count
+from xpo_lightning.reporting.memory.model_shape import Shape
 
 GIB = 2**30
 LLAMA_7B = Shape(
@@ -136,7 +135,7 @@ def test_reading_needs_the_widest_part_of_one_layer():
 
 # ---- the phases of a step ----
 
-STEP = MemoryInputs(SMALL, rows=3, prompt_tokens=10, new_tokens=4, micro_batch_size=2, reward_rows=2)
+STEP = RunInputs(SMALL, rows=3, prompt_tokens=10, new_tokens=4, micro_batch_size=2, reward_rows=2)
 
 
 def test_rollout_holds_prompts_twice_and_completions_once():
@@ -171,8 +170,8 @@ def test_checkpointing_keeps_inputs_of_layers_and_one_layer():
 
 def test_mixed_precision_holds_converted_weights():
     plain, mixed = STEP, replace(STEP, compute_bytes=2)
-    assert micro_batch_bytes(mixed, cast_weights=1000) - micro_batch_bytes(mixed) == 2000
-    assert micro_batch_bytes(plain, cast_weights=1000) == micro_batch_bytes(plain)
+    assert micro_batch_bytes(replace(mixed, cast_weights=1000)) - micro_batch_bytes(mixed) == 2000
+    assert micro_batch_bytes(replace(plain, cast_weights=1000)) == micro_batch_bytes(plain)
 
 
 # ---- whole runs ----
@@ -180,7 +179,7 @@ def test_mixed_precision_holds_converted_weights():
 
 def test_all_weights_of_llama_7b_in_float32_need_five_copies():
     """6,738,415,616 x 4 bytes = 25.1 GiB, for the policy, the reference, the gradient, and Adam's two: 125.5 GiB."""
-    foot = estimate(MemoryInputs(LLAMA_7B))
+    foot = estimate(RunInputs(LLAMA_7B))
     copy = 6_738_415_616 * 4
     assert (foot.policy, foot.reference, foot.gradients, foot.optimizer) == (copy, copy, copy, 2 * copy)
     assert foot.standing == 5 * copy
@@ -192,7 +191,7 @@ def test_all_weights_of_llama_7b_in_float32_need_five_copies():
 def test_adapters_on_llama_7b_in_bfloat16_fit_a_small_gpu():
     """Weights 13,476,831,232; adapters 39,976,960 x 4 bytes, four times with gradient and Adam's state."""
     half = {"weight_bytes": 2, "compute_bytes": 2, "cache_bytes": 2}
-    foot = estimate(MemoryInputs(LLAMA_7B, **half, lora_rank=16, rows=8, micro_batch_size=1))
+    foot = estimate(RunInputs(LLAMA_7B, **half, lora_rank=16, rows=8, micro_batch_size=1))
     adapters = 39_976_960 * 4
     assert foot.reference == 0
     assert foot.standing == 13_476_831_232 + 4 * adapters
@@ -200,9 +199,9 @@ def test_adapters_on_llama_7b_in_bfloat16_fit_a_small_gpu():
     assert foot.peak < 24 * GIB
 
 
-def test_counts_that_are_known_take_the_place_of_those_worked_out():
-    foot = estimate(replace(STEP, policy_weights=1000, trained_weights=10, reward_weights=7, reward_bytes=2))
-    assert (foot.policy, foot.gradients, foot.reward) == (4000, 40, 14)
+def test_weights_that_are_known_take_the_place_of_those_counted():
+    foot = estimate(replace(STEP, policy_weights=1000))
+    assert (foot.policy, foot.reference, foot.gradients, foot.optimizer) == (4000, 4000, 4000, 8000)
 
 
 def test_copies_of_the_policy_are_of_what_is_trained():

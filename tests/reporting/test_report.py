@@ -285,10 +285,10 @@ def test_samples_pair_the_first_validation_with_the_last(tmp_path: Path):
 
 def test_line_breaks_where_a_value_is_not_finite():
     chart = chart_of(PANELS[2], {"eval/loss/dpo": Series([0, 1, 2, 3], [1.0, float("nan"), 0.5, 0.5])})
-    (line,) = chart.lines
-    assert line.path.count("M") == 2
-    assert line.path.count("L") == 1
-    assert len(line.marks) == 3
+    (shape,) = chart.shapes
+    assert shape.path.count("M") == 2
+    assert shape.path.count("L") == 1
+    assert len(shape.dots) == 3
     assert chart.data["lines"][0]["values"] == [1.0, None, 0.5, 0.5]
     assert chart_of(PANELS[2], {"loss/dpo": Series([1], [float("inf")])}) is None
 

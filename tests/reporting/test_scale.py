@@ -15,32 +15,31 @@ from test_configs import CONFIGS as RUNS
 from test_configs import parse_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from xpo_lightning.reporting.memory.model_shape import Shape, weight_count
+from benchmarks.memory import assets as memory_assets
+from benchmarks.memory import cases, worker
+from benchmarks.memory.cases import CASES
+from benchmarks.scale import floors, public_models, recipes, tables
+from benchmarks.scale.floors import flop_shape
+from benchmarks.scale.public_models import LLAMA_8B
+from benchmarks.scale.shapes import weight_count
+from benchmarks.speed import flops
+from benchmarks.speed.assets import PYTHIA_14M
+from xpo_lightning.reporting.memory.model_shape import Shape
 
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = ROOT / "benchmarks"
 SCALE = RUNS / "scale"
 GIB = 2**30
-
-
-@pytest.fixture(autouse=True)
-def _scripts_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
 
 
 # ---- recipes ----
 
 
 def test_every_recipe_is_one_that_is_counted():
-    import recipes
-
     assert {file.stem for file in SCALE.glob("*.yaml")} == set(recipes.NAMES)
 
 
 @pytest.mark.parametrize("file", sorted(SCALE.glob("*.yaml")), ids=lambda file: file.stem)
 def test_header_of_a_recipe_states_the_memory_that_is_worked_out(file: Path):
-    import recipes
-
     memory = recipes.memory_of(recipes.read_recipe(file.stem))
     header = file.read_text().split("\n\n")[0]
     stated = re.search(r"# Memory +([\d.]+) GiB .*, ([\d.]+) of them all the time", header)
@@ -57,8 +56,6 @@ def test_header_of_a_recipe_states_the_memory_that_is_worked_out(file: Path):
     ],
 )
 def test_a_recipe_fits_the_gpu_that_it_asks_for(name: str, gigabytes: int, taken_by_others: int):
-    import recipes
-
     assert f"{gigabytes} GB" in (SCALE / f"{name}.yaml").read_text().split("\n\n")[0]
     room = gigabytes * 1e9 - taken_by_others * GIB
     assert recipes.memory_of(recipes.read_recipe(name)).peak < room
@@ -66,8 +63,6 @@ def test_a_recipe_fits_the_gpu_that_it_asks_for(name: str, gigabytes: int, taken
 
 def test_recipes_are_read_as_the_command_line_reads_them():
     """Overlays too: what the arithmetic takes from the files is what a run would."""
-    import recipes
-
     for name in recipes.NAMES:
         ours, theirs = recipes.read_recipe(name), parse_file(SCALE / f"{name}.yaml")
         model, data = theirs.model, theirs.data
@@ -84,8 +79,6 @@ def test_recipes_are_read_as_the_command_line_reads_them():
 
 
 def test_the_job_script_starts_a_process_for_each_gpu_of_its_recipe():
-    import recipes
-
     script, trainer = (SCALE / "8b_full_nodes.sbatch").read_text(), recipes.read_recipe("8b_full_nodes")["trainer"]
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", script, re.MULTILINE))
     assert int(options["nodes"]) == trainer["num_nodes"]
@@ -100,9 +93,6 @@ def test_four_bit_weights_are_counted_by_hand():
     Llama 3.1 8B: layers' matrices are 32 x 218,103,808 = 6,979,321,856 weights; embedding, head and norms the other
     1,050,939,392, of 2 bytes.
     """
-    import recipes
-    from public_models import LLAMA_8B
-
     assert recipes.NF4 == 0.515869140625
     assert recipes.quantized_bytes(LLAMA_8B) == int(6_979_321_856 * 0.515869140625) + 2 * 1_050_939_392
     assert recipes.largest_matrix(LLAMA_8B) == 4096 * 14336
@@ -119,8 +109,6 @@ def test_four_bit_weights_are_counted_by_hand():
     ],
 )
 def test_public_models_have_the_weights_that_their_pages_state(name: str, weights: int):
-    import public_models
-
     assert weight_count(getattr(public_models, name)) == weights
 
 
@@ -128,17 +116,13 @@ def test_public_models_have_the_weights_that_their_pages_state(name: str, weight
 
 
 def test_every_table_of_the_page_is_what_the_arithmetic_gives():
-    import scale_tables
-
-    page = scale_tables.PAGE.read_text()
-    assert scale_tables.filled(page) == page, "run: python benchmarks/scale_tables.py --write"
-    assert page.count("<!-- table: ") == len(scale_tables.TABLES)
+    page = tables.PAGE.read_text()
+    assert tables.filled(page) == page, "run: python -m benchmarks.scale.tables --write"
+    assert page.count("<!-- table: ") == len(tables.TABLES)
 
 
 def test_ratios_that_the_page_names_are_those_of_its_tables():
-    import scale_tables
-
-    page, rows = scale_tables.PAGE.read_text(), {}
+    page, rows = tables.PAGE.read_text(), {}
     for name in ("flop", "decoding"):
         (table,) = re.findall(rf"<!-- table: {name} -->\n(.*?)<!-- end", page, re.DOTALL)
         rows[name] = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
@@ -151,13 +135,10 @@ def test_ratios_that_the_page_names_are_those_of_its_tables():
 
 
 def test_measured_runs_are_those_of_the_command_and_within_the_error_that_the_page_states():
-    import memory_cases
-    import scale_tables
-
-    results = json.loads(scale_tables.MEASURED.read_text())
-    assert [each["name"] for each in results] == list(memory_cases.CASES)
-    errors = [memory_cases.predicted(memory_cases.CASES[each["name"]])["peak"] / each["tensors"] for each in results]
-    stated = re.search(r"between ([\d.]+) and ([\d.]+) times", scale_tables.PAGE.read_text())
+    results = json.loads(tables.MEASURED.read_text())
+    assert [each["name"] for each in results] == list(cases.CASES)
+    errors = [cases.predicted(cases.CASES[each["name"]])["peak"] / each["tensors"] for each in results]
+    stated = re.search(r"between ([\d.]+) and ([\d.]+) times", tables.PAGE.read_text())
     assert stated
     assert stated.groups() == (f"{min(errors):.2f}", f"{max(errors):.2f}")
 
@@ -171,23 +152,18 @@ def test_products_of_gradient_checkpointing_worked_by_hand():
     P = 4, T = 2. Shared: 4 positions, 10 pairs; twice 1 position with 5 pairs: 6 x 1280 + 20 x 32 = 8320.
     Apart: twice 5 positions, 15 pairs: 10 x 1280 + 30 x 32 = 13,760. Four times this less three times that.
     """
-    import scale_time
-
     shape = Shape(layers=1, hidden=8, heads=4, kv_heads=4, head_dim=2, intermediate=16, vocabulary=100)
-    assert scale_time.flop_shape(shape).body == 640
-    assert scale_time.checkpointed_extra(shape, 4, 2) == 4 * 13_760 - 3 * 8320
+    assert floors.flop_shape(shape).body == 640
+    assert floors.checkpointed_extra(shape, 4, 2) == 4 * 13_760 - 3 * 8320
 
 
 def test_decoding_one_row_takes_as_long_as_reading_the_weights():
     """Llama 3.1 8B: 2 x 8,030,261,248 bytes, and 131,072 for each of 1280 tokens, at 3.35e12 bytes a second."""
-    import scale_time
-    from public_models import LLAMA_8B
-
-    floor = scale_time.decoding(LLAMA_8B, 1, 1024, 512, 1)
+    floor = floors.decoding(LLAMA_8B, 1, 1024, 512, 1)
     assert floor.step_bytes == 2 * 8_030_261_248 + 131_072 * 1280
     assert floor.token_seconds == pytest.approx(floor.step_bytes / 3.35e12)
     assert floor.bound_by == "bytes"
-    assert scale_time.decoding(LLAMA_8B, 1, 1024, 512, 2).token_seconds == pytest.approx(floor.token_seconds / 2)
+    assert floors.decoding(LLAMA_8B, 1, 1024, 512, 2).token_seconds == pytest.approx(floor.token_seconds / 2)
 
 
 # ---- small runs ----
@@ -214,8 +190,8 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def take_steps(spec: dict[str, Any], results: Path) -> list[dict[str, float]]:
     results.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(BENCHMARKS / "worker_memory.py"), json.dumps({**spec, "results": str(results)})]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "benchmarks.memory.worker", json.dumps({**spec, "results": str(results)})]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
@@ -235,11 +211,9 @@ def test_a_real_run_takes_the_memory_that_is_worked_out(
     assets: Path, tmp_path: Path, options: dict[str, Any], processes: int
 ):
     """To a tenth of the peak of tensors of one process; each takes up to 0.8 GiB, the page's limit, beyond tensors."""
-    import memory_cases
-
-    case = replace(memory_cases.CASES["smollm2"], reward_model=False, prompts=8, micro_batch_size=4, **options)
+    case = replace(cases.CASES["smollm2"], reward_model=False, prompts=8, micro_batch_size=4, **options)
     shape = Shape.of(LlamaConfig(**SMALL))
-    expected = memory_cases.predicted(case, shape)["peak"]
+    expected = cases.predicted(case, shape)["peak"]
     spec = case.spec(assets)
     watched = take_steps({**spec, "tensors": True}, tmp_path / "tensors")
     assert len(watched) == processes
@@ -254,11 +228,7 @@ def test_a_real_run_takes_the_memory_that_is_worked_out(
 @pytest.mark.slow
 def test_torch_counts_the_products_that_are_worked_out(assets: Path, monkeypatch: pytest.MonkeyPatch):
     """Of the second step, attention left out: torch has no count for it on a CPU."""
-    import flops
-    import worker_memory
     from lightning.pytorch import Callback
-    from memory_cases import CASES
-    from scale_time import flop_shape
     from torch.utils.flop_counter import FlopCounterMode
 
     monkeypatch.setattr(
@@ -276,7 +246,7 @@ def test_torch_counts_the_products_that_are_worked_out(assets: Path, monkeypatch
                 counter.__exit__(None, None, None)
 
     case = replace(CASES["smollm2"], reward_model=False, prompts=4, prompt_tokens=32, new_tokens=8)
-    worker_memory.fit(worker_memory.make_module(case.spec(assets)), case.spec(assets), Count())
+    worker.fit(worker.make_module(case.spec(assets)), case.spec(assets), Count())
     shape = replace(flop_shape(Shape.of(LlamaConfig(**SMALL))), attention=0)
     parts = flops.step_flop(shape, 32, 8)
     del parts["reward"]
@@ -284,10 +254,7 @@ def test_torch_counts_the_products_that_are_worked_out(assets: Path, monkeypatch
 
 
 def test_the_shapes_of_measured_models_are_those_of_their_configs():
-    import memory_assets
-    from assets import PYTHIA_14M
-    from memory_cases import SHAPES
     from transformers import GPTNeoXConfig
 
-    assert Shape.of(GPTNeoXConfig(**PYTHIA_14M)) == SHAPES["pythia"]
-    assert Shape.of(LlamaConfig(**memory_assets.LLAMA_300M)) == SHAPES["llama-300m"]
+    assert Shape.of(GPTNeoXConfig(**PYTHIA_14M)) == cases.SHAPES["pythia"]
+    assert Shape.of(LlamaConfig(**memory_assets.LLAMA_300M)) == cases.SHAPES["llama-300m"]

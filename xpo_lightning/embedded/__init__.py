@@ -1,1 +1,1 @@
-"""Tiny policy, reward model and prompts that ship with the package, and the code that builds them."""
+"""Tiny policy, reward model and prompts that ship with the package; `tools/quickstart_assets` builds them."""

@@ -16,8 +16,8 @@ from xpo_lightning.core.atomic_files import replacing_file
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.run_events import EVENTS
 from xpo_lightning.reporting import svg_chart as chart
-from xpo_lightning.reporting.metrics_file import Metrics, read_metrics
-from xpo_lightning.reporting.panels import PANELS
+from xpo_lightning.reporting.metrics_file import Metrics
+from xpo_lightning.reporting.panels import BAND_OPACITY, COLORS, KINDS, PANELS, metrics_to_draw
 from xpo_lightning.reporting.run_files import COMPLETIONS, CONFIG, START, RunFiles
 from xpo_lightning.reporting.samples import samples_of
 
@@ -137,11 +137,8 @@ def report_of(run: RunFiles) -> str:
     Text of the run cannot become markup or code: the template escapes all of it, and the page's security policy allows
     no script but the page's own.
     """
-    metrics = read_metrics(run.metrics) if run.metrics.is_file() else {}
+    metrics = metrics_to_draw(run.metrics)
     charts = {panel.title: chart.chart_of(panel, metrics) for panel in PANELS}
-    drawn = [one for one in charts.values() if one]
-    if not drawn:
-        raise InputError(f"{run.metrics} has no metric to draw; lower trainer.log_every_n_steps for a short run")
     environment = Environment(
         loader=PackageLoader("xpo_lightning.reporting", ""),
         autoescape=True,
@@ -155,9 +152,12 @@ def report_of(run: RunFiles) -> str:
         steps=last_step(metrics),
         headlines=headlines(metrics),
         held_out=held_out(metrics),
-        charts=drawn,
+        charts=[one for one in charts.values() if one],
         not_logged=[title for title, one in charts.items() if one is None],
         box=chart,
+        colors=COLORS,
+        kinds=KINDS,
+        band_opacity=BAND_OPACITY,
         samples=samples_of(run.text(COMPLETIONS) or ""),
         timings=timings(metrics),
         validations=len(metrics["eval/win_rate"].steps) if "eval/win_rate" in metrics else 0,

@@ -1,11 +1,11 @@
 """Writes the README of an exported policy: its base model, training and evaluation."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
 from lightning.pytorch import Trainer
 from torch import Tensor
 
@@ -38,24 +38,21 @@ def model_card(
         Markdown with a YAML header. It names no licence: that is the base model's, and is not known here.
     """
     base = module.policy_spec.path
-    parts = [
-        _header(base, is_adapter),
-        "# A policy trained with XPO\n",
-        f"Started from `{base}` and trained with Exploratory Preference Optimization "
-        f"([XPO](https://arxiv.org/abs/2405.21046)) by xpo-lightning.\n",
-        _table("training", {**facts, **_settings(module)}),
-        _table("last validation", _evaluation_facts(metrics)),
-        _table("package", {name: installed_version(name) for name in PACKAGES}),
-        _usage(is_adapter),
-    ]
-    return "\n".join(part for part in parts if part)
-
-
-def _header(base: str, is_adapter: bool) -> str:
-    lines = ["---", f"library_name: {'peft' if is_adapter else 'transformers'}", "pipeline_tag: text-generation"]
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) and not Path(base).exists():
-        lines.append(f"base_model: {json.dumps(base)}")
-    return "\n".join([*lines, "tags:", "- xpo", "- preference-optimization", "---", ""])
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) and not Path(base).exists()
+    data = ModelCardData(
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        base_model=base if on_hub else None,
+        tags=["xpo", "preference-optimization"],
+    )
+    tables = {
+        "training": {**facts, **_settings(module)},
+        "last validation": _evaluation_facts(metrics),
+        "package": {name: installed_version(name) for name in PACKAGES},
+    }
+    template = str(Path(__file__).with_name("model_card.md.j2"))
+    card = ModelCard.from_template(data, template, base=base, tables=tables, is_adapter=is_adapter)
+    return f"{card}\n"
 
 
 def facts_of_trainer(trainer: Trainer) -> dict[str, str]:
@@ -102,23 +99,3 @@ def _describe(schedule: Schedule) -> str:
         return f"{schedule.value:g}"
     settings = ", ".join(f"{name}={value}" for name, value in vars(schedule).items())
     return f"{type(schedule).__name__}({settings})"
-
-
-def _table(title: str, facts: dict[str, Any]) -> str:
-    rows = [f"| {name} | {value} |" for name, value in facts.items()]
-    return "\n".join([f"| {title} | |", "| --- | --- |", *rows, ""]) if rows else ""
-
-
-def _usage(is_adapter: bool) -> str:
-    loader, imports = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, AutoTokenizer"
-    if is_adapter:
-        loader = "AutoPeftModelForCausalLM"
-        imports = f"from peft import {loader}\nfrom transformers import AutoTokenizer"
-    return f"""\
-```python
-{imports}
-
-model = {loader}.from_pretrained("this folder")
-tokenizer = AutoTokenizer.from_pretrained("this folder")
-```
-"""

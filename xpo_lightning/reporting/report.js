@@ -7,7 +7,7 @@ const nearest = (steps, step) =>
   steps.reduce((best, one, place) => (Math.abs(one - step) < Math.abs(steps[best] - step) ? place : best), 0);
 
 document.querySelectorAll("figure.chart").forEach((figure, number) => {
-  const { across, up, lines } = charts[number];
+  const { across, lines } = charts[number];
   const svg = figure.querySelector("svg");
   const values = figure.querySelector(".values");
   const box = JSON.parse(svg.dataset.box);

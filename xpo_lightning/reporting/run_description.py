@@ -9,8 +9,8 @@ from xpo_lightning.data import PromptDataModule
 from xpo_lightning.data.dataloader import PromptDataset, PromptStream
 from xpo_lightning.models.sharding import is_sharded
 from xpo_lightning.module import XPOLightningModule
-from xpo_lightning.reporting.memory.estimate import MemoryEstimate, estimate
-from xpo_lightning.reporting.memory.run_plan import count, memory_inputs, rewards_with_models
+from xpo_lightning.reporting.memory.estimate import MemoryEstimate
+from xpo_lightning.reporting.memory.run_plan import count, memory_of_run, rewards_with_models
 from xpo_lightning.rewards.no_reward import is_missing
 
 
@@ -105,11 +105,11 @@ def _memory(trainer: Trainer, module: XPOLightningModule, data: PromptDataModule
     longest = max(prompts.lengths) if isinstance(prompts, PromptDataset) else data.encoding.max_tokens
     if longest is None or is_sharded(module.policy) or not trainer.optimizers:
         return None
-    plan = memory_inputs(
+    whole = memory_of_run(
         module,
         trainer.optimizers[0],
         batch_size=data.batching.size,
         longest=longest,
         computes_in_bfloat16=trainer.precision == "bf16-mixed",
     )
-    return None if plan is None else estimate_text(estimate(plan))
+    return None if whole is None else estimate_text(whole)

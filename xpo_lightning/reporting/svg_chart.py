@@ -1,41 +1,35 @@
-"""Draws learning curves as SVG: computes the positions of each panel's lines, marks and labels."""
+"""Draws learning curves as SVG: computes the positions of each panel's lines, dots and labels."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
-from xpo_lightning.reporting.metrics_file import Metrics, Series, smooth, thin
-from xpo_lightning.reporting.panels import Panel
+from xpo_lightning.reporting.metrics_file import Metrics, Series
+from xpo_lightning.reporting.panels import Line, Panel, Span
 
 WIDTH, HEIGHT = 380, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 370, 10, 190
-Span = tuple[float, float]
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Line:
-    """A line of a chart.
+class Shape:
+    """A drawn line.
 
     Args:
-        kind: `raw`, `training` or `held-out`.
-        color: Number of its colour.
-        name: Its label; empty for raw values, which share that of the smoothed ones.
-        series: Its values, thinned out if there are many.
+        line: What is drawn.
         path: The line as an SVG path.
-        marks: Positions of dots.
-        band: Outline of one standard error either way, as an SVG path.
+        dots: Positions of dots.
+        band: Outline of one standard error either way, as an SVG path; empty if there is none.
     """
 
-    kind: str
-    color: int
-    name: str
-    series: Series
+    line: Line
     path: str
-    marks: list[tuple[float, float]]
-    band: str = ""
+    dots: Points
+    band: str
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,7 @@ class Chart:
 
     Args:
         title: What is plotted.
-        lines: The lines.
+        shapes: The lines.
         steps: Positions and labels of the horizontal axis.
         values: Positions and labels of the vertical axis.
         level: Height of the dashed line that marks no difference; None for no such line.
@@ -53,7 +47,7 @@ class Chart:
     """
 
     title: str
-    lines: list[Line]
+    shapes: list[Shape]
     steps: list[tuple[float, str]]
     values: list[tuple[float, str]]
     level: float | None
@@ -63,25 +57,21 @@ class Chart:
 
 def chart_of(panel: Panel, metrics: Metrics) -> Chart | None:
     """Draw a panel of a run; return None if the run logged no finite value of its metrics."""
-    series = dict(_series(panel, metrics))
-    shown = [value for one in series.values() for value in one.values if math.isfinite(value)]
-    if not shown:
+    lines = panel.lines_of(metrics)
+    if not lines:
         return None
-    steps = [step for one in series.values() for step in one.steps]
-    across, up = _span(steps, None), (-0.03, 1.03) if panel.share else _span(shown, panel.level)
-    lines = [_line(key, one, across, up, metrics, panel) for key, one in series.items()]
+    across, up = _steps(lines), panel.span(lines)
     return Chart(
         title=panel.title,
-        lines=lines,
+        shapes=[_shape(line, across, up) for line in lines],
         steps=[(_across(tick, across), f"{tick:,.0f}") for tick in _ticks(across, whole=True)],
         values=[(_up(tick, up), f"{tick:g}") for tick in _ticks(up)],
         level=None if panel.level is None else _up(panel.level, up),
-        summary=_summary(panel, lines),
+        summary=panel.summary(lines),
         data={
             "across": across,
-            "up": up,
             "lines": [
-                {"name": line.name, "color": line.color, "steps": line.series.steps, "values": _plain(line.series)}
+                {"name": line.name, "steps": line.series.steps, "values": _plain(line.series)}
                 for line in lines
                 if line.name
             ],
@@ -89,38 +79,17 @@ def chart_of(panel: Panel, metrics: Metrics) -> Chart | None:
     )
 
 
-def _series(panel: Panel, metrics: Metrics) -> Iterator[tuple[tuple[str, str], Series]]:
-    """Yield the series of a panel by metric and kind, in the order in which they are drawn."""
-    for kind in ("raw", "training"):
-        for name in panel.lines:
-            if one := metrics.get(name):
-                yield (name, kind), thin(one if kind == "raw" else Series(one.steps, smooth(one.values)))
-    for name in panel.lines:
-        if one := metrics.get(f"eval/{name}"):
-            yield (name, "held-out"), thin(one)
+def _shape(line: Line, across: Span, up: Span) -> Shape:
+    def placed(points: Points) -> Points:
+        return [(_across(step, across), _up(value, up)) for step, value in points]
+
+    low = [(step, edge) for step, edge, _ in line.band]
+    high = [(step, edge) for step, _, edge in line.band]
+    path = _path(placed([*zip(line.series.steps, line.series.values, strict=True)]))
+    return Shape(line, path, placed(line.dots), f"{_path(placed([*low, *reversed(high)]))}Z" if line.band else "")
 
 
-def _line(key: tuple[str, str], series: Series, across: Span, up: Span, metrics: Metrics, panel: Panel) -> Line:
-    metric, kind = key
-    writer = panel.lines[metric]
-    name = "" if kind == "raw" else f"{writer}, {kind}" if writer else kind
-    points = [(_across(step, across), _up(value, up)) for step, value in zip(series.steps, series.values, strict=True)]
-    marks = [point for point in points if math.isfinite(point[1])] if kind == "held-out" and len(points) <= 60 else []
-    errors = metrics.get(f"eval/{metric}_stderr") if kind == "held-out" else None
-    band = _band(series, errors, across, up) if errors else ""
-    color = list(panel.lines).index(metric)
-    return Line(kind, color, name.replace("held-out", "held out"), series, _path(points), marks, band)
-
-
-def _band(series: Series, errors: Series, across: Span, up: Span) -> str:
-    edges = [(step, value, errors.at(step)) for step, value in zip(series.steps, series.values, strict=True)]
-    known = [(step, value, error) for step, value, error in edges if error is not None and math.isfinite(value + error)]
-    low = [(_across(step, across), _up(value - error, up)) for step, value, error in known]
-    high = [(_across(step, across), _up(value + error, up)) for step, value, error in reversed(known)]
-    return _path([*low, *high]) + "Z" if len(known) > 1 else ""
-
-
-def _path(points: Sequence[tuple[float, float]]) -> str:
+def _path(points: Points) -> str:
     """Return a line as an SVG path, with a gap at each value that is not finite."""
     parts, pen_down = [], False
     for x, y in points:
@@ -130,12 +99,11 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
     return "".join(parts)
 
 
-def _span(values: Sequence[float], level: float | None) -> Span:
-    """Return the range of an axis: all values and the level, with a margin of 5 % unless all values are integers."""
-    shown = [*values, *([] if level is None else [level])]
-    low, high = min(shown), max(shown)
-    air = 0.0 if all(isinstance(value, int) for value in values) else 0.05 * (high - low)
-    return (low - air, high + air) if high > low else (low - 0.5, high + 0.5)
+def _steps(lines: Sequence[Line]) -> Span:
+    """Return the range of the horizontal axis: from the first step to the last."""
+    steps = [step for line in lines for step in line.series.steps]
+    first, last = min(steps), max(steps)
+    return (first, last) if last > first else (first - 0.5, first + 0.5)
 
 
 def _ticks(span: Span, whole: bool = False) -> list[float]:
@@ -157,12 +125,3 @@ def _up(value: float, span: Span) -> float:
 def _plain(series: Series) -> list[float | None]:
     """Return the values as JSON can hold them: five digits, and None for those that are not finite."""
     return [float(f"{value:.5g}") if math.isfinite(value) else None for value in series.values]
-
-
-def _summary(panel: Panel, lines: Sequence[Line]) -> str:
-    ends = []
-    for line in lines:
-        if line.name:
-            steps, values = line.series.steps, line.series.values
-            ends.append(f"{line.name} {values[0]:.3g} at step {steps[0]:,} and {values[-1]:.3g} at step {steps[-1]:,}")
-    return f"{panel.title}: {'; '.join(ends)}."

@@ -99,9 +99,9 @@ def _resources(found: Findings) -> Iterator[str]:
             f"model.micro_batch_size, model.rollout_batch_size: a step may take {found.whole.peak / 2**30:.1f} GiB, "
             f"and {found.memory / 2**30:.1f} GiB are there"
         )
-    if found.whole is None or found.disk is None:
+    if found.disk is None:
         return
-    size = found.whole.checkpoint
+    size = found.standing.checkpoint
     if found.disk.kept == float("inf") and found.steps is not None:
         yield f"trainer.callbacks: save_top_k is -1, so that every checkpoint stays, of {size / 2**20:,.0f} MiB each"
     elif size * (found.disk.kept + 1) > found.disk.free:  # Each is written beside the one that it replaces.

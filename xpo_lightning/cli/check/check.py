@@ -4,7 +4,7 @@ from lightning.pytorch import Trainer
 
 from xpo_lightning.callbacks.base import print_line
 from xpo_lightning.cli.check.advice import warnings_of
-from xpo_lightning.cli.check.dry_step import dry_step, plan_of_dry_step, prompts_wanted
+from xpo_lightning.cli.check.dry_step import dry_step, prompts_wanted
 from xpo_lightning.cli.check.meter import Meter, memory_of
 from xpo_lightning.cli.check.report import Findings, report_lines
 from xpo_lightning.cli.check.requirements import (
@@ -19,8 +19,7 @@ from xpo_lightning.cli.check.survey import reward_rows, survey
 from xpo_lightning.cli.check.trainer_setup import attach, set_up_callbacks, set_up_data, set_up_loaders
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.module import XPOLightningModule
-from xpo_lightning.reporting.memory.estimate import estimate
-from xpo_lightning.reporting.memory.run_plan import memory_inputs, rewards_with_models
+from xpo_lightning.reporting.memory.run_plan import memory_of_run, rewards_with_models, standing_memory
 from xpo_lightning.training.optimizer import WarmupThenDecay, total_steps
 
 SAMPLES = 256
@@ -93,15 +92,15 @@ def check_run(trainer: Trainer, module: XPOLightningModule, data: PromptDataModu
         scheduler.begin(steps)
     samples, wanted = surveyed.training.samples, prompts_wanted(module)
     rows = [reward_rows(part, samples, module.sampling.max_new_tokens) for part in rewards_with_models(module)]
-    plan = memory_inputs(
+    whole = memory_of_run(
         module,
         optimizer,
         batch_size=data.batching.size,
         longest=surveyed.training.longest,
         computes_in_bfloat16=trainer.precision == "bf16-mixed",
     )
-    whole, place = None if plan is None else estimate(plan), disk(trainer)
-    check_room(place, 0 if whole is None else whole.checkpoint)
+    standing, place = standing_memory(module, optimizer), disk(trainer)
+    check_room(place, standing.checkpoint)
     with meter("dry step"):
         step = dry_step(module, trainer, samples[:: max(1, len(samples) // wanted)][:wanted])
     return Findings(
@@ -112,7 +111,7 @@ def check_run(trainer: Trainer, module: XPOLightningModule, data: PromptDataModu
         optimizer=optimizer,
         step=step,
         meter=meter,
-        dry=None if plan is None else estimate(plan_of_dry_step(plan, step)),
+        standing=standing,
         whole=whole,
         memory=memory,
         disk=place,

@@ -1,7 +1,7 @@
 """Takes a few prompts through a training step without its end: completions, scores and gradient, no optimizer step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from lightning.pytorch import Trainer
@@ -12,7 +12,6 @@ from xpo_lightning.data.dataloader import collate
 from xpo_lightning.data.preprocessing import Sample
 from xpo_lightning.losses.schedules import FIRST_STEP
 from xpo_lightning.module import XPOLightningModule
-from xpo_lightning.reporting.memory.estimate import MemoryInputs
 from xpo_lightning.rewards import HumanJudge
 from xpo_lightning.training.gradients import add_gradients, clip_gradient
 
@@ -23,12 +22,10 @@ class DryStep:
 
     Args:
         experience: The pairs.
-        micro_batch: Number of pairs in the largest micro-batch.
         seconds: Seconds of each phase.
     """
 
     experience: Experience
-    micro_batch: int
     seconds: dict[str, float]
 
 
@@ -64,17 +61,4 @@ def dry_step(module: XPOLightningModule, trainer: Trainer, samples: Sequence[Sam
         weight.grad = None
     if module.device.type == "cuda":
         torch.cuda.synchronize(module.device)
-    return DryStep(experience, max(map(len, micro_batches)), module.timer.seconds())
-
-
-def plan_of_dry_step(plan: MemoryInputs, step: DryStep) -> MemoryInputs:
-    """Return the memory inputs of the dry step: its few prompts, and an optimizer that has no state yet."""
-    pairs = step.experience
-    return replace(
-        plan,
-        optimizer_states=0,
-        rows=min(plan.rows, len(pairs)),
-        prompt_tokens=max(pairs.prompts.counts),
-        micro_batch_size=step.micro_batch,
-        reward_rows=min(plan.reward_rows, 2 * len(pairs)),
-    )
+    return DryStep(experience, module.timer.seconds())

@@ -11,7 +11,7 @@ from xpo_lightning.cli.check.requirements import Disk
 from xpo_lightning.cli.check.survey import Prompts, RewardRows, Survey
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.module import XPOLightningModule
-from xpo_lightning.reporting.memory.estimate import MemoryEstimate
+from xpo_lightning.reporting.memory.estimate import MemoryEstimate, Standing
 from xpo_lightning.reporting.run_description import estimate_text, models_of, size_text
 
 
@@ -27,7 +27,7 @@ class Findings:
         optimizer: The optimizer, which has taken no step.
         step: The dry step.
         meter: Seconds and memory of the parts: `data`, `models`, `dry step`.
-        dry: Estimated memory of the dry step; None for unknown architectures.
+        standing: Memory of what the run holds all the time.
         whole: Estimated memory of a step of the run; None for unknown architectures.
         memory: Bytes of memory on the device; None if unknown.
         disk: The disk of the checkpoints; None if no checkpoint goes to a local disk.
@@ -40,7 +40,7 @@ class Findings:
     optimizer: Optimizer
     step: DryStep
     meter: Meter
-    dry: MemoryEstimate | None
+    standing: Standing
     whole: MemoryEstimate | None
     memory: int | None
     disk: Disk | None
@@ -99,16 +99,12 @@ def _tried(found: Findings) -> Iterator[tuple[str, str]]:
 
 def _memory(found: Findings) -> Iterator[tuple[str, str]]:
     measured = [f"{name} {size_text(peak)}" for name, peak in found.meter.peaks.items() if name != "data"]
-    expected = "" if found.dry is None else f" (estimate {size_text(found.dry.peak)})"
-    yield "memory", (f"measured: {', '.join(measured)}" if measured else "could not be measured here") + expected
-    if found.whole is None:
-        yield "estimate", "none for this architecture"
-        return
-    whole = found.whole
-    yield "estimate", estimate_text(whole, found.memory)
+    yield "memory", f"measured: {', '.join(measured)}" if measured else "could not be measured here"
+    whole, checkpoint = found.whole, size_text(found.standing.checkpoint)
+    yield "estimate", "none for this architecture" if whole is None else estimate_text(whole, found.memory)
     if found.disk is None:
-        yield "checkpoint", f"none is kept; one would take about {size_text(whole.checkpoint)}"
+        yield "checkpoint", f"none is kept; one would take about {checkpoint}"
     else:
         kept = "all of them" if found.disk.kept == float("inf") else f"{found.disk.kept:.0f}"
         room = f"{size_text(found.disk.free)} free at {found.disk.folder}"
-        yield "checkpoint", f"about {size_text(whole.checkpoint)}, {kept} kept; {room}"
+        yield "checkpoint", f"about {checkpoint}, {kept} kept; {room}"

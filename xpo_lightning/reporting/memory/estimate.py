@@ -1,4 +1,4 @@
-"""Estimates the memory of a run from the shapes of its models, before anything is loaded.
+"""Estimates the memory of a step from the shapes of its models and of its batches.
 
 Numbers are bytes of tensors. Python, torch's libraries and a GPU's context take about 0.5 GiB more; on a CPU, heap
 memory that is not returned to the system takes another 0.3 to 0.5 GiB.
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from xpo_lightning.models.forward.buckets import columns_of_bucket, rows_of_bucket
 from xpo_lightning.models.forward.lm_head import KEPT
-from xpo_lightning.reporting.memory.model_shape import Shape, adapter_count, weight_count
+from xpo_lightning.reporting.memory.model_shape import Shape
 
 FLOAT32 = 4
 
 
 @dataclass(frozen=True)
 class MemoryInputs:
-    """The settings of a run on one device that its memory depends on.
+    """The settings of a run on one device that the temporary memory of a step depends on.
 
     Args:
         policy: Shape of the policy.
@@ -25,10 +25,9 @@ class MemoryInputs:
         compute_bytes: Bytes of a number in the policy's layers: 2 with bfloat16 weights or `trainer.precision:
             bf16-mixed`, else 4.
         cache_bytes: Bytes of a number in the KV cache; on a CPU 4, whatever the type of the weights.
-        lora_rank: Rank of adapters on all linear layers, which are float32; None trains every weight.
-        optimizer_states: Numbers that the optimizer keeps per trained weight: 2 for Adam, 1 for momentum.
-        copies: Further copies of the trained weights: 2 for `PreviousPolicySampler`, 1 for `reference_refresh`.
         gradient_checkpointing: `model.policy.gradient_checkpointing`.
+        trains_head: Whether the vocabulary head is trained; with adapters it is not.
+        cast_weights: Number of weights that are converted if layers compute in a smaller type than the weights'.
         rows: Prompts that are decoded together: `model.rollout_batch_size`, or `data.batch_size`.
         prompt_tokens: Tokens of the longest prompt.
         new_tokens: `model.sampling.max_new_tokens`.
@@ -37,9 +36,6 @@ class MemoryInputs:
         reward_rows: Rows that the reward model scores together.
         replays: Whether each token's step is replayed as a CUDA graph, whose buffers stay allocated.
         read_tokens: Most prompt tokens in one prefill call: 65536 on a GPU, 2048 on a CPU.
-        policy_weights: Number of the policy's weights without adapters; None estimates it from the shape.
-        trained_weights: Number of trained weights; None estimates it from the shape.
-        reward_weights: Number of the reward model's weights; None estimates it from the shape.
     """
 
     policy: Shape
@@ -48,10 +44,9 @@ class MemoryInputs:
     reward_bytes: float = FLOAT32
     compute_bytes: int = FLOAT32
     cache_bytes: int = FLOAT32
-    lora_rank: int | None = None
-    optimizer_states: float = 2
-    copies: int = 0
     gradient_checkpointing: bool = False
+    trains_head: bool = True
+    cast_weights: int = 0
     rows: int = 32
     prompt_tokens: int = 512
     new_tokens: int = 64
@@ -60,27 +55,19 @@ class MemoryInputs:
     reward_rows: int = 16
     replays: bool = False
     read_tokens: int = 2**16
-    policy_weights: int | None = None
-    trained_weights: int | None = None
-    reward_weights: int | None = None
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
-    """Memory of a run, in bytes.
+class Standing:
+    """Memory of what a run holds all the time, in bytes.
 
     Args:
         policy: The policy's weights, adapters included.
         reference: The frozen copy; 0 with adapters.
-        reward: The reward model's weights.
+        reward: The reward models' weights.
         copies: Copies of the trained weights.
-        gradients: The gradient of the trained weights.
+        gradients: The gradient of the trained weights, which is as large as they are.
         optimizer: The optimizer's state.
-        replayed: Buffers of the CUDA graphs: keys and values, logits, and what drawing from them needs.
-        rollout: Temporary memory of sampling: keys and values, and what a call of the model needs.
-        scoring: Temporary memory of the reward model.
-        micro_batch: Temporary memory of a micro-batch's forward and backward pass.
-        update: Temporary memory of an optimizer step.
     """
 
     policy: int
@@ -89,11 +76,33 @@ class MemoryEstimate:
     copies: int
     gradients: int
     optimizer: int
+
+    @property
+    def checkpoint(self) -> int:
+        """Size of a checkpoint: the trained weights, the optimizer's state, and the copies."""
+        return self.gradients + self.optimizer + self.copies
+
+
+@dataclass(frozen=True)
+class MemoryEstimate(Standing):
+    """Memory of a run, in bytes.
+
+    Args:
+        replayed: Buffers of the CUDA graphs: keys and values, logits, and what drawing from them needs.
+        rollout: Temporary memory of sampling: keys and values, and what a call of the model needs.
+        scoring: Temporary memory of the reward model.
+        micro_batch: Temporary memory of a micro-batch's forward and backward pass.
+    """
+
     replayed: int
     rollout: int
     scoring: int
     micro_batch: int
-    update: int
+
+    @property
+    def update(self) -> int:
+        """Temporary memory of an optimizer step: optimizers for GPUs compute all steps before they take them."""
+        return self.gradients
 
     @property
     def standing(self) -> int:
@@ -106,32 +115,15 @@ class MemoryEstimate:
         """Peak memory: the phases of a step come one after the other, so the largest counts."""
         return self.standing + max(self.rollout, self.scoring, self.micro_batch, self.update)
 
-    @property
-    def checkpoint(self) -> int:
-        """Size of a checkpoint: the trained weights, the optimizer's state, and the copies."""
-        return self.gradients + self.optimizer + self.copies  # A gradient is as large as its weight.
 
-
-def estimate(plan: MemoryInputs) -> MemoryEstimate:
+def estimate(plan: MemoryInputs, standing: Standing) -> MemoryEstimate:
     """Estimate the memory of a run from the second step on, when gradients and the optimizer's state are allocated."""
-    policy, reward, adapted = plan.policy, plan.reward, plan.lora_rank is not None
-    count = weight_count(policy) if plan.policy_weights is None else plan.policy_weights
-    trained = adapter_count(policy, plan.lora_rank) if plan.lora_rank is not None else count
-    trained = trained if plan.trained_weights is None else plan.trained_weights
-    of_reward = plan.reward_weights if plan.reward_weights is not None else weight_count(reward) if reward else 0
-    own = trained * (FLOAT32 if adapted else plan.weight_bytes)
     return MemoryEstimate(
-        policy=int(count * plan.weight_bytes + (own if adapted else 0)),
-        reference=0 if adapted else int(count * plan.weight_bytes),
-        reward=int(of_reward * plan.reward_bytes),
-        copies=int(plan.copies * own),
-        gradients=int(own),
-        optimizer=int(plan.optimizer_states * own),
+        **vars(standing),
         replayed=replayed_bytes(plan) if plan.replays else 0,
         rollout=rollout_bytes(plan),
         scoring=scoring_bytes(plan),
-        micro_batch=micro_batch_bytes(plan, trains_head=not adapted, cast_weights=count),
-        update=int(own),  # Optimizers for GPUs compute all steps before they take them.
+        micro_batch=micro_batch_bytes(plan),
     )
 
 
@@ -202,14 +194,8 @@ def scoring_bytes(plan: MemoryInputs) -> int:
     return cached + reading_bytes(plan.reward, tokens, plan.reward_bytes)
 
 
-def micro_batch_bytes(plan: MemoryInputs, *, trains_head: bool = True, cast_weights: int = 0) -> int:
-    """Count the bytes of a micro-batch in its backward pass; a prompt is computed once for both completions.
-
-    Args:
-        plan: The settings of the run.
-        trains_head: Whether the vocabulary head is trained.
-        cast_weights: Number of weights that are converted if layers compute in a smaller type than the weights'.
-    """
+def micro_batch_bytes(plan: MemoryInputs) -> int:
+    """Count the bytes of a micro-batch in its backward pass; a prompt is computed once for both completions."""
     shape, pairs = plan.policy, plan.micro_batch_size
     prompts, completions = pairs * plan.prompt_tokens, plan.completions * pairs * plan.new_tokens
     a_layer = layer_bytes(shape, plan.compute_bytes)
@@ -219,5 +205,5 @@ def micro_batch_bytes(plan: MemoryInputs, *, trains_head: bool = True, cast_weig
     else:
         copied = 2 * shape.kv_heads * shape.head_dim * plan.compute_bytes * 2 * prompts
         layers = shape.layers * ((prompts + completions) * a_layer + copied)
-    cast = cast_weights * plan.compute_bytes if plan.compute_bytes < plan.weight_bytes else 0
-    return layers + head_bytes(shape, completions, plan.weight_bytes, trained=trains_head) + cast
+    cast = plan.cast_weights * plan.compute_bytes if plan.compute_bytes < plan.weight_bytes else 0
+    return layers + head_bytes(shape, completions, plan.weight_bytes, trained=plan.trains_head) + cast

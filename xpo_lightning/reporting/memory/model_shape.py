@@ -1,22 +1,13 @@
-"""The sizes of a transformer, and the number of its weights."""
+"""The sizes of a transformer."""
 
 from dataclasses import dataclass
 from typing import Any
 
 _UNGATED = {
-    "bert",
-    "bloom",
-    "codegen",
-    "electra",
-    "falcon",
-    "gpt2",
-    "gpt_bigcode",
-    "gpt_neo",
-    "gpt_neox",
-    "gptj",
-    "mpt",
+    *("bert", "bloom", "codegen", "distilbert", "electra", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox"),
+    *("gptj", "mpt", "opt", "phi", "roberta", "stablelm_epoch", "starcoder2", "xlm-roberta"),
 }
-_UNGATED |= {"distilbert", "opt", "phi", "roberta", "starcoder2", "stablelm_epoch", "xlm-roberta"}
+"""Model types whose feed-forward blocks have two matrices."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +61,3 @@ class Shape:
             tied=bool(getattr(text, "tie_word_embeddings", False)),
             gated=text.model_type not in _UNGATED,
         )
-
-
-def weight_count(shape: Shape) -> int:
-    """Count the weights of a decoder: matrices and norms, without biases and learned positions, which are under 1 %."""
-    attention = shape.hidden * shape.head_dim * 2 * (shape.heads + shape.kv_heads)
-    feed_forward = (3 if shape.gated else 2) * shape.hidden * shape.intermediate
-    embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
-    return shape.layers * (attention + feed_forward + 2 * shape.hidden) + embeddings + shape.hidden
-
-
-def adapter_count(shape: Shape, rank: int) -> int:
-    """Count the weights of LoRA adapters on all linear layers: rank times inputs plus outputs of each."""
-    queries, keys = shape.hidden + shape.heads * shape.head_dim, shape.hidden + shape.kv_heads * shape.head_dim
-    feed_forward = (3 if shape.gated else 2) * (shape.hidden + shape.intermediate)
-    return shape.layers * rank * (2 * queries + 2 * keys + feed_forward)

@@ -1,17 +1,18 @@
-"""Derives the inputs of the memory estimate from a module whose models are loaded."""
+"""Says how much memory a run takes whose models are loaded: theirs is counted, and that of a step is estimated."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from xpo_lightning.models.forward.causal_forward import base_of
 from xpo_lightning.models.forward.cpu_attention import cache_dtype
 from xpo_lightning.models.snapshot import Snapshot
 from xpo_lightning.module import XPOLightningModule
-from xpo_lightning.reporting.memory.estimate import MemoryInputs
+from xpo_lightning.reporting.memory.estimate import MemoryEstimate, MemoryInputs, Standing, estimate
 from xpo_lightning.reporting.memory.model_shape import Shape
 from xpo_lightning.rewards import SequenceClassifierReward
 from xpo_lightning.rollout.kv_cache import most_rows
@@ -24,10 +25,10 @@ def count(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def memory_inputs(
+def memory_of_run(
     module: XPOLightningModule, optimizer: Optimizer, *, batch_size: int, longest: int, computes_in_bfloat16: bool
-) -> MemoryInputs | None:
-    """Return the inputs of `estimate` for a run.
+) -> MemoryEstimate | None:
+    """Estimate the memory of a run.
 
     Args:
         module: The module, with its models loaded.
@@ -37,18 +38,19 @@ def memory_inputs(
         computes_in_bfloat16: Whether the trainer's precision is mixed.
 
     Returns:
-        The inputs; None if the policy's config does not give the sizes of a transformer.
+        The estimate; None if the config of the policy or of the reward model does not give the sizes of a transformer.
     """
     policy = base_of(module.policy)
+    reward = max(rewards_with_models(module), key=count, default=None)
     try:
         shape = Shape.of(policy.config)
+        of_reward = None if reward is None or reward.model is None else Shape.of(reward.model.config)
     except ValueError:
         return None
     base = [weight for name, weight in policy.named_parameters() if "lora_" not in name]
-    weight_bytes = sum(weight.numel() * weight.element_size() for weight in base) / sum(map(torch.numel, base))
+    weight_bytes = _bytes(base) / sum(map(torch.numel, base))
     device = module.device.type
     cached = cache_dtype(policy)
-    reward = _largest_reward(module)
     new = module.sampling.max_new_tokens
     rows = min(batch_size, most_rows(policy, longest + new)) if device == "cpu" else batch_size
     compute = 2 if computes_in_bfloat16 else round(weight_bytes)
@@ -57,10 +59,9 @@ def memory_inputs(
         weight_bytes=weight_bytes,
         compute_bytes=compute,
         cache_bytes=compute if cached is None else cached.itemsize,
-        lora_rank=None if module.lora is None else module.lora.r,
-        optimizer_states=_states(optimizer),
-        copies=_copies(module),
         gradient_checkpointing=getattr(module.policy_spec, "gradient_checkpointing", False),
+        trains_head=module.lora is None,
+        cast_weights=sum(map(torch.numel, base)),
         rows=min(batch_size, module.rollout_batch_size or rows),
         prompt_tokens=longest,
         new_tokens=new,
@@ -68,24 +69,42 @@ def memory_inputs(
         completions=module.plan.completions,
         replays=device in REPLAYING and module.rollout_graphs and module.device_mesh is None,
         read_tokens=TOKENS_AT_ONCE.get(device, TOKENS_AT_ONCE["cuda"]),
-        policy_weights=sum(map(torch.numel, base)),
-        trained_weights=sum(weight.numel() for weight in module.trained_parameters()),
-        reward_weights=count(module.reward),
-        reward_bytes=next((weight.element_size() for weight in module.reward.parameters()), 0),
     )
-    if reward is None or reward.model is None:
-        return plan
-    rows_of_reward = min(reward.rows_together(longest + new), 2 * module.candidates.count * batch_size)
-    return replace(plan, reward=Shape.of(reward.model.config), reward_rows=rows_of_reward)
+    if reward is not None and of_reward is not None:
+        plan = replace(
+            plan,
+            reward=of_reward,
+            reward_bytes=next(reward.parameters()).element_size(),
+            reward_rows=min(reward.rows_together(longest + new), 2 * module.candidates.count * batch_size),
+        )
+    return estimate(plan, standing_memory(module, optimizer))
+
+
+def standing_memory(module: XPOLightningModule, optimizer: Optimizer) -> Standing:
+    """Count what a run holds all the time, of any architecture, from the second step on.
+
+    Args:
+        module: The module, with its models loaded.
+        optimizer: The module's optimizer.
+    """
+    trained = _bytes(module.trained_parameters())
+    return Standing(
+        policy=_bytes(module.policy.parameters()),
+        reference=_bytes(module.reference.parameters()),
+        reward=_bytes(module.reward.parameters()),
+        copies=_copies(module) * trained,
+        gradients=trained,
+        optimizer=_states(optimizer) * trained,
+    )
+
+
+def _bytes(weights: Iterable[Tensor]) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 def rewards_with_models(module: XPOLightningModule) -> list[SequenceClassifierReward]:
     """Find the reward models; a weighted reward may have several."""
     return [part for part in module.reward.modules() if isinstance(part, SequenceClassifierReward)]
-
-
-def _largest_reward(module: XPOLightningModule) -> SequenceClassifierReward | None:
-    return max(rewards_with_models(module), key=count, default=None)
 
 
 def _states(optimizer: Optimizer) -> int:

@@ -1,0 +1,1 @@
+"""A step's time, tokens and memory on a CUDA device."""

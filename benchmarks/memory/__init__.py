@@ -1,0 +1,1 @@
+"""The memory of steps on a CPU, beside the estimate."""

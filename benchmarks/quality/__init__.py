@@ -1,0 +1,1 @@
+"""What policies learn: accuracy on held-out problems."""

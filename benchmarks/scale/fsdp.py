@@ -1,0 +1,96 @@
+"""Estimates the memory of each rank of a run under `FSDP2Strategy` from the shapes of its models.
+
+`shapes.py` counts what a run on one device holds. This module counts the shard of each of N ranks, and the weights
+that a rank holds unsharded: every model while completions are generated and scored, a few layers at a time in forward
+and backward passes.
+"""
+
+from dataclasses import dataclass
+
+from benchmarks.scale.shapes import RunInputs, estimate, root_weight_count
+from xpo_lightning.reporting.memory.estimate import MemoryEstimate
+
+IN_FLIGHT = 3
+"""Layers unsharded at a time in a pass: the current one, the next one, and the buffer that an all-gather fills."""
+
+
+@dataclass(frozen=True)
+class ShardedFootprint:
+    """Memory of one of N ranks, in bytes.
+
+    Args:
+        parts: Its shards of the policy, the reference, the reward model and copies; they stay allocated while the
+            models are unsharded.
+        gradients: Its shard of the gradient.
+        optimizer: Its shard of the optimizer's state.
+        whole: All weights of the three models, unsharded for sampling and scoring.
+        writing: What sampling or scoring needs besides the weights, whichever is more.
+        passing: Unsharded weights in forward and backward passes.
+        summing: The gradient before ranks reduce it. Until the last micro-batch it is unsharded.
+        micro_batch: Activations of a micro-batch.
+        update: Temporary memory of an optimizer step.
+    """
+
+    parts: int
+    gradients: int
+    optimizer: int
+    whole: int
+    writing: int
+    passing: int
+    summing: int
+    micro_batch: int
+    update: int
+
+    @property
+    def standing(self) -> int:
+        """Memory that is allocated all the time."""
+        return self.parts + self.gradients + self.optimizer
+
+    @property
+    def rollout_peak(self) -> int:
+        """Peak memory while completions are generated and scored."""
+        return self.standing + self.whole + self.writing
+
+    @property
+    def update_peak(self) -> int:
+        """Peak memory while the policy is updated."""
+        return self.standing + max(self.passing + self.summing + self.micro_batch, self.update)
+
+    @property
+    def peak(self) -> int:
+        """Peak memory of a step."""
+        return max(self.rollout_peak, self.update_peak)
+
+
+def estimate_sharded(plan: RunInputs, processes: int, micro_batches: int = 2) -> ShardedFootprint:
+    """Estimate the memory of each rank, from the second step on.
+
+    Args:
+        plan: Inputs of one rank: `rows`, for example, are those of one rank.
+        processes: Number of ranks that share the weights, N.
+        micro_batches: Micro-batches of an optimizer step. With one, ranks reduce gradients layer by layer as they come;
+            with more, each rank first accumulates its own, unsharded.
+    """
+    alone = estimate(plan)
+    models = alone.policy + alone.reference + alone.reward
+    root, layer = _root_and_layer(plan, alone)
+    trained_root = 0 if plan.lora_rank is not None else root
+    trained_layer = alone.gradients // plan.policy.layers if plan.lora_rank is not None else layer
+    buffer = max(trained_root, trained_layer)  # gradients are copied into one buffer to be reduced
+    return ShardedFootprint(
+        parts=-(-(models + alone.copies) // processes),
+        gradients=-(-alone.gradients // processes),
+        optimizer=-(-alone.optimizer // processes),
+        whole=models,
+        writing=max(alone.rollout, alone.scoring),
+        passing=root + IN_FLIGHT * layer,
+        summing=(alone.gradients if micro_batches > 1 else trained_root + trained_layer) + buffer,
+        micro_batch=alone.micro_batch,
+        update=-(-alone.update // processes),
+    )
+
+
+def _root_and_layer(plan: RunInputs, alone: MemoryEstimate) -> tuple[int, int]:
+    """Return the bytes of the policy's weights outside of layers, and of a layer with its adapters."""
+    root = int(root_weight_count(plan.policy) * plan.weight_bytes)
+    return root, (alone.policy - root) // plan.policy.layers
