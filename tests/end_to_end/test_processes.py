@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -286,3 +287,53 @@ def test_a_killed_process_ends_the_run_with_one_line_and_the_resumed_run_ends_th
     assert "Traceback" not in output
     ended(begin(tmp_path, 2, resume=True))
     assert_same_end(ended_runs / "2", tmp_path / "2")
+
+
+@pytest.fixture
+def begin_machines(model_folder: Callable[..., str]) -> Callable[..., list[subprocess.Popen[str]]]:
+    """Give a function that begins a run of two groups of one process each, which find each other as two machines do."""
+
+    def start(where: Path, name: str, **changes: Any) -> list[subprocess.Popen[str]]:
+        config = write_run(where, model_folder("llama"), 2, name=name, **changes)
+        changed = yaml.safe_load(config.read_text())
+        changed["trainer"] |= {"devices": 1, "num_nodes": 2}
+        config.write_text(yaml.safe_dump(changed))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        return [
+            subprocess.Popen(
+                [sys.executable, "-m", "xpo_lightning", *words_of(config, resume=False)],
+                env={**ENVIRONMENT, **meeting, "NODE_RANK": str(number)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+            for number in range(2)
+        ]
+
+    return start
+
+
+def test_two_machines_take_the_steps_of_one_process(run: Run, begin_machines: Callable[..., Any], tmp_path: Path):
+    run(tmp_path, 1)
+    for process in begin_machines(tmp_path, "machines"):
+        ended(process)
+    assert_same_steps(tmp_path / "1", tmp_path / "machines")
+
+
+def test_a_machine_that_is_gone_ends_the_run_on_the_other_with_one_line(
+    begin_machines: Callable[..., Any], tmp_path: Path
+):
+    first, second = begin_machines(tmp_path, "machines", arguments={"pause": 0.5})
+    notes = tmp_path / "machines" / "rank0.jsonl"  # of both: each is the first process of its machine
+    while not notes.exists():
+        time.sleep(0.05)
+    second.kill()
+    begun = time.monotonic()
+    output = ended(first, status=1)
+    assert time.monotonic() - begun < 60
+    assert output.count("xpo: error: ") == output.count("xpo: error: process 1 is gone") == 1
+    assert "Traceback" not in output
+    second.communicate()
