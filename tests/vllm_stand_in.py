@@ -132,6 +132,7 @@ class StandIn(ThreadingHTTPServer):
 
     def start_anew(self) -> None:
         """Forget what it was sent, as a server that was started again."""
+        self.sleeps = False
         with LOADING:
             self.base = AutoModelForCausalLM.from_pretrained(self.folder).eval()
         self.adapters: dict[str, nn.Module] = {}
@@ -157,6 +158,7 @@ class StandIn(ThreadingHTTPServer):
         if self.dev:
             routes |= {"/collective_rpc": self.reload, "/reset_prefix_cache": self.reset}
             routes |= {"/update_weight_version": self.note, "/weight_info": self.info}
+            routes |= {"/sleep": self.sleep, "/wake_up": self.wake_up}
         if path not in routes:
             raise ServerError(404, "Not Found")
         return routes[path](payload)
@@ -185,6 +187,8 @@ class StandIn(ThreadingHTTPServer):
         path = payload["kwargs"]["weights_path"]
         if payload["method"] != "reload_weights" or not Path(path, "model.safetensors").exists():
             raise ServerError(500, f"Cannot find any model weights with `{path}`", "InternalServerError")
+        if self.sleeps:
+            raise ServerError(500, "EngineCore is sleeping", "InternalServerError")
         with LOADING:
             fresh = AutoModelForCausalLM.from_pretrained(path).eval()
         old = dict(self.base.named_parameters())
@@ -206,7 +210,17 @@ class StandIn(ThreadingHTTPServer):
     def info(self, _: Any) -> dict[str, Any]:
         return {"weight_version": self.weight_version}
 
+    def sleep(self, _: Any) -> dict[str, Any]:
+        self.sleeps = True
+        return {"status": "sleeping", "level": 1}
+
+    def wake_up(self, _: Any) -> dict[str, Any]:
+        self.sleeps = False
+        return {"status": "awake", "tags": None}
+
     def complete(self, payload: Any) -> dict[str, Any]:
+        if self.sleeps:
+            raise ServerError(500, "EngineCore is sleeping", "InternalServerError")
         name, prompt = payload["model"], payload["prompt"]
         if name != self.folder and name not in self.adapters:
             raise ServerError(404, f"The model `{name}` does not exist.", "NotFoundError")

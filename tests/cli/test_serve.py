@@ -65,6 +65,9 @@ def test_commands_have_what_the_run_needs(
         f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve {model} --host 127.0.0.1 --port 8000 --dtype float32 "
         f"--max-model-len 45 --served-model-name base --enable-lora --max-lora-rank 16"
     ]
+    (asleep,) = served(write(LORA, url="http://localhost:8000", colocate=True), capsys)
+    assert asleep.startswith("VLLM_ALLOW_RUNTIME_LORA_UPDATING=True VLLM_SERVER_DEV_MODE=1 vllm serve ")
+    assert asleep.endswith(" --enable-lora --max-lora-rank 16 --enable-sleep-mode")
     full = {"weights": "full", "url": ["http://127.0.0.1:1", "http://gpu2:2"], "reference_url": "http://localhost:3/v1"}
     one, two, reference = served(write(precision="bf16-mixed", **full), capsys)
     assert one == f"VLLM_SERVER_DEV_MODE=1 vllm serve {model} --host 127.0.0.1 --port 1 --dtype bfloat16"

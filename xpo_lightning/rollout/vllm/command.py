@@ -67,10 +67,13 @@ def server_commands(rollout: VLLMRollout, model: ServedModel) -> list[ServerComm
         InputError: vLLM does not serve such an adapter.
     """
     switches, environment = _for_the_policy(rollout, model)
+    sleeping = ["--enable-sleep-mode"] if rollout.colocate else []
+    developing = {"VLLM_SERVER_DEV_MODE": "1"} if rollout.colocate else {}
+    switches, environment = [*switches, *sleeping], {**environment, **developing}
     commands = [_command(server.url, rollout, model, switches, environment) for server in rollout.servers.servers]
     if rollout.reference_servers is not rollout.servers:
         alone = [server.url for server in rollout.reference_servers.servers]
-        commands += [_command(url, rollout, model, [], {}) for url in alone]
+        commands += [_command(url, rollout, model, sleeping, developing) for url in alone]
     return commands
 
 

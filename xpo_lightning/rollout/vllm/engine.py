@@ -81,6 +81,8 @@ class VLLMRollout(RolloutEngine):
             them. 1 sends the weights before each batch.
         ahead: 1 has the server write the next batch while the policy is trained on this one, with the weights from
             before; 0 has it wait.
+        colocate: Whether the server is on the GPU of this run, which then has one process: it sleeps, with its weights
+            in main memory and no keys and values, except while it writes.
 
     Raises:
         InputError: An option is invalid.
@@ -105,8 +107,15 @@ class VLLMRollout(RolloutEngine):
         reference_url: str | list[str] | None = None,
         sync_every: int = 1,
         ahead: int = 0,
+        colocate: bool = False,
     ) -> None:
         super().__init__(max_logp_drift, sync_every, ahead)
+        if colocate and ahead:
+            raise InputError(
+                f"{OPTIONS}.ahead=1 has the server write while the policy is trained, and {OPTIONS}.colocate has it "
+                f"sleep then; set one of the two"
+            )
+        self.colocate, self._sleeps = colocate, False
         is_adapter = weights == "adapter"
         self.needs_adapters = self.takes_adapters = is_adapter
         self.has_reference = is_adapter or reference_url is not None
@@ -128,8 +137,9 @@ class VLLMRollout(RolloutEngine):
         return min((length for length in lengths if length is not None), default=None)
 
     def begin(self, rollout: LocalRollout) -> None:
-        """See `RolloutEngine.begin`."""
+        """See `RolloutEngine.begin`; with `colocate`, send the servers to sleep."""
         super().begin(rollout)
+        self._sleep()
         self._fields = sampling_fields(rollout.sampling, rollout.eos_token_ids)
 
     def sync(self, policy: nn.Module) -> None:
@@ -143,6 +153,12 @@ class VLLMRollout(RolloutEngine):
                 f"{OPTIONS}.together=false has one model write at a time, and the {processes} processes of this run "
                 f"would have several; set trainer.devices to 1, or use a server that can do both"
             )
+        if self.colocate and processes > 1:
+            raise InputError(
+                f"{OPTIONS}.colocate has the server sleep while one process trains, and the {processes} processes of "
+                f"this run do not write at the same time; set trainer.devices to 1"
+            )
+        self._wake()
         self._vocabulary = policy.get_input_embeddings().num_embeddings  # type: ignore[operator]
         name = self._replace(policy) if own_rank() == 0 else None
         self._policy, self._mark = all_gather_guarded(name)[0], mark
@@ -152,6 +168,7 @@ class VLLMRollout(RolloutEngine):
         ids, mask = prompts.ids.cpu(), prompts.mask.cpu()
         self.servers.take_back()
         self.reference_servers.take_back()
+        self._wake()
         rows: list[list[int]] = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
         lots = [(each.who, numbers) for each in asked for numbers in each.uniforms]
         requests = [
@@ -160,6 +177,7 @@ class VLLMRollout(RolloutEngine):
             for row, seed in zip(rows, seeds_of(numbers), strict=True)
         ]
         answers = self._answers(requests)
+        self._sleep()
         lists = [answers[start : start + len(rows)] for start in range(0, len(answers), len(rows))]
         written = iter([self._completions(some, prompts) for some in lists])
         return [[next(written) for _ in each.uniforms] for each in asked]
@@ -169,6 +187,31 @@ class VLLMRollout(RolloutEngine):
         if self._policy is not None and own_rank() == 0:
             self._forget(self._policy)
         self._policy, self._mark = None, ""
+
+    def _sleep(self) -> None:
+        if self.colocate and not self._sleeps:
+            self._tell_all("/sleep")
+            self._sleeps = True
+
+    def _wake(self) -> None:
+        if self._sleeps:
+            self._tell_all("/wake_up")
+            self._sleeps = False
+
+    def _tell_all(self, path: str) -> None:
+        """Post to a path of all living servers, which have it if they can sleep."""
+
+        def tell(server: VLLMServer, check: Check) -> None:
+            server.post(path, [{}], lambda _: None, check)
+
+        try:
+            for pool in dict.fromkeys((self.servers, self.reference_servers)):
+                pool.on_each(tell, self.check)
+        except RequestError as error:
+            raise InputError(
+                f"{error}; {OPTIONS}.colocate needs a server on a GPU that was started with --enable-sleep-mode, and "
+                f"VLLM_SERVER_DEV_MODE=1 in its environment"
+            ) from None
 
     def advice(self, who: Writer) -> str:
         """See `RolloutEngine.advice`."""
