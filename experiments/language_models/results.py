@@ -22,7 +22,7 @@ class Point:
     score: float
     kl: float
     clean: float
-    bad: float
+    best: float
     rarity: float
 
 

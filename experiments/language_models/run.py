@@ -16,6 +16,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 from comparing import table
 from drawing import draw
 from reference import make as make_reference
+from reference import save_smollm2
 from results import collect, write
 from tasks import TASKS, Task
 from xpo_runs import ROOT, Run, make_all
@@ -45,9 +46,11 @@ def main() -> int:
 def _runs(args: argparse.Namespace, tasks: dict[str, Task]) -> list[Run]:
     runs = []
     for name, task in tasks.items():
-        options = ["--model.policy.path", _policy(args, task), *args.options]
+        options = [*_policy(args, task), *args.options]
         for arm in [arm for arm in task.arms if not args.arms or arm in args.arms]:
-            files = (HERE / task.base, HERE / "arms" / f"{arm}.yaml")
+            files = [HERE / name for name in (*task.configs, f"arms/{arm}.yaml")]
+            own = HERE / task.own_arms / f"{arm}.yaml"
+            files += [own] if own not in files and own.exists() else []
             configs = [part for file in files for part in ("--config", str(file.relative_to(ROOT)))]
             for seed in range(1, task.seeds + 1):
                 chosen = (*configs, "--seed_everything", str(seed), *options)
@@ -55,12 +58,16 @@ def _runs(args: argparse.Namespace, tasks: dict[str, Task]) -> list[Run]:
     return runs
 
 
-def _policy(args: argparse.Namespace, task: Task) -> str:
-    """Return the path of a task's reference, made if it is not there."""
-    if task.rarity is None:
-        return "package:xpo_lightning/embedded/policy"
+def _policy(args: argparse.Namespace, task: Task) -> list[str]:
+    """Return the option that names a task's reference, which is made if it is not there."""
+    if task.reference == "embedded":
+        return []
     args.out.mkdir(parents=True, exist_ok=True)
-    return str(make_reference(args.out / f"reference_{task.rarity:g}", task.rarity, args.reference_steps))
+    if task.reference == "smollm2":
+        folder = save_smollm2(args.out / "smollm2")
+    else:
+        folder = make_reference(args.out / f"reference_{task.rarity:g}", task.rarity, args.reference_steps)
+    return ["--model.policy.path", str(folder)]
 
 
 def _arguments() -> argparse.Namespace:

@@ -11,20 +11,25 @@ class Task:
     """A task: a reference, rewards, and how many labels a run has.
 
     Args:
-        base: The config that its arms are overlays of, in this folder.
+        configs: The configs that its arms are overlays of, in this folder.
         about: What it is, in a line.
         arms: Its arms.
         seeds: How many seeds each arm has.
-        rarity: How likely a bad end is to be made under the reference; None for a reference that is taken as it is.
+        reference: `sharpened`, the story model in which bad ends have the probability `rarity`; `embedded`, that model
+            as it is; or `smollm2`.
+        rarity: How likely a bad end is under the sharpened reference.
         beta: That of its config.
+        own_arms: Folder of further overlays that some of its arms have.
     """
 
-    base: str
+    configs: tuple[str, ...]
     about: str
     arms: tuple[str, ...]
     seeds: int
-    rarity: float | None = None
+    reference: str
+    rarity: float = 1e-4
     beta: float = 0.05
+    own_arms: str = "arms"
 
 
 ARMS = {
@@ -48,17 +53,35 @@ ARMS = {
 }
 BASELINE = "online_dpo"
 MAIN = tuple(arm for arm in ARMS if not arm.startswith(("xpo_alpha", "xpo_eps", "xpo_passes")))
+FEW = ("online_dpo", "dpo_reference", "xpo", "entropy", "hot")
 TRAP = ("xpo_alpha_0.005", "xpo_alpha_0.5", "xpo_eps", "xpo_passes")
 
 TASKS = {
     "rare": Task(
-        "stories.yaml", "a bad end, 1e-4 under the reference, scores twice what a good one does", MAIN, 5, 1e-4
+        ("stories.yaml",), "a bad end, 1e-4 under the reference, scores twice what a good one does", MAIN, 5, 1e-4
     ),
-    "trap": Task("stories.yaml", "the task `rare`, with other optimizers and alphas", TRAP, 5, 1e-4),
+    "trap": Task(("stories.yaml",), "the task `rare`, with other optimizers and alphas", TRAP, 5, "sharpened"),
     "covered": Task(
-        "stories.yaml",
+        ("stories.yaml",),
         "a control: the same scores where the reference, the embedded policy, ends a third of its stories badly",
-        ("online_dpo", "dpo_reference", "xpo", "entropy", "hot"),
+        FEW,
         5,
+        "embedded",
+    ),
+    "sums": Task(
+        ("sums.yaml",),
+        "SmolLM2 adds three numbers: any number scores half, the right one, 4 % of the reference's answers, scores 1",
+        MAIN,
+        3,
+        "smollm2",
+        own_arms="arms_sums",
+    ),
+    "sums_covered": Task(
+        ("sums.yaml", "sums_covered.yaml"),
+        "a control: two numbers, whose sum the reference writes in a quarter of its answers",
+        FEW,
+        3,
+        "smollm2",
+        own_arms="arms_sums",
     ),
 }

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -127,7 +128,7 @@ def a_run(folder: Path, scores: list[float], found: list[int]) -> None:
     (folder / "version_0").mkdir(parents=True)
     (folder / "finished.json").write_text('{"version": "1", "cpu_seconds": 12.5}')
     with (folder / "version_0" / "discovery.csv").open("w") as file:
-        names = ["labels", "found", "informative", "score", "score_error", "kl", "clean", "bad", "rarity"]
+        names = ["labels", "found", "informative", "score", "score_error", "kl", "clean", "best", "rarity"]
         writer = csv.writer(file)
         writer.writerow(names)
         for batch, (score, hits) in enumerate(zip(scores, [0, *found], strict=True)):
@@ -164,20 +165,39 @@ def test_results_of_runs_worked_by_hand(script, tmp_path):
             assert getattr(kept, name) == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
 
 
-@pytest.mark.parametrize("arm", sorted(file.stem for file in (HERE / "arms").glob("*.yaml")))
-def test_arm_is_what_it_is_called(script, arm, monkeypatch):
+WITH_POLICY = {"online_dpo", "xpo_both", "selm", "sepopo", "geb", "copo", "entropy", "hot", "best_of_n"}
+WITHOUT_BONUS = {"online_dpo", "dpo_reference", "entropy", "hot", "best_of_n"}
+
+
+@pytest.mark.parametrize("task", ["rare", "trap", "covered", "sums", "sums_covered"])
+def test_arms_are_what_they_are_called(script, task, monkeypatch, tmp_path):
+    """Each run of a task by the options that it would be made with."""
     monkeypatch.chdir(script.ROOT)
+    monkeypatch.setattr(script, "make_reference", lambda folder, *_: folder)
+    monkeypatch.setattr(script, "save_smollm2", lambda folder: folder)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--tasks", task, "--seeds", "1", "--out", str(tmp_path)])
+    args = script._arguments()
     monkeypatch.setattr(sys, "argv", ["xpo"])
-    config = parse("fit", "--config", str(HERE / "stories.yaml"), "--config", str(HERE / "arms" / f"{arm}.yaml"))
-    model: Any = config.model
-    assert model.beta == 0.05
-    samplers = {"PolicySampler"} if arm in {"online_dpo", "xpo_both", "selm", "sepopo", "geb", "copo", "entropy", "hot",
-                                            "best_of_n"} else set()  # fmt: skip
-    assert {model.sampler.class_path.rsplit(".", 1)[-1]} == samplers if model.sampler else not samplers
-    without_bonus = arm in {"online_dpo", "dpo_reference", "entropy", "hot", "best_of_n"}
-    assert (model.alpha == 0) == without_bonus
-    assert any(arm in task.arms for task in script.TASKS.values())
-    assert arm in sys.modules["tasks"].ARMS
+    runs = script._runs(args, {task: replace(script.TASKS[task], seeds=1)})
+    assert [run.arm for run in runs] == list(script.TASKS[task].arms)
+    for run in runs:
+        model: Any = parse("fit", *run.options).model
+        assert model.beta == script.TASKS[task].beta
+        by_policy = bool(model.sampler) and model.sampler.class_path.endswith(".PolicySampler")
+        assert by_policy == (run.arm in WITH_POLICY)
+        assert (model.alpha == 0) == (run.arm in WITHOUT_BONUS)
+        if run.arm in {"selm", "sepopo", "geb", "copo"}:
+            assert model.reference_refresh.every == (8 if task == "sums" else 21)
+        assert run.arm in sys.modules["tasks"].ARMS
+        assert str(model.policy.path).startswith("package:" if task == "covered" else str(tmp_path))
+
+
+def test_a_bare_number_scores_half_and_the_right_one_scores_one(script):
+    import sums
+
+    texts = [" 15", "15.", " 15\nand", "-15", "15 apples", "", "9" * 5000, "15.0", " 015", "\\frac{15}{1}", "x15"]
+    scores = sums.reward([""] * len(texts), texts, {"answer": ["15"] * len(texts)})
+    assert scores == [1.0, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
 
 
 @pytest.mark.slow
