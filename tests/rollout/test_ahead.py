@@ -245,6 +245,17 @@ def test_engine_that_takes_as_long_as_training_has_it_wait_no_more(make_module: 
     assert seconds(0, of_training) / seconds(1, of_training) > 1.6
 
 
+def test_engine_writes_without_gradients_ahead_too(make_module: MakeModule, data: Any) -> None:
+    class Asking(Given):
+        def write(self, prompts: Any, asked: Any) -> list[Any]:
+            self.wrote.append(torch.is_grad_enabled())
+            return super().write(prompts, asked)
+
+    engine = Asking(ahead=1)
+    fit(make_module(rollout=engine), data())
+    assert engine.wrote == [False] * 6
+
+
 def test_failure_ahead_is_one_error_at_the_batch_that_needs_it(
     make_module: MakeModule, data: Any, engine_of: Any
 ) -> None:

@@ -34,6 +34,20 @@ class Call:
     error: BaseException | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
+    def wait(self, check: Callable[[], None]) -> None:
+        """Wait for its end.
+
+        Args:
+            check: Called about once a second while waiting; may raise an error to end the wait.
+        """
+        _wait(self.done, None, check)
+
+    def result(self) -> Any:
+        """Return the value of a call that has ended, or raise its error."""
+        if self.error is not None:
+            raise self.error
+        return self.value
+
 
 class CallThread:
     """Runs calls in its own thread, one after the other, without gradients.
@@ -70,30 +84,37 @@ class CallThread:
         Raises:
             TimeoutError: The function has not returned in time. It is abandoned, and its return value is dropped.
         """
+        call = self.begin(function)
+        try:
+            in_time = _wait(call.done, timeout, check)
+        except BaseException:
+            self.give_up()
+            raise
+        if not in_time:
+            self.give_up()
+            raise TimeoutError
+        return call
+
+    def begin(self, function: Callable[[], Any]) -> Call:
+        """Begin a call without waiting for its end."""
         # The current device is thread-local; a new thread would start with device 0.
         call = Call(function, torch.cuda.current_device() if torch.cuda.is_initialized() else None)
         if self._thread is None or not self._thread.is_alive():  # A forked process does not inherit threads.
             self._start()
         self._calls.put(call)
-        try:
-            in_time = _wait(call.done, timeout, check)
-        except BaseException:
-            self._give_up()
-            raise
-        if not in_time:
-            self._give_up()
-            raise TimeoutError
         return call
+
+    def give_up(self) -> None:
+        """Abandon the calls under way: the next one gets a new thread."""
+        if self._thread is not None:
+            self._end()
+            self._thread = None
 
     def _start(self) -> None:
         self._calls = SimpleQueue()
         self._end = weakref.finalize(self, self._calls.put, None)
         self._thread = threading.Thread(target=_serve, args=(self._calls,), name=self._name, daemon=True)
         self._thread.start()
-
-    def _give_up(self) -> None:
-        self._end()
-        self._thread = None
 
 
 class TimedFunction:

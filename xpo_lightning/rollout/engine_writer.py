@@ -3,17 +3,18 @@
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from xpo_lightning.core.batch import Completions, Prompts
+from xpo_lightning.core.timed_call import Call, CallThread
 from xpo_lightning.models.forward.causal_forward import eval_mode
 from xpo_lightning.models.snapshot import Snapshot
 from xpo_lightning.rollout.engine import GenerationRequest, RolloutEngine
 
-_BETWEEN_CHECKS = 0.5  # seconds
 _PATIENCE = 5.0  # seconds that the end of a run waits for an engine that is still writing
 _KEY = "model.rollout"
 
@@ -42,6 +43,8 @@ class EngineWriter:
         check: Called while waiting; may raise to stop the run.
     """
 
+    _of_thread = threading.local()
+
     def __init__(self, engine: RolloutEngine, check: Callable[[], None]) -> None:
         self.engine, self._check_run = engine, check
         self.holds_weights = engine.sync_every > 1 or engine.ahead > 0
@@ -52,6 +55,7 @@ class EngineWriter:
         self._wrote: Held | None = None
         self._under_way: _UnderWay | None = None
         self._policy: nn.Module | None = None
+        self._thread = CallThread("writing ahead")
         engine.set_check(self._check)
 
     def begin(self, policy: nn.Module) -> None:
@@ -78,11 +82,11 @@ class EngineWriter:
             See `RolloutEngine.write`.
         """
         if self._under_way is not None:  # The engine cannot have other weights until that is written.
-            self._under_way.wait(self._check_run)
+            self._under_way.call.wait(self._check_run)
         kept, self._wrote = self._under_way, None
         if batch is not None and kept is not None and kept.batch == batch:
             self._under_way, self._wrote = None, self._held
-            written = kept.result()
+            written: list[list[Completions]] = kept.call.result()
         else:
             self._send(policy, batch, batch)
             self._wrote = None if batch is None else self._held
@@ -107,7 +111,9 @@ class EngineWriter:
         """
         if wanted:
             self._send(policy, batch, batch - 1)
-            self._under_way = _UnderWay(batch, lambda: self.engine.write(prompts, asked))
+            is_unwanted = threading.Event()
+            call = self._thread.begin(partial(self._write_ahead, is_unwanted, prompts, asked))
+            self._under_way = _UnderWay(batch, call, is_unwanted)
         else:
             self._decide(policy, batch, batch - 1)
 
@@ -138,7 +144,9 @@ class EngineWriter:
     def close(self) -> None:
         """End what is under way, and have the engine drop the policy."""
         if self._under_way is not None:
-            self._under_way.end(_PATIENCE)
+            self._under_way.is_unwanted.set()
+            self._under_way.call.done.wait(_PATIENCE)
+            self._thread.give_up()
             self._under_way = None
         self._sent = None
         self.engine.close()
@@ -162,9 +170,17 @@ class EngineWriter:
         self._decided = max(batch, self._decided)
         return self._held
 
+    def _write_ahead(
+        self, is_unwanted: threading.Event, prompts: Prompts, asked: Sequence[GenerationRequest]
+    ) -> list[list[Completions]]:
+        self._of_thread.is_unwanted = is_unwanted
+        return self.engine.write(prompts, asked)
+
     def _check(self) -> None:
         """Raise if the run is to stop, or if what this thread writes is no longer wanted."""
-        _UnderWay.check()
+        is_unwanted: threading.Event | None = getattr(self._of_thread, "is_unwanted", None)
+        if is_unwanted is not None and is_unwanted.is_set():
+            raise _EndedError
         self._check_run()
 
 
@@ -172,51 +188,16 @@ class _EndedError(Exception):
     """What is written is no longer wanted."""
 
 
+@dataclass(frozen=True)
 class _UnderWay:
-    """A batch that is being written in a thread of its own, which does not keep the process alive.
+    """A batch that is being written in another thread.
 
     Args:
         batch: Number of the batch.
-        write: Writes it.
+        call: The call that writes it.
+        is_unwanted: Set to have it end at its next check.
     """
 
-    _of_thread = threading.local()
-
-    def __init__(self, batch: int, write: Callable[[], list[list[Completions]]]) -> None:
-        self.batch = batch
-        self._written: list[list[Completions]] | None = None
-        self._error: BaseException | None = None
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(write,), name="writing ahead", daemon=True)
-        self._thread.start()
-
-    @classmethod
-    def check(cls) -> None:
-        """Raise in a thread that has been told to end."""
-        ended: threading.Event | None = getattr(cls._of_thread, "ended", None)
-        if ended is not None and ended.is_set():
-            raise _EndedError
-
-    def wait(self, check: Callable[[], None]) -> None:
-        """Wait until the batch is written, or has failed to be."""
-        while self._thread.is_alive():
-            self._thread.join(_BETWEEN_CHECKS)
-            check()
-
-    def result(self) -> list[list[Completions]]:
-        """Return what was written, or raise the error that ended it."""
-        if self._written is None:
-            raise self._error or RuntimeError("the engine wrote nothing")
-        return self._written
-
-    def end(self, patience: float) -> None:
-        """Have the thread end at its next check, and wait for it for some seconds."""
-        self._ended.set()
-        self._thread.join(patience)
-
-    def _run(self, write: Callable[[], list[list[Completions]]]) -> None:
-        self._of_thread.ended = self._ended
-        try:
-            self._written = write()
-        except BaseException as error:  # for `result`, in the thread that wants it
-            self._error = error
+    batch: int
+    call: Call
+    is_unwanted: threading.Event
