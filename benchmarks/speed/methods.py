@@ -8,17 +8,16 @@ round's. What is measured is processor time, which others on the machine change 
 (learning rate 1e-12), so that completions do not grow shorter under one method and not under another.
 """
 
-import sys
+import argparse
 import time
 import warnings
-from collections.abc import Sequence
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
 
-from xpo_lightning.cli.lightning_cli import main
+from xpo_lightning.cli import lightning_cli
 from xpo_lightning.core.recipes import recipes
 
 ROUNDS, STEPS, WARM_UP = 3, 5, 2
@@ -49,7 +48,7 @@ def seconds_of_step(folder: str, *configs: str) -> float:
     words += ["--trainer.num_sanity_val_steps=0", f"--trainer.default_root_dir={folder}", "--trainer.logger=false"]
     words += ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
     words += ["--model.learning_rate=1e-12", f"--trainer.callbacks=[{{class_path: {__name__}.Seconds}}]"]
-    main(["fit", *words])
+    lightning_cli.main(["fit", *words])
     return median(Seconds.last.steps[WARM_UP:])
 
 
@@ -62,10 +61,15 @@ def ratios(folder: str, method: str) -> list[float]:
     return found
 
 
-def run(methods: Sequence[str]) -> None:
+def main() -> None:
     """Print a line for each recipe: the median ratio, and the lowest and the highest."""
-    warnings.filterwarnings("ignore")
     known = [name.removeprefix("methods/") for name in recipes() if name.startswith("methods/")]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", help=f"some of {', '.join(known)}; by default all")
+    methods = parser.parse_args().methods
+    if unknown := set(methods) - set(known):
+        parser.error(f"there are no recipes {', '.join(sorted(unknown))} (there are {', '.join(known)})")
+    warnings.filterwarnings("ignore")
     with TemporaryDirectory() as folder:
         seconds_of_step(folder)  # whatever is slow only once
         for method in methods or known:
@@ -74,4 +78,4 @@ def run(methods: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    main()

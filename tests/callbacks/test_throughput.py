@@ -177,7 +177,7 @@ def test_throughput_of_several_processes_adds_their_work_and_averages_their_seco
 
 
 def test_throughput_refuses_other_modules():
-    with pytest.raises(InputError, match="Throughput times an XPOLightningModule, not LightningModule"):
+    with pytest.raises(InputError, match="Throughput needs an XPOLightningModule, not LightningModule"):
         Throughput().setup(quiet_trainer(), pl.LightningModule(), "fit")
 
 

@@ -12,7 +12,7 @@ from browser import Page, browsing, find_browser
 from test_cli import refused
 
 from xpo_lightning.cli.lightning_cli import main
-from xpo_lightning.reporting.html_report import Value, headlines
+from xpo_lightning.reporting.html_report import HEADLINES, Value, changes
 from xpo_lightning.reporting.metrics_file import Series
 from xpo_lightning.reporting.panels import PANELS
 from xpo_lightning.reporting.samples import samples_of
@@ -294,7 +294,7 @@ def test_line_breaks_where_a_value_is_not_finite():
 
 
 def test_only_validation_stands_alone():
-    (change,) = headlines({"eval/win_rate": Series([7], [0.5])})
+    (change,) = changes({"eval/win_rate": Series([7], [0.5])}, HEADLINES)
     assert (change.steps, change.values) == ([7], [Value(0.5)])
     assert str(Value(-0.0001)) == "0.000"
     assert str(Value(-2.0, 0.5)) == "−2.000 ± 0.500"

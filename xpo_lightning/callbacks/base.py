@@ -1,10 +1,15 @@
 """Helpers that callbacks share: the run's folder, and which validations count."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import rich
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.text import Text
+
+from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.printable import aligned
+from xpo_lightning.module import XPOLightningModule
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -47,9 +52,27 @@ def counts_as_validation(trainer: Trainer) -> bool:
     return not trainer.sanity_checking or runs_whole_sanity_check(trainer)
 
 
+def our_module(callback: Callback, module: LightningModule) -> XPOLightningModule:
+    """Return the module for a callback that works with no other.
+
+    Raises:
+        InputError: The module is no `XPOLightningModule`.
+    """
+    if not isinstance(module, XPOLightningModule):
+        name = type(callback).__name__
+        raise InputError(f"trainer.callbacks: {name} needs an XPOLightningModule, not {type(module).__name__}")
+    return module
+
+
 def print_line(text: str) -> None:
     """Print a line above the progress bar, without interpreting markup or wrapping paths."""
     rich.get_console().print(Text(text), soft_wrap=True)
+
+
+def print_lines(lines: Mapping[str, str]) -> None:
+    """Print a line for each name and its text, the texts in one column."""
+    for line in aligned(lines.items()):
+        print_line(line)
 
 
 class FileWriter(Callback):

@@ -9,11 +9,10 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from xpo_lightning.callbacks.base import is_fast_dev_run, print_line, run_folder
-from xpo_lightning.core.errors import InputError, one_line
+from xpo_lightning.callbacks.base import is_fast_dev_run, our_module, print_line, run_folder
+from xpo_lightning.core.errors import one_line
 from xpo_lightning.core.fault_tolerance.guard import StopAsked
 from xpo_lightning.core.trainer_progress import batches_done, has_begun
-from xpo_lightning.module import XPOLightningModule
 
 FILE_NAME = "stopped.ckpt"
 
@@ -39,11 +38,7 @@ class GracefulStop(Callback):
         Raises:
             InputError: The module is another one, which cannot be stopped in the middle of a step.
         """
-        if not isinstance(pl_module, XPOLightningModule):
-            raise InputError(
-                f"trainer.callbacks: GracefulStop stops an XPOLightningModule, not {type(pl_module).__name__}"
-            )
-        self._stop = pl_module.guard.stop
+        self._stop = our_module(self, pl_module).guard.stop
         self._stop.status = None
         self._folder = _checkpoint_folder(trainer) if stage == "fit" and not is_fast_dev_run(trainer) else None
         # It comes first when the run ends: callbacks that only show something must not use up the time for saving.
@@ -51,21 +46,12 @@ class GracefulStop(Callback):
         trainer.callbacks = [self, *(one for one in callbacks if one is not self)]  # type: ignore[attr-defined]
 
     # Lightning sets its own handlers after `on_fit_start`; those wait for other ranks, which may be computing.
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the signal handlers."""
-        self._listen()
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the signal handlers."""
-        self._listen()
+        """Set the signal handlers; Lightning restores the previous ones when the run ends."""
+        signal.signal(signal.SIGTERM, self._on_terminate)
+        signal.signal(signal.SIGINT, self._on_interrupt)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the signal handlers."""
-        self._listen()
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the signal handlers."""
-        self._listen()
+    on_sanity_check_start = on_validation_start = on_predict_start = on_train_start
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save if the run was asked to stop, or if an error allows it; then call the other callbacks.
@@ -107,11 +93,6 @@ class GracefulStop(Callback):
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             print_line(f"Stopped at step {trainer.global_step}; --ckpt_path last goes on from {path}")
-
-    def _listen(self) -> None:
-        """Set the signal handlers; Lightning restores the previous ones when the run ends."""
-        signal.signal(signal.SIGTERM, self._on_terminate)
-        signal.signal(signal.SIGINT, self._on_interrupt)
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
         self._ask(143, "SIGTERM: stopping as soon as nothing is lost")

@@ -6,12 +6,11 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
-from xpo_lightning.callbacks.base import FileWriter, folder_id, goes_on_in, is_fast_dev_run
+from xpo_lightning.callbacks.base import FileWriter, folder_id, goes_on_in, is_fast_dev_run, our_module
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.models.adapters import is_peft_model
 from xpo_lightning.models.saving import can_merge, check_exportable, check_replaceable, save_policy
 from xpo_lightning.models.sharding import gather_full_model
-from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.reporting.model_card import facts_of_trainer, model_card
 
 J_BETA = "eval/objective/rlhf_reward"
@@ -67,10 +66,7 @@ class PolicyExport(FileWriter):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if not isinstance(pl_module, XPOLightningModule):
-            raise InputError(
-                f"trainer.callbacks: PolicyExport saves an XPOLightningModule, not {type(pl_module).__name__}"
-            )
+        our_module(self, pl_module)
         validates = trainer.enable_validation and getattr(trainer.datamodule, "has_validation", True)  # type: ignore[attr-defined]
         if self.at != "end" and not validates and not is_fast_dev_run(trainer):
             raise InputError(f"trainer.callbacks: PolicyExport.at is '{self.at}', but there are no validation prompts")

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from xpo_lightning.callbacks.base import FileWriter, counts_as_validation, is_fast_dev_run, print_line
+from xpo_lightning.callbacks.base import FileWriter, counts_as_validation, is_fast_dev_run, print_lines
 from xpo_lightning.core.atomic_files import replacing_file
 from xpo_lightning.core.versions import surroundings, versions
 from xpo_lightning.module import XPOLightningModule
@@ -54,7 +54,7 @@ class RunSummary(FileWriter):
         if not trainer.is_global_zero or not isinstance(pl_module, XPOLightningModule):
             return
         lines = opening_lines(trainer, pl_module)
-        _say_all(lines)
+        print_lines(lines)
         if not is_fast_dev_run(trainer):
             facts = {"run": lines, "hardware": surroundings(), "versions": versions()}
             with replacing_file(self.folder / START) as file:
@@ -78,8 +78,7 @@ class RunSummary(FileWriter):
             lines |= {name: str(path) for name, path in self._files(trainer).items() if path.exists()}
         first, last = self._first, self._last
         lines |= {name: text if text == first[name] else f"{first[name]} -> {text}" for name, text in last.items()}
-        if lines:
-            _say_all(lines)
+        print_lines(lines)
 
     def _files(self, trainer: Trainer) -> dict[str, Path]:
         files = {"config": self.folder / "config.yaml"}
@@ -93,12 +92,6 @@ class RunSummary(FileWriter):
                 paths = {"best checkpoint": callback.best_model_path, "last checkpoint": callback.last_model_path}
                 files |= {name: Path(path) for name, path in paths.items() if path}
         return files
-
-
-def _say_all(lines: dict[str, str]) -> None:
-    width = max(map(len, lines))
-    for name, text in lines.items():
-        print_line(f"{name:{width}}  {text}")
 
 
 def _with_error(trainer: Trainer, name: str) -> str:

@@ -7,10 +7,8 @@ from typing import Any, get_args
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from xpo_lightning.callbacks.base import is_fast_dev_run
-from xpo_lightning.core.errors import InputError
-from xpo_lightning.core.timer import Phase, PhaseTimer
-from xpo_lightning.module import XPOLightningModule
+from xpo_lightning.callbacks.base import is_fast_dev_run, our_module
+from xpo_lightning.core.timer import Phase
 
 TIMED = ("step", *get_args(Phase))
 
@@ -36,11 +34,7 @@ class Throughput(Callback):
         Raises:
             InputError: The module is another one, which has no timer.
         """
-        if not isinstance(pl_module, XPOLightningModule):
-            raise InputError(
-                f"trainer.callbacks: Throughput times an XPOLightningModule, not {type(pl_module).__name__}"
-            )
-        self._timer: PhaseTimer = pl_module.timer
+        self._timer = our_module(self, pl_module).timer
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reset all times and counts."""

@@ -1,4 +1,13 @@
-"""Text from models for a terminal: control characters must not be able to steer it."""
+"""Text for a terminal: lines in columns, and text from models, whose control characters must not steer it."""
+
+from collections.abc import Iterable
+
+
+def aligned(lines: Iterable[tuple[str, str]]) -> list[str]:
+    """Return a line for each name and its text; the texts begin in one column."""
+    pairs = list(lines)
+    width = max((len(name) for name, _ in pairs), default=0)
+    return [f"{name:{width}}  {text}" for name, text in pairs]
 
 
 def printable(text: str, keep: str = "\n") -> str:

@@ -73,16 +73,15 @@ class Change:
     values: list[Value]
 
 
-def headlines(metrics: Metrics) -> list[Change]:
-    """Return the headline metrics of the page, as far as they were logged."""
-    changes = (_change(metrics, name, title, note) for name, (title, note) in HEADLINES.items())
-    return [change for change in changes if change]
+def changes(metrics: Metrics, titles: dict[str, tuple[str, str]]) -> list[Change]:
+    """Return held-out metrics, as far as they were logged.
 
-
-def held_out(metrics: Metrics) -> list[Change]:
-    """Return the held-out metrics, as far as they were logged."""
-    changes = (_change(metrics, name, title, "") for name, title in HELD_OUT.items())
-    return [change for change in changes if change]
+    Args:
+        metrics: The metrics of the run.
+        titles: Title and note of each metric.
+    """
+    found = (_change(metrics, name, title, note) for name, (title, note) in titles.items())
+    return [change for change in found if change]
 
 
 def timings(metrics: Metrics) -> dict[str, str]:
@@ -150,8 +149,8 @@ def report_of(run: RunFiles) -> str:
     return environment.get_template("report.html.j2").render(
         run=run,
         steps=last_step(metrics),
-        headlines=headlines(metrics),
-        held_out=held_out(metrics),
+        headlines=changes(metrics, HEADLINES),
+        held_out=changes(metrics, {name: (title, "") for name, title in HELD_OUT.items()}),
         charts=[one for one in charts.values() if one],
         not_logged=[title for title, one in charts.items() if one is None],
         box=chart,

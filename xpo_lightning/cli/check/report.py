@@ -9,6 +9,7 @@ from xpo_lightning.cli.check.dry_step import DryStep
 from xpo_lightning.cli.check.meter import Meter
 from xpo_lightning.cli.check.requirements import Disk
 from xpo_lightning.cli.check.survey import Prompts, RewardRows, Survey
+from xpo_lightning.core.printable import aligned
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.reporting.memory.estimate import MemoryEstimate, Standing
@@ -49,9 +50,7 @@ class Findings:
 def report_lines(module: XPOLightningModule, found: Findings, warnings: list[str]) -> list[str]:
     """Return the report: a line for each subject, then a line for each warning."""
     subjects = [*models_of(module), *_data(module, found), *_tried(found), *_memory(found)]
-    width = max(len(name) for name, _ in subjects)
-    lines = [f"{name:{width}}  {text}" for name, text in subjects]
-    return [*lines, *(f"{'warning':{width}}  {text}" for text in warnings)]
+    return aligned([*subjects, *(("warning", text) for text in warnings)])
 
 
 def _data(module: XPOLightningModule, found: Findings) -> Iterator[tuple[str, str]]:

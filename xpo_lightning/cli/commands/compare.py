@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from xpo_lightning.callbacks.base import print_line
+from xpo_lightning.callbacks.base import print_lines
 from xpo_lightning.core.atomic_files import replacing_file
 from xpo_lightning.core.batch import Pair
 from xpo_lightning.core.checks import check_range
@@ -170,5 +170,4 @@ def _show(result: dict[str, Any], a: str, b: str, where: str, samples: int) -> N
     }
     if "score_a" in result:
         lines["mean score"] = f"{result['score_a']:.4g} for A, {result['score_b']:.4g} for B"
-    for name, text in lines.items():
-        print_line(f"{name:10}  {text}")
+    print_lines(lines)

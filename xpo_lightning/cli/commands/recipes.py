@@ -5,6 +5,7 @@ from pathlib import Path
 
 from xpo_lightning.core import recipes as shipped
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.core.printable import aligned
 
 
 def recipes(name: str | None = None, target: str | None = None, /) -> None:
@@ -16,9 +17,7 @@ def recipes(name: str | None = None, target: str | None = None, /) -> None:
     """
     known = shipped.recipes()
     if name is None:
-        width = max(map(len, known))
-        for title, file in known.items():
-            print(f"{title:{width}}  {shipped.purpose_of(file)}")
+        print(*aligned((title, shipped.purpose_of(file)) for title, file in known.items()), sep="\n")
         print("\nxpo fit --config NAME runs one; xpo recipes NAME copies its file.")
         return
     recipe = shipped.recipe_named(name)
