@@ -76,6 +76,24 @@ def test_commands_have_what_the_run_needs(
     assert reference == f"vllm serve {model} --host 127.0.0.1 --port 3 --dtype bfloat16"
 
 
+def test_configs_are_laid_one_over_the_other_as_for_a_run(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = write(LORA, url="http://localhost:8000")
+    over = tmp_path / "over.yaml"
+    over.write_text(
+        "model: {lora: {r: 30}, rollout: {class_path: VLLMRollout, init_args: {url: 'http://localhost:8001'}}}\n"
+        "data: {max_prompt_tokens: 20}\ntrainer: {precision: bf16-mixed}\n"
+    )
+    for words in (["--config", whole, "--config", str(over)], [f"--config={whole}", f"--config={over}"]):
+        capsys.readouterr()
+        main(["serve", *words])
+        (line,) = capsys.readouterr().out.splitlines()
+        assert "--port 8001 --dtype bfloat16 --max-model-len 25 --enable-lora --max-lora-rank 32" in line
+    over.write_text("model: {alpha: 0}\n")
+    assert "has no group 'data'" in refused(capsys, "serve", "--config", str(over))
+
+
 def test_what_has_no_server_is_refused(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write({"r": 4}, url="http://far:8000")
     assert "no URL of model.rollout is on this machine" in refused(capsys, "serve", "--config", config, "--start")

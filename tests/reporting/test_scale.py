@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,42 @@ def test_the_job_script_starts_a_process_for_each_gpu_of_its_recipe():
     assert int(options["ntasks-per-node"]) == int(options["gpus-per-node"]) == trainer["devices"]
     for file in re.findall(r"--config (\S+)", script):
         assert (ROOT / file).is_file()
+
+
+def test_the_job_script_with_a_server_runs_both_and_ends_as_the_run_does(tmp_path: Path):
+    """With stand-ins for `xpo` and `curl`: the server is up before the run and gone after it; the run gives the status."""
+    notes = tmp_path / "notes"
+    xpo = f"""#!/bin/bash
+echo "$1 on $CUDA_VISIBLE_DEVICES: ${{*:2}}" >> {notes}
+if [ $1 = serve ]; then trap "echo served >> {notes}; exit" TERM; while true; do sleep 0.05; done; fi
+trap "echo stopped >> {notes}; exit 143" TERM
+touch {tmp_path}/runs; while [ -e {tmp_path}/runs ]; do sleep 0.05; done; exit 3
+"""
+    curl = f"#!/bin/bash\n[ $(wc -l < {notes}) -ge 1 ]\n"
+    for name, text in {"xpo": xpo, "curl": curl, "sleep": '#!/bin/bash\n/bin/sleep "${1/5/0.1}"\n'}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    configs = "--config configs/scale/8b_lora_one_gpu.yaml --config configs/scale/8b_lora_vllm.yaml"
+    expected = [f"serve on 1: {configs} --start", f"fit on 0: {configs} --ckpt_path last"]
+    for is_stopped, status, last in ((False, 3, ["served"]), (True, 143, ["stopped", "served"])):
+        notes.write_text("")
+        job = subprocess.Popen(["bash", str(SCALE / "8b_lora_vllm.sbatch")], env=environment, cwd=ROOT)
+        wait_for(tmp_path / "runs")
+        if is_stopped:
+            job.terminate()
+        else:
+            (tmp_path / "runs").unlink()
+        assert job.wait(20) == status
+        (tmp_path / "runs").unlink(missing_ok=True)
+        assert notes.read_text().splitlines() == [*expected, *last]
+
+
+def wait_for(file: Path) -> None:
+    end = time.monotonic() + 20
+    while not file.exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_four_bit_weights_are_counted_by_hand():

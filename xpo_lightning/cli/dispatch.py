@@ -102,8 +102,11 @@ def run(verb: str, args: list[str]) -> None:
     """
     function = getattr(import_module(f"xpo_lightning.cli.commands.{verb}"), verb)
     parser = parser_of(function)
-    values = vars(parser.instantiate(parser.parse_args(args)))
     parameters = inspect.signature(function).parameters
+    for name, parameter in parameters.items():
+        if parameter.kind is not BY_PLACE and parameter.annotation == list[str]:
+            args = _gathered(args, f"--{name}")
+    values = vars(parser.instantiate(parser.parse_args(args)))
     by_place = [values.pop(name) for name, parameter in parameters.items() if parameter.kind is BY_PLACE]
     try:
         function(*by_place, **values)
@@ -163,5 +166,19 @@ def parser_of(function: Callable[..., Any]) -> VerbParser:
 def _take_several(parser: ArgumentParser) -> None:
     """Accept a list of strings without a default as `RUN [RUN ...]`; jsonargparse would require brackets."""
     for action in parser._actions:
-        if not action.option_strings and getattr(action, "_typehint", None) == list[str]:
+        if getattr(action, "_typehint", None) == list[str]:
             vars(action).update(nargs="+", _typehint=str, metavar=action.dest.removesuffix("s").upper())
+
+
+def _gathered(args: list[str], option: str) -> list[str]:
+    """Put the values of an option that may be given several times behind one: `--config a --config b`."""
+    rest, values = list[str](), list[str]()
+    words = iter(args)
+    for word in words:
+        if word == option:
+            values += [value for value in [next(words, None)] if value is not None]
+        elif word.startswith(f"{option}="):
+            values.append(word.removeprefix(f"{option}="))
+        else:
+            rest.append(word)
+    return [*rest, option, *values] if values else args

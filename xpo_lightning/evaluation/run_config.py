@@ -37,29 +37,38 @@ class _PartsParser(OneLineErrors, ArgumentParser):
     """Parses the groups `model` and `data` of a config."""
 
 
-def read_run_config(config: str) -> RunConfig:
+def read_run_config(*configs: str) -> RunConfig:
     """Build the module and the data module of a run.
 
     Args:
-        config: The `config.yaml` in the run's folder, the file that it was started with, or the name of a recipe.
+        configs: The `config.yaml` in the run's folder, the file that it was started with, or the name of a recipe; and
+            further configs that are laid over it.
 
     Raises:
-        InputError: It is not a config of a run, or its module or data module cannot be built.
+        InputError: The first is not a config of a run, or its module or data module cannot be built.
     """
-    path = config_file(config)
-    search_beside([path])
+    paths = [Path(config_file(config)) for config in configs]
+    search_beside([str(path) for path in paths])
     parser = _PartsParser(prog="xpo", exit_on_error=True)
     for name, part in PARTS.items():
         parser.add_class_arguments(part, name, fail_untyped=False)
-    content = _read(Path(path))
-    parts = {name: content[name] for name in PARTS}
+    parsed, precision = None, ""
+    for path in paths:
+        content = _read(path)
+        if parsed is None:
+            _check_whole(content, path)
+        parts = {name: content[name] for name in PARTS if name in content}
+        try:
+            parsed = parser.parse_object(parts, parsed)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"--config: '{path}' cannot be used: {error}") from error
+        trainer = content.get("trainer")
+        precision = str(trainer.get("precision", precision)) if isinstance(trainer, dict) else precision
     try:
-        built = parser.instantiate(parser.parse_object(parts))
+        built = parser.instantiate(parsed)
     except (TypeError, ValueError) as error:
-        raise InputError(f"--config: '{path}' cannot be used: {error}") from error
-    trainer = content.get("trainer")
-    precision = trainer.get("precision") if isinstance(trainer, dict) else None
-    return RunConfig(built.model, built.data, mixed=str(precision) in ("bf16", "bf16-mixed"))  # Lightning's two names
+        raise InputError(f"--config: '{paths[-1]}' cannot be used: {error}") from error
+    return RunConfig(built.model, built.data, mixed=precision in ("bf16", "bf16-mixed"))  # Lightning's two names
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -67,13 +76,16 @@ def _read(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"--config: '{path}' cannot be read ({' '.join(str(error).split()):.200})") from error
-    missing = [name for name in PARTS if not isinstance(content, dict) or not isinstance(content.get(name), dict)]
+    return dict(content) if isinstance(content, dict) else {}
+
+
+def _check_whole(content: dict[str, Any], path: Path) -> None:
+    missing = [name for name in PARTS if not isinstance(content.get(name), dict)]
     if missing:
         raise InputError(
             f"--config: '{path}' has no group '{missing[0]}', so it is no config of a whole run; give the config.yaml "
             f"in the run's folder"
         )
-    return dict(content)
 
 
 class _SamplingParser(OneLineErrors, ArgumentParser):

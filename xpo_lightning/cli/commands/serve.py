@@ -15,7 +15,7 @@ from xpo_lightning.rollout.vllm.engine import VLLMRollout
 _BETWEEN_LOOKS, _PATIENCE = 0.5, 60.0  # seconds
 
 
-def serve(*, config: str, start: bool = False) -> None:
+def serve(*, config: list[str], start: bool = False) -> None:
     """Print the command of each vLLM server that a run needs.
 
     A command comes with what the run asks of its server: the model, its type, the rank of the adapters, the longest
@@ -23,10 +23,10 @@ def serve(*, config: str, start: bool = False) -> None:
     such as --tensor-parallel-size.
 
     Args:
-        config: The config of the run.
+        config: The configs of the run, one over the other, as `xpo fit` takes them.
         start: Start the servers on this machine, and end them with this command.
     """
-    commands = commands_of(read_run_config(config))
+    commands = commands_of(read_run_config(*config))
     for command in commands:
         where = "" if command.is_local else f"   # on the machine of {command.url}"
         print(f"{command}{where}", flush=True)
