@@ -89,7 +89,7 @@ def test_the_job_script_starts_a_process_for_each_gpu_of_its_recipe():
 
 
 def test_the_job_script_with_a_server_runs_both_and_ends_as_the_run_does(tmp_path: Path):
-    """With stand-ins for `xpo` and `curl`: the server is up before the run, and gone after it; the status is its own."""
+    """With stand-ins for `xpo` and `curl`: the server is up before the run, gone after it; the status is the run's."""
     notes = tmp_path / "notes"
     xpo = f"""#!/bin/bash
 echo "$1 on $CUDA_VISIBLE_DEVICES: ${{*:2}}" >> {notes}
