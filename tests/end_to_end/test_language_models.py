@@ -165,11 +165,22 @@ def test_results_of_runs_worked_by_hand(script, tmp_path):
             assert getattr(kept, name) == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
 
 
-WITH_POLICY = {"online_dpo", "xpo_both", "selm", "sepopo", "geb", "copo", "entropy", "hot", "best_of_n"}
+WITH_POLICY = {
+    "bonus_alone_both",
+    "online_dpo",
+    "xpo_both",
+    "selm",
+    "sepopo",
+    "geb",
+    "copo",
+    "entropy",
+    "hot",
+    "best_of_n",
+}
 WITHOUT_BONUS = {"online_dpo", "dpo_reference", "entropy", "hot", "best_of_n"}
 
 
-@pytest.mark.parametrize("task", ["rare", "trap", "covered", "sums", "sums_covered"])
+@pytest.mark.parametrize("task", ["rare", "trap", "reason", "covered", "sums", "sums_covered"])
 def test_arms_are_what_they_are_called(script, task, monkeypatch, tmp_path):
     """Each run of a task by the options that it would be made with."""
     monkeypatch.chdir(script.ROOT)
