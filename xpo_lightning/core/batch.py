@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -301,6 +302,30 @@ def left_pad(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") 
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(width)[None] >= width - lengths[:, None]
     return ids.to(device), mask.to(device)
+
+
+def stack_completions(
+    rows: Sequence[Sequence[int] | Tensor],
+    ended: Sequence[bool],
+    texts: Sequence[str],
+    logps: Sequence[Sequence[float] | Tensor] | None = None,
+) -> Completions:
+    """Stack completions of unequal length, on the CPU.
+
+    Args:
+        rows: Token ids of B completions, none empty.
+        ended: Whether each ended by itself.
+        texts: Each as text.
+        logps: The writer's log-probability of each token; None is NaN.
+    """
+    ids = pad_sequence([torch.as_tensor(row, dtype=torch.long) for row in rows], batch_first=True)
+    counts = tuple(map(len, rows))
+    mask = torch.arange(ids.shape[1]) < torch.tensor(counts)[:, None]
+    if logps is None:
+        token_logps = torch.zeros(ids.shape).masked_fill(mask, torch.nan)
+    else:
+        token_logps = pad_sequence([torch.as_tensor(row, dtype=torch.float32) for row in logps], batch_first=True)
+    return _counted(Completions(ids, mask, torch.tensor(ended), tuple(texts), token_logps), counts)
 
 
 def same_tokens(completions: Pair[Completions]) -> Tensor:

@@ -69,10 +69,9 @@ class CompletionDecoder:
         kept = row[:-1] if row[-1] in self.eos_token_ids else row
         # A stop string may contain special tokens, so it is searched for in the text that still shows them.
         whole = self.decode_behind(end, kept, skip_special=False) if self.stop_strings else ""
-        found = [position for stop in self.stop_strings if (position := whole.find(stop)) >= 0]
-        if not found:
+        text, stop = cut_at_stop(whole, self.stop_strings)
+        if not stop:
             return self.decode_behind(end, kept)
-        text = whole[: min(found)]
         for token in self.tokenizer.added_tokens_decoder.values():
             text = text.replace(token.content, "") if token.special else text
         return text
@@ -113,3 +112,10 @@ class CompletionDecoder:
 
     def _decode(self, ids: list[int], skip_special: bool) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False))
+
+
+def cut_at_stop(text: str, stop_strings: Sequence[str]) -> tuple[str, str]:
+    """Cut a text before the first stop string in it; return the text and that stop string, or "" if it has none."""
+    found = [(place, stop) for stop in stop_strings if (place := text.find(stop)) >= 0]
+    place, stop = min(found, default=(len(text), ""))
+    return text[:place], stop

@@ -5,11 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from xpo_lightning.core.batch import Completions, Prompts
+from xpo_lightning.core.batch import Completions, Prompts, stack_completions
 from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.rollout.local import LocalRollout
@@ -182,16 +180,12 @@ class RolloutEngine(ABC):
         """
         eos = self.rollout.eos_token_ids
         ends = [next((end + 1 for end, token in enumerate(row) if token in eos), len(row)) for row in ids]
-        rows = [torch.as_tensor(row[:end], dtype=torch.long) for row, end in zip(ids, ends, strict=True)]
-        numbers = [torch.tensor(row[:end]) for row, end in zip(logps, ends, strict=True)]
-        padded = pad_sequence(rows, batch_first=True)
-        mask = torch.arange(padded.shape[1]) < torch.tensor(ends)[:, None]
-        ended = torch.tensor([int(row[-1]) in eos for row in rows])
-        if stopped is not None:
-            ended |= torch.tensor(stopped)
-        texts = self.rollout.texts(prompts, padded, mask)
-        made = Completions(padded, mask, ended, texts, pad_sequence(numbers, batch_first=True))
-        return made.to(prompts.ids.device)
+        rows = [list(row[:end]) for row, end in zip(ids, ends, strict=True)]
+        numbers = [row[:end] for row, end in zip(logps, ends, strict=True)]
+        ended = [row[-1] in eos or by_other for row, by_other in zip(rows, stopped or [False] * len(rows), strict=True)]
+        decoder = self.rollout.decoder
+        texts = [decoder.decode(end, row) for end, row in zip(decoder.read_ends(prompts), rows, strict=True)]
+        return stack_completions(rows, ended, texts, numbers).to(prompts.ids.device)
 
     def compare(self, who: Writer, written: Sequence[Completions], logps: Tensor, *, is_behind: bool = False) -> None:
         """Compare the engine's log-probabilities with those computed in this process.

@@ -2,12 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-
-from xpo_lightning.core.batch import Completions, Prompts
+from xpo_lightning.core.batch import Completions, Prompts, stack_completions
 from xpo_lightning.core.errors import InputError
-from xpo_lightning.rollout.decoding import CompletionDecoder
+from xpo_lightning.rollout.decoding import CompletionDecoder, cut_at_stop
 
 
 def given_completions(texts: Sequence[str], prompts: Prompts, decoder: CompletionDecoder, most: int) -> Completions:
@@ -28,17 +25,14 @@ def given_completions(texts: Sequence[str], prompts: Prompts, decoder: Completio
     """
     rows, ended, shown = [], [], []
     for text, prompt_end in zip(texts, decoder.read_ends(prompts), strict=True):
-        kept, stop = _stopped(text, decoder.stop_strings)
+        kept, stop = cut_at_stop(text, decoder.stop_strings)
         ids = [*_tokenized(kept + stop, prompt_end, decoder), *([] if stop else decoder.eos_token_ids[:1])]
         if not ids:
             raise InputError("a sampler wrote an empty completion, and there is no EOS token to end it with")
         ended.append(len(ids) <= most)
-        rows.append(torch.tensor(ids[:most], dtype=torch.long))
+        rows.append(ids[:most])
         shown.append(kept if ended[-1] else decoder.decode_behind(prompt_end, ids[:most]))
-    tokens = pad_sequence(rows, batch_first=True)
-    mask = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-    logps = torch.zeros(tokens.shape).masked_fill(mask, torch.nan)
-    return Completions(tokens, mask, torch.tensor(ended), tuple(shown), logps).to(prompts.ids.device)
+    return stack_completions(rows, ended, shown).to(prompts.ids.device)
 
 
 def _tokenized(text: str, prompt_end: list[int], decoder: CompletionDecoder) -> list[int]:
@@ -58,10 +52,3 @@ def _tokenized(text: str, prompt_end: list[int], decoder: CompletionDecoder) -> 
 def _encode(text: str, decoder: CompletionDecoder) -> list[int]:
     # A text that contains the name of a special token is still ordinary text.
     return list(decoder.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-
-
-def _stopped(text: str, stop_strings: Sequence[str]) -> tuple[str, str]:
-    """Cut a text before the first stop string in it; return the text and that stop string, or "" if it has none."""
-    found = [(place, stop) for stop in stop_strings if (place := text.find(stop)) >= 0]
-    place, stop = min(found, default=(len(text), ""))
-    return text[:place], stop

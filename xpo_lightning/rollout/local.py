@@ -226,11 +226,7 @@ class LocalRollout:
         width = int(lengths.max())
         mask = torch.arange(width, device=lengths.device) < lengths[:, None]
         ids, logps = (buffer[: len(prompts), :width].clone() for buffer in (written.tokens, written.logps))
-        return Completions(ids, mask, ended.clone(), self.texts(prompts, ids, mask), logps)
-
-    def texts(self, prompts: Prompts, ids: Tensor, mask: Tensor) -> tuple[str, ...]:
-        """Decode completions; see `CompletionDecoder.decode_all`."""
-        return self.decoder.decode_all(prompts, ids, mask)
+        return Completions(ids, mask, ended.clone(), self.decoder.decode_all(prompts, ids, mask), logps)
 
 
 def gather(parts: Sequence[Completions], groups: Sequence[Sequence[int]]) -> Completions:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpo_lightning.core.batch import Completions, Prompts
+from xpo_lightning.core.batch import Completions, Prompts, stack_completions
 from xpo_lightning.core.distributed import all_gather
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.fault_tolerance.guard import Guard
@@ -144,11 +144,8 @@ def with_kept(fresh: Completions | None, kept: Sequence[Entry | None], device: t
 
 
 def _stacked(entries: Sequence[Entry]) -> Completions:
-    ids = torch.nn.utils.rnn.pad_sequence([entry.ids for entry in entries], batch_first=True)
-    logps = torch.nn.utils.rnn.pad_sequence([entry.token_logps for entry in entries], batch_first=True)
-    mask = torch.arange(ids.shape[1]) < torch.tensor([len(entry.ids) for entry in entries])[:, None]
-    ended = torch.tensor([entry.ended for entry in entries])
-    return Completions(ids, mask, ended, tuple(entry.text for entry in entries), logps)
+    ids, ended = [entry.ids for entry in entries], [entry.ended for entry in entries]
+    return stack_completions(ids, ended, [entry.text for entry in entries], [entry.token_logps for entry in entries])
 
 
 def _keys(prompts: Prompts) -> list[bytes]:

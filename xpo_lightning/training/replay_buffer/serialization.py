@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from xpo_lightning.core.batch import BonusSample, Completions, Experience, Pair, Prompts, left_pad
+from xpo_lightning.core.batch import BonusSample, Completions, Experience, Pair, Prompts, left_pad, stack_completions
 from xpo_lightning.core.errors import InputError
 
 
@@ -75,12 +74,8 @@ def decoded(lines: Sequence[str], device: torch.device | str) -> Experience:
         return Pair(of_side(name, 0), of_side(name, 1))
 
     def completions(side: int) -> Completions:
-        rows = [torch.tensor(pair["ids"][side]) for pair in pairs]
-        tokens = pad_sequence(rows, batch_first=True)
-        real = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-        texts = tuple(pair["texts"][side] for pair in pairs)
-        logps = torch.zeros(tokens.shape).masked_fill(real, torch.nan)
-        return Completions(tokens, real, of_side("ended", side), texts, logps)
+        ids, ended, texts = ([pair[name][side] for pair in pairs] for name in ("ids", "ended", "texts"))
+        return stack_completions(ids, ended, texts)
 
     return Experience(
         prompts=Prompts(ids, mask, tuple(pair["prompt"] for pair in pairs)),
