@@ -55,6 +55,10 @@ class Reference(nn.Module):
         self.refreshed: Snapshot | None = None
         self._policy = (policy,)  # In a tuple, or it would be registered a second time.
 
+    def train(self, mode: bool = True) -> "Reference":
+        """Stay in eval mode: with dropout, the log-probabilities that the policy is compared with would be random."""
+        return super().train(False)
+
     def begin(self) -> None:
         """Snapshot the untrained policy, if the reference is to be refreshed; call it before training."""
         if self.refresh is not None:
