@@ -1,5 +1,6 @@
 """Tiny models and tokenizers that every test shares, and short ways to build and train a module."""
 
+import gc
 import logging
 import os
 import signal
@@ -99,6 +100,16 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
     "no_pad": {"bos_token": "<bos>", "eos_token": "<eos>"},
     "chat": {"pad_token": "<pad>", "eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE},
 }
+
+
+def pytest_collection() -> None:
+    """Look for no garbage while tests are imported: what is imported stays, and to look through it takes seconds."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

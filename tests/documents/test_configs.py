@@ -77,7 +77,14 @@ def test_config_files_it_names_exist(file):
             assert Path(resolve(source, "data.source")).is_file()
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(file, marks=[pytest.mark.slow] * (file.name not in ("quickstart.yaml", "sppo.yaml")))
+        for file in FILES
+    ],
+    ids=lambda file: file.name,
+)
 def test_config_by_its_name_is_the_file(file, tmp_path, monkeypatch):
     expected = parse_file(file)
     monkeypatch.chdir(tmp_path)

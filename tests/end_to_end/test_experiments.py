@@ -94,7 +94,11 @@ def test_measurement_before_the_first_step_is_the_references_regret(train: Calla
 
 
 @pytest.mark.parametrize(
-    ("problem", "arm"), [("rare_best", "xpo_both"), ("rare_mode", "xpo_sgd"), ("rare_best", "xpo")]
+    ("problem", "arm"),
+    [
+        ("rare_best", "xpo_both"),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in (("rare_mode", "xpo_sgd"), ("rare_best", "xpo"))),
+    ],
 )
 def test_a_seed_among_others_ends_as_it_would_alone(
     problem: str, arm: str, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from conftest import BARE
 
 from xpo_lightning import Experience
 from xpo_lightning.cli.lightning_cli import main
@@ -19,6 +20,7 @@ METHODS = sorted(name.removeprefix("methods/") for name in recipes() if name.sta
 SMALL = ["--trainer.max_steps=2", "--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=0"]
 SMALL += ["--trainer.val_check_interval=null", "--data.batch_size=4", "--model.sampling.max_new_tokens=8"]
 SMALL += ["--model.warmup_ratio=0", "--model.learning_rate=1e-3"]
+WITHOUT_FILES = ["--trainer.enable_checkpointing=false", *(f"--defaults.{name}=false" for name in BARE)]
 BETA = 0.3  # the quickstart's
 Terms = dict[str, torch.Tensor]
 
@@ -92,7 +94,9 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Seen]:
 
     def run(method: str, *more: str) -> Seen:
         callbacks = f"--trainer.callbacks=[{{class_path: {__name__}.Seen}}]"
-        main(["fit", "--config", "quickstart", "--config", f"methods/{method}", *SMALL, callbacks, *more])
+        main(
+            ["fit", "--config", "quickstart", "--config", f"methods/{method}", *SMALL, *WITHOUT_FILES, callbacks, *more]
+        )
         return Seen.last
 
     return run
@@ -126,7 +130,7 @@ def test_copo_raises_what_it_has_not_seen(fit: Callable[..., Seen]):
 
 def test_dpo_offline_samples_nothing(fit: Callable[..., Seen], tmp_path: Path):
     """The first step is that of equal models, log 2; nothing was sampled, so there is no bonus and no KL."""
-    seen = fit("dpo_offline", "--model.reward=null", "--model.missing_eos_penalty=null")
+    seen = fit("dpo_offline", "--model.reward=null", "--model.missing_eos_penalty=null", "--defaults.run_summary=true")
     first, second = seen.logged
     assert first["loss/total"] == first["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
     assert second["loss/dpo"] != first["loss/dpo"]
@@ -141,7 +145,8 @@ def test_dpo_offline_validates_on_held_out_pairs(fit: Callable[..., Seen], tmp_p
     every = ["--trainer.val_check_interval=1", "--trainer.limit_val_batches=1.0", "--data.validation_size=8"]
     whole = ["--trainer.num_sanity_val_steps=null", "--trainer.callbacks=null", "--model.learning_rate=3e-4"]
     size = ["--data.batch_size=64", "--model.sampling.max_new_tokens=64", "--trainer.max_steps=4"]
-    fit("dpo_offline", *no_reward, *every, *whole, *size)
+    files = ["--trainer.enable_checkpointing=true", *(f"--defaults.{name}=true" for name in BARE)]
+    fit("dpo_offline", *no_reward, *every, *whole, *size, *files)
     folder = tmp_path / "runs" / "dpo_offline" / "version_0"
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     held_out = [float(row["eval/loss/dpo"]) for row in rows if row["eval/loss/dpo"]]

@@ -169,8 +169,14 @@ def test_drift_ends_no_run_whose_engine_is_meant_to_be_behind(
         fit(make_module(rollout=deaf, learning_rate=1e-2), data())
 
 
-@pytest.mark.parametrize("way", [(3, 0), (1, 1), (3, 1)])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(
+    ("lora", "way"),
+    [
+        *((False, way) for way in ((3, 0), (1, 1), (3, 1))),
+        *(pytest.param(True, way, marks=pytest.mark.slow) for way in ((3, 0), (1, 1))),
+        (True, (3, 1)),
+    ],
+)
 def test_resumed_run_ends_as_the_unbroken_one(
     make_module: MakeModule, data: Any, engine_of: Any, way: tuple[int, int], lora: bool, tmp_path: Path
 ) -> None:

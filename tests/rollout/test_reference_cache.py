@@ -114,8 +114,10 @@ def test_without_a_cache_every_epoch_samples_anew(make_module: MakeModule, colle
     assert module.timer.counts["reference_rollout"] == 2
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("rows_at_once", [None, 2])
+@pytest.mark.parametrize(
+    ("rows_at_once", "lora"),
+    [(None, False), (2, True), *(pytest.param(*rest, marks=pytest.mark.slow) for rest in ((None, True), (2, False)))],
+)
 def test_hits_change_neither_the_first_epoch_nor_the_noise_of_the_policy(
     make_module: MakeModule, collected: list[Experience], lora: bool, rows_at_once: int | None
 ):

@@ -238,7 +238,9 @@ class Saver(pl.Callback):
         trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
 
 
-@pytest.mark.parametrize("kind", ["alone", "hybrid", "hybrid_with_buffer", "refreshed"])
+@pytest.mark.parametrize(
+    "kind", ["alone", pytest.param("hybrid", marks=pytest.mark.slow), "hybrid_with_buffer", "refreshed"]
+)
 def test_a_resumed_run_goes_on_as_the_whole_one(
     make_module: MakeModule, pairs_file: str, prompts_file: str, tmp_path: Path, kind: str
 ):
