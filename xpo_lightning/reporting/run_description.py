@@ -73,12 +73,16 @@ def opening_lines(trainer: Trainer, module: XPOLightningModule) -> dict[str, str
 def _data(data: PromptDataModule, module: XPOLightningModule) -> Iterator[tuple[str, str]]:
     for role, prompts in data.prompts.items():
         yield role, f"{_prompts(prompts)} of {data.source_of(role).name}"
-    size, new = data.batching.size, module.sampling.max_new_tokens
-    completions = 2 * module.candidates.count * size
-    sampled = f"{size:,} prompts, {completions:,} completions"
+    yield "batch", f"{batch_text(data, module)} of at most {module.sampling.max_new_tokens:,} tokens"
+
+
+def batch_text(data: PromptDataModule, module: XPOLightningModule) -> str:
+    """Say of how many prompts, completions and preference pairs a batch is."""
+    size = data.batching.size
+    if data.trains_on_pairs_alone:
+        return f"{size:,} preference pairs"
     beside = "" if data.preferences is None else f", {data.preferences_batch_size:,} preference pairs"
-    whole = f"{size:,} preference pairs" if data.trains_on_pairs_alone else f"{sampled}{beside}"
-    yield "batch", f"{whole} of at most {new:,} tokens"
+    return f"{size:,} prompts, {2 * module.candidates.count * size:,} completions{beside}"
 
 
 def _prompts(prompts: PromptDataset | PromptStream) -> str:

@@ -13,7 +13,7 @@ from xpo_lightning.core.printable import aligned
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.reporting.memory.estimate import MemoryEstimate, Standing
-from xpo_lightning.reporting.run_description import estimate_text, models_of, size_text
+from xpo_lightning.reporting.run_description import batch_text, estimate_text, models_of, size_text
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,8 @@ def _data(module: XPOLightningModule, found: Findings) -> Iterator[tuple[str, st
     data: PromptDataModule = module.trainer.datamodule  # type: ignore[attr-defined]
     size = data.batching.size
     written = 0 if data.trains_on_pairs_alone else 2 * module.candidates.count * size
-    whole = f"{size:,} preference pairs" if data.trains_on_pairs_alone else f"{size:,} prompts, {written:,} completions"
-    beside = "" if data.preferences is None else f", {data.preferences_batch_size:,} preference pairs"
     tokens = f"{size * survey.training.mean:,.0f} prompt tokens on average, at most {written * new:,} new tokens"
-    yield "batch", f"{whole}{beside}; {tokens}; {module.plan.step_count} optimizer step(s)"
+    yield "batch", f"{batch_text(data, module)}; {tokens}; {module.plan.step_count} optimizer step(s)"
 
 
 def _prompts(prompts: Prompts) -> str:
