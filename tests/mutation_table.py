@@ -636,26 +636,26 @@ broken(
     "rewards/test_preference.py",
     (
         "the temperature multiplies",
-        "torch.sigmoid(preferences.margins / self.temperature)",
-        "torch.sigmoid(preferences.margins * self.temperature)",
+        "torch.sigmoid(pairs.margins / self.temperature)",
+        "torch.sigmoid(pairs.margins * self.temperature)",
     ),
     (
         "a judge's temperature multiplies",
         "torch.logit(probabilities) / temperature",
         "torch.logit(probabilities) * temperature",
     ),
-    ("labels are flipped too often", "uniforms[:, 1] < self.flip", "uniforms[:, 1] > self.flip"),
+    ("labels are flipped too often", "flips < self.flip", "flips > self.flip"),
     (
         "the draw of a label decides on its flip",
-        "torch.where(uniforms[:, 1] < self.flip",
-        "torch.where(uniforms[:, 0] < self.flip",
+        "draws, flips = (None, None) if uniforms is None else uniforms.to(margins).unbind(1)",
+        "draws, flips = (None, None) if uniforms is None else (uniforms[:, 0], uniforms[:, 0])",
     ),
     (
         "a margin that is just enough is silent",
-        "preferences.margins.abs() < self.min_margin",
-        "preferences.margins.abs() <= self.min_margin",
+        "(margins.abs() < self.min_margin)",
+        "(margins.abs() <= self.min_margin)",
     ),
-    ("a lost pair is silent", "preferences.margins.abs() < self.min_margin", "preferences.margins < self.min_margin"),
+    ("a lost pair is silent", "(margins.abs() < self.min_margin)", "(margins < self.min_margin)"),
     ("no answer is no label", "torch.where(unanswered, 0.5, labels)", "labels"),
     ("the lower score wins", "(torch.sign(margins) + 1) / 2", "(1 - torch.sign(margins)) / 2"),
     ("a tie goes to the other side", '{"policy": 1.0, "sampler": 0.0}', '{"policy": 0.0, "sampler": 1.0}'),
@@ -684,21 +684,6 @@ broken(
         "test_a_judges_answers_become_labels_and_scores"
     ),
     (
-        "the margin is the sampler's",
-        "margins = scores.by_policy - scores.by_sampler",
-        "margins = scores.by_sampler - scores.by_policy",
-    ),
-    (
-        "an invalid answer is never a tie",
-        "if self.answered is not None and not self.counts_unanswered:",
-        "if self.answered is not None:",
-    ),
-    (
-        "an invalid answer is always a tie",
-        "if self.answered is not None and not self.counts_unanswered:",
-        "if False and self.answered is not None:",
-    ),
-    (
         "columns are not those of the rows",
         "columns = {name: tuple(values[row] for row in rows) for",
         "columns = {name: tuple(values[: len(rows)]) * (len(rows) // size) for",
@@ -709,12 +694,30 @@ broken(
         "penalize_missing_eos(scores.by_sampler, ended.by_sampler, self.missing_eos_penalty)",
         "scores.by_sampler",
     ),
+    ("a judge's answer counts for both", "Pair(wins, 1 - wins),", "Pair(wins, wins),"),
+)
+broken(
+    "rewards/labels.py",
     (
-        "the raw scores have the penalty",
-        "return PairScores(raw, self._penalized(raw, completions))",
-        "return PairScores(self._penalized(raw, completions), self._penalized(raw, completions))",
+        "rewards/test_known_scores.py rewards/test_preference.py test_reward_scores_a_kept_completion_once "
+        "test_missing_eos_penalty_is_taken_once_from_a_kept_score "
+        "test_rows_that_differ_in_a_column_alone_are_kept_apart "
+        "test_only_prompts_without_an_entry_are_sampled "
+        "test_training_pairs_are_the_chosen_ones_of_all_that_were_scored "
+        "test_pairs_without_an_answer_are_skipped_or_tied_or_end_the_run "
+        "test_a_judges_answers_become_labels_and_scores"
     ),
-    ("a judge's answer counts for both", "scores = Pair(wins, 1 - wins)", "scores = Pair(wins, wins)"),
+    (
+        "the margin is the sampler's",
+        "margins = self.scores.by_policy - self.scores.by_sampler",
+        "margins = self.scores.by_sampler - self.scores.by_policy",
+    ),
+    (
+        "an invalid answer is never a tie",
+        "if self.answered is None or self.counts_unanswered:",
+        "if self.answered is None:",
+    ),
+    ("an invalid answer is always a tie", "if self.answered is None or self.counts_unanswered:", "if True:"),
 )
 broken(
     "rewards/ranking.py",
@@ -1319,7 +1322,7 @@ broken(
         "test_adapter_that_leaks_later_is_found_out_by_the_drift"
     ),
     ("EOS does not count", "next((end + 1 for end, token", "next((end for end, token"),
-    ("a stop string is the only end", "ended |= torch.tensor(stopped)", "ended = torch.tensor(stopped)"),
+    ("a stop string is the only end", "ended = [row[-1] in eos or by_other for", "ended = [by_other for"),
     ("differences cancel", "(some.logps - own).abs().sum()", "(some.logps - own).sum()"),
     (
         "an engine that is behind is refused",
@@ -1343,7 +1346,7 @@ broken(
     "rollout/decoding.py",
     "rollout/test_decoding.py",
     ("EOS is text", "kept = row[:-1] if row[-1] in self.eos_token_ids else row", "kept = row"),
-    ("a text is cut at the last stop string", "text = whole[: min(found)]", "text = whole[: max(found)]"),
+    ("the last stop string counts", 'min(found, default=(len(text), ""))', 'max(found, default=(len(text), ""))'),
     (
         "a space of the tokenizer's own stays",
         'return text[1:] if text.startswith(" ") and self._adds_space_behind(end[-1]) else text',
@@ -1357,7 +1360,6 @@ broken(
         "test_completions_are_cut_where_sampled_ones_would_be test_a_function_writes_what_it_returns"
     ),
     ("a completion of just the length is cut", "ended.append(len(ids) <= most)", "ended.append(len(ids) < most)"),
-    ("the last stop string counts", 'min(found, default=(len(text), ""))', 'max(found, default=(len(text), ""))'),
     ("EOS follows a stop string", "*([] if stop else decoder.eos_token_ids[:1])", "*decoder.eos_token_ids[:1]"),
 )
 
@@ -1373,17 +1375,20 @@ broken(
         "test_the_policy_writes_both_and_the_reference_scores_both "
         "test_collected_pairs_of_a_lora_policy_are_those_of_two_separate_models"
     ),
-    ("the cache has penalised scores", "scored.raw.by_sampler[0, missing]", "scored.scores.by_sampler[0, missing]"),
-    ("the policy's numbers are drawn first", "of_sampler, of_policy = (", "of_policy, of_sampler = ("),
     (
-        "labels of a validation are drawn",
-        "labels = rng.uniforms(len(prompts), 2) if training else None",
-        "labels = rng.uniforms(len(prompts), 2)",
+        "the cache has penalised scores",
+        "fresh, raw.by_sampler[0, missing]",
+        "fresh, self.scorer.penalized(raw, completions).by_sampler[0, missing]",
     ),
     (
-        "the third completions' log-probabilities are in another order",
-        "torch.cat(logps)[order_of(groups)])",
-        "torch.cat(logps))",
+        "the sides are swapped",
+        "by_sampler, by_policy, *third = sides",
+        "by_policy, by_sampler, *third = sides",
+    ),
+    (
+        "labels of a validation are drawn",
+        "numbers = rng.uniforms(len(prompts), 2) if training else None",
+        "numbers = rng.uniforms(len(prompts), 2)",
     ),
     (
         "a data set's pairs are refused for their writers",
@@ -1392,17 +1397,22 @@ broken(
     ),
     (
         "only the first completion is timed",
-        "for some in (*completions.by_policy, *completions.by_sampler, *others))",
-        "for some in completions.by_policy)",
+        "for side in sides for some in side.completions",
+        "for side in sides[:1] for some in side.completions",
     ),
+)
+broken(
+    "rollout/batch_writer.py",
     (
-        "the reference's log-probabilities are in another order",
-        "return torch.cat(parts, 1)[:, order_of(groups)]",
-        "return torch.cat(parts, 1)",
+        "test_bradley_terry_labels_are_drawn_in_training_and_expected_in_validation "
+        "test_the_third_completion_alone_is_explored test_dpo_of_offline_pairs_is_that_of_a_naive_loop "
+        "test_the_policy_writes_both_and_the_reference_scores_both "
+        "test_collected_pairs_of_a_lora_policy_are_those_of_two_separate_models"
     ),
+    ("joined log-probabilities are in another order", "logps[:, order_of(groups)]", "logps"),
     (
-        "joined log-probabilities are in another order",
-        "return torch.cat(sides, 1)[:, order]",
-        "return torch.cat(sides, 1)",
+        "joined completions are in another order",
+        "[gather(some, groups) for some in",
+        "[gather(some, sorted(groups)) for some in",
     ),
 )
