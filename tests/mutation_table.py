@@ -873,6 +873,7 @@ broken(
         "validations of a batch differ",
         "self._rng(Stream.VALIDATION, batch_idx)",
         "self._rng(Stream.VALIDATION, self.global_step)",
+        "test_validation_and_training_sample_the_same_prompts_differently",
     ),
     (
         "the bonus learns in the order of micro-batches",

@@ -17,6 +17,7 @@ from xpo_lightning.core.run_events import EVENTS, record_event
 LISTED = 6
 """Most changed settings that are printed; the events have all of them."""
 _OF_THE_COMMAND = ("ckpt_path", "weights_only")
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
 
 
 class ConfigFile(SaveConfigCallback):
@@ -37,10 +38,9 @@ class ConfigFile(SaveConfigCallback):
         Raises:
             InputError: The file system refuses the file.
         """
-        self._text = self.parser.dump(self.config, skip_none=False)
-        self._settings = {
-            name: value for name, value in flatten(yaml.safe_load(self._text)).items() if name not in _OF_THE_COMMAND
-        }
+        self._text = self.parser.dump(self.config, skip_validation=True, skip_unset=False)
+        settings = flatten(yaml.load(self._text, Loader=_LOADER))  # noqa: S506 (either loader is a safe one)
+        self._settings = {name: value for name, value in settings.items() if name not in _OF_THE_COMMAND}
         self._changes = {}
         if trainer.state.fn == TrainerFn.FITTING:
             pl_module.save_hyperparameters(self._settings)

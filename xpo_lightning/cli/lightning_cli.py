@@ -98,6 +98,8 @@ class XPOCLI(LightningCLI):
             save_config_callback=ConfigFile,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
+            # It would write and read the whole config to hand it to `save_hyperparameters`; `ConfigFile` calls that.
+            load_from_checkpoint_support=False,
             parser_class=XPOParser,
             parser_kwargs={
                 "prog": "xpo",

@@ -50,7 +50,8 @@ def identity_of(model: nn.Module) -> Hashable | None:
     device = tensors[0].device.type if tensors else "cpu"
     precision = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
     shapes = [(name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in model.named_parameters()]
-    settings = [(name, _settings_of(module)) for name, module in model.named_modules()]
+    configs: dict[int, str] = {}
+    settings = [(name, _settings_of(module, configs)) for name, module in model.named_modules()]
     text = repr((precision, shapes, settings, [number.hex() for number in values]))
     return hashlib.sha256(text.encode()).hexdigest(), tuple(dict.fromkeys(_code_of(model)))
 
@@ -63,14 +64,20 @@ def _code_of(model: nn.Module) -> Iterator[Any]:
         yield from (one for one in vars(module).values() if isinstance(one, FunctionType | BuiltinFunctionType | type))
 
 
-def _settings_of(module: nn.Module) -> list[tuple[str, str]]:
-    """List the settings of a module and of its config, apart from the mode, which a probe sets itself."""
+def _settings_of(module: nn.Module, configs: dict[int, str]) -> list[tuple[str, str]]:
+    """List the settings of a module and of its config, apart from the mode, which a probe sets itself.
+
+    Args:
+        module: The module.
+        configs: Texts of configs by their `id`, which this adds to: the modules of a model share one config.
+    """
     named = {name: value for name, value in vars(module).items() if name != "training"}
     found = [(name, _text_of(value)) for name, value in named.items() if _is_setting(value)]
     for name, value in named.items():
         if hasattr(value, "to_dict"):
-            attention = str(getattr(value, "_attn_implementation", None))
-            found += [(name, _text_of(value.to_dict())), (name, attention)]
+            if id(value) not in configs:
+                configs[id(value)] = _text_of(value.to_dict()) + str(getattr(value, "_attn_implementation", None))
+            found.append((name, configs[id(value)]))
     return found
 
 
