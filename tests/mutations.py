@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import tomllib
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -166,10 +167,11 @@ class Copy:
             os.dup2(file, 1)
             os.dup2(file, 2)
             sys.dont_write_bytecode = True
-            sys.path.insert(0, str(self.folder))
+            sys.path[:] = [str(self.folder), *sys.path, str(TESTS.parent)]
             os.environ |= {"PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
             first = FirstFailure()
             options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={self.folder / 'pytest'}"]
+            options += ["-o", f"pythonpath={' '.join(_test_folders())}"]
             options += ["-m", "not vllm and not gpu and not trl"] if slow else []
             status = pytest.main([*options, f"--rootdir={TESTS.parent}", *tests], plugins=[first])
             told = {"status": int(status), "test": first.test, "is_broken": first.is_broken}
@@ -183,6 +185,13 @@ class Copy:
         finally:
             sys.stdout.flush()
             os._exit(0)
+
+
+def _test_folders() -> list[str]:
+    """Return the folders that tests import from, but for the repository's root, whose package is not the copy."""
+    settings = tomllib.loads((TESTS.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    folders: list[str] = settings["tool"]["pytest"]["ini_options"]["pythonpath"]
+    return [folder for folder in folders if folder != "."]
 
 
 def _seconds_of_children() -> float:

@@ -6,7 +6,6 @@ import torch
 from conftest import completions_of, prompts_of
 
 from xpo_lightning import Completions, Pair
-from xpo_lightning.core.timer import PhaseTimer
 from xpo_lightning.rewards.python import PythonReward
 from xpo_lightning.rewards.scorer import PairScorer
 
@@ -28,7 +27,7 @@ def test_a_score_that_is_known_is_not_asked_for_again_and_may_be_0():
     ASKED.clear()
     prompts = replace(prompts_of([[1], [2], [3]]), columns={"answer": ("a", "b", "c")})
     sides = Pair([written("p1", "p2", "p3"), written("q4", "q5", "q6")], [written("s7", "s?", "s9")])
-    found = PairScorer(PythonReward(remember), None, PhaseTimer()).score(prompts, sides, [None, 0.0, None])
+    found = PairScorer(PythonReward(remember), None).score(prompts, sides, [None, 0.0, None])
     assert ASKED == [
         ("prompt 0", "p1", "a"),
         ("prompt 1", "p2", "b"),
@@ -39,4 +38,4 @@ def test_a_score_that_is_known_is_not_asked_for_again_and_may_be_0():
         ("prompt 0", "s7", "a"),
         ("prompt 2", "s9", "c"),
     ]
-    assert found.scores.map(torch.Tensor.tolist) == Pair([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], [[7.0, 0.0, 9.0]])
+    assert found.map(torch.Tensor.tolist) == Pair([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], [[7.0, 0.0, 9.0]])
