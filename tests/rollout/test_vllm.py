@@ -11,8 +11,8 @@ from vllm_rollouts import ROWS, Engine, Serve, begun, both, uniforms, worst_gap
 from xpo_lightning.rollout.engine import GenerationRequest
 
 
-def test_request_has_every_setting_so_that_the_server_fills_no_gap(serve: Serve, engine: Engine) -> None:
-    server = serve()
+def test_request_has_every_setting_so_that_the_server_fills_no_gap(serve_vllm: Serve, engine: Engine) -> None:
+    server = serve_vllm()
     sampling = {"temperature": 0.7, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.3, "stop_strings": ["ab"]}
     rollout = begun(engine(server), eos=[7, 9], **sampling)
     rollout._vocabulary = 304
@@ -42,8 +42,8 @@ def test_request_has_every_setting_so_that_the_server_fills_no_gap(serve: Serve,
     ]
 
 
-def test_token_ids_come_back_as_they_were_written(serve: Serve, engine: Engine, policy: Any) -> None:
-    server = serve()
+def test_token_ids_come_back_as_they_were_written(serve_vllm: Serve, engine: Engine, policy: Any) -> None:
+    server = serve_vllm()
     rollout = begun(engine(server), policy)
     written = both(rollout)
     asked = server.asked("/v1/completions")
@@ -60,8 +60,8 @@ def test_token_ids_come_back_as_they_were_written(serve: Serve, engine: Engine, 
     assert changed > 0  # Tokenizing the texts anew would have given other ids.
 
 
-def test_each_side_is_written_by_its_own_weights(serve: Serve, engine: Engine, policy: Any) -> None:
-    rollout = begun(engine(serve()), policy)
+def test_each_side_is_written_by_its_own_weights(serve_vllm: Serve, engine: Engine, policy: Any) -> None:
+    rollout = begun(engine(serve_vllm()), policy)
     by_policy, by_reference = both(rollout)
     assert worst_gap(policy, by_policy) < 1e-4
     with policy.disable_adapter():
@@ -69,8 +69,10 @@ def test_each_side_is_written_by_its_own_weights(serve: Serve, engine: Engine, p
         assert worst_gap(policy, by_policy) > 0.1
 
 
-def test_server_follows_the_policy_when_it_changes(serve: Serve, engine: Engine, policy: Any, tmp_path: Path) -> None:
-    server = serve()
+def test_server_follows_the_policy_when_it_changes(
+    serve_vllm: Serve, engine: Engine, policy: Any, tmp_path: Path
+) -> None:
+    server = serve_vllm()
     rollout = begun(engine(server), policy)
     rollout.sync(policy)
     assert len(server.asked("/v1/load_lora_adapter")) == 1  # Nothing had changed.
@@ -92,9 +94,9 @@ def test_server_follows_the_policy_when_it_changes(serve: Serve, engine: Engine,
 
 
 def test_asking_again_gives_the_same_samples_and_no_row_depends_on_those_beside(
-    serve: Serve, engine: Engine, policy: Any
+    serve_vllm: Serve, engine: Engine, policy: Any
 ) -> None:
-    rollout = begun(engine(serve()), policy)
+    rollout = begun(engine(serve_vllm()), policy)
     first, again = both(rollout), both(rollout)
     assert all(torch.equal(one.ids, other.ids) for one, other in zip(first, again, strict=True))
     (alone,) = rollout.write(prompts_of(ROWS[2:3]), [GenerationRequest("policy", [uniforms(0)[2:3]])])
@@ -103,8 +105,8 @@ def test_asking_again_gives_the_same_samples_and_no_row_depends_on_those_beside(
     assert not torch.equal(other[0].ids, first[0].ids)
 
 
-def test_completion_ends_at_eos_or_at_a_stop_string(serve: Serve, engine: Engine, load_model: Any) -> None:
-    rollout = begun(engine(serve()))
+def test_completion_ends_at_eos_or_at_a_stop_string(serve_vllm: Serve, engine: Engine, load_model: Any) -> None:
+    rollout = begun(engine(serve_vllm()))
     rollout._vocabulary = 304
     (whole,) = rollout.write(prompts_of(ROWS), [GenerationRequest("reference", [uniforms()])])
     eos = int(whole[0].ids[0, 2])
@@ -125,8 +127,8 @@ def test_completion_ends_at_eos_or_at_a_stop_string(serve: Serve, engine: Engine
 
 @pytest.mark.parametrize("together", [True, False])
 def test_models_write_together_or_one_after_the_other(
-    serve: Serve, engine: Engine, policy: Any, together: bool
+    serve_vllm: Serve, engine: Engine, policy: Any, together: bool
 ) -> None:
-    server = serve()
+    server = serve_vllm()
     both(begun(engine(server, together=together), policy))
     assert any(len(names) == 2 for names in server.together) is together

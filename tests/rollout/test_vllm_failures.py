@@ -65,10 +65,10 @@ FAILURES: dict[str, tuple[str, Callable[[Handler], Any], str]] = {
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_failing_server_is_one_clear_error_within_bounded_time(
-    serve: Serve, engine: Engine, policy: Any, failure: str
+    serve_vllm: Serve, engine: Engine, policy: Any, failure: str
 ) -> None:
     path, act, message = FAILURES[failure]
-    server = serve()
+    server = serve_vllm()
     server.misbehave = broken(path, act)
     begin = time.monotonic()
     with pytest.raises(InputError) as caught:
@@ -80,8 +80,8 @@ def test_failing_server_is_one_clear_error_within_bounded_time(
     assert "\n" not in str(caught.value)
 
 
-def test_server_that_is_not_there_is_one_clear_error(engine: Engine, serve: Serve) -> None:
-    server = serve()
+def test_server_that_is_not_there_is_one_clear_error(engine: Engine, serve_vllm: Serve) -> None:
+    server = serve_vllm()
     rollout = engine(server)
     server.shutdown()
     server.server_close()
@@ -89,8 +89,8 @@ def test_server_that_is_not_there_is_one_clear_error(engine: Engine, serve: Serv
         rollout.context_length()
 
 
-def test_passing_failures_are_tried_again(serve: Serve, engine: Engine, policy: Any) -> None:
-    calm, shaky = serve(), serve()
+def test_passing_failures_are_tried_again(serve_vllm: Serve, engine: Engine, policy: Any) -> None:
+    calm, shaky = serve_vllm(), serve_vllm()
 
     def every_third_fails(request: Handler, number: int) -> bool:
         if request.path == "/v1/load_lora_adapter" and number == 1:  # The answer is lost; the adapter is there.
@@ -109,9 +109,9 @@ def test_passing_failures_are_tried_again(serve: Serve, engine: Engine, policy: 
 
 
 @pytest.mark.timeout(60)
-def test_server_that_is_started_anew_is_brought_up_to_date(serve: Serve, engine: Engine, policy: Any) -> None:
+def test_server_that_is_started_anew_is_brought_up_to_date(serve_vllm: Serve, engine: Engine, policy: Any) -> None:
     """It has lost the adapter of a policy that has not changed since; while it is down it answers nobody."""
-    server = serve()
+    server = serve_vllm()
     rollout = begun(engine(server), policy)
     before = both(rollout)
     server.adapters.clear()
@@ -127,8 +127,8 @@ def test_server_that_is_started_anew_is_brought_up_to_date(serve: Serve, engine:
 
 
 @pytest.mark.timeout(60)
-def test_redirect_of_a_hostile_server_is_not_read(serve: Serve, engine: Engine) -> None:
-    server, sent = serve(), [0]
+def test_redirect_of_a_hostile_server_is_not_read(serve_vllm: Serve, engine: Engine) -> None:
+    server, sent = serve_vllm(), [0]
 
     def redirect(request: Handler, number: int) -> bool:
         request.wfile.write(b"HTTP/1.1 302 Found\r\nLocation: http://elsewhere/\r\nContent-Length: 1073741824\r\n\r\n")
@@ -145,8 +145,8 @@ def test_redirect_of_a_hostile_server_is_not_read(serve: Serve, engine: Engine) 
     assert sent[0] < 2**26
 
 
-def test_run_that_is_asked_to_stop_does_not_wait_for_the_server(serve: Serve, engine: Engine, policy: Any) -> None:
-    server = serve()
+def test_run_that_is_asked_to_stop_does_not_wait_for_the_server(serve_vllm: Serve, engine: Engine, policy: Any) -> None:
+    server = serve_vllm()
     rollout = begun(engine(server), policy)
     server.misbehave = broken(COMPLETIONS, lambda request: request.server.release.wait(30))
 
@@ -161,10 +161,10 @@ def test_run_that_is_asked_to_stop_does_not_wait_for_the_server(serve: Serve, en
 
 
 def test_key_is_sent_and_never_shown(
-    serve: Serve, engine: Engine, policy: Any, monkeypatch: pytest.MonkeyPatch
+    serve_vllm: Serve, engine: Engine, policy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TEST_VLLM_KEY", "sk-secret")
-    server = serve()
+    server = serve_vllm()
     keys = set()
 
     def note(request: Handler, number: int) -> bool:

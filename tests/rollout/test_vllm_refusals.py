@@ -16,12 +16,12 @@ from xpo_lightning import InputError, PreviousPolicySampler, ReferenceRefresh, V
     ],
 )
 def test_sampling_that_vllm_would_do_otherwise_is_refused(
-    serve: Serve, engine: Engine, sampling: dict[str, Any], keys: list[str]
+    serve_vllm: Serve, engine: Engine, sampling: dict[str, Any], keys: list[str]
 ) -> None:
     with pytest.raises(InputError) as refused:
-        begun(engine(serve()), **sampling)
+        begun(engine(serve_vllm()), **sampling)
     assert all(key in str(refused.value) for key in keys)
-    begun(engine(serve()), **{**sampling, "temperature": 0.0})
+    begun(engine(serve_vllm()), **{**sampling, "temperature": 0.0})
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,8 @@ def test_option_that_does_not_go_with_an_engine_is_refused_with_both_keys(make_m
     ("version", "usable"),
     [("0.27.9", False), ("0.28.0", True), ("0.33.1.dev4+g1234", True), ("1.0.0", False), ("0.9.2", False)],
 )
-def test_server_of_another_version_is_refused(serve: Serve, engine: Engine, version: str, usable: bool) -> None:
-    rollout = engine(serve(version=version))
+def test_server_of_another_version_is_refused(serve_vllm: Serve, engine: Engine, version: str, usable: bool) -> None:
+    rollout = engine(serve_vllm(version=version))
     if usable:
         assert rollout.context_length() == 64
         return
@@ -77,8 +77,8 @@ def test_server_of_another_version_is_refused(serve: Serve, engine: Engine, vers
         rollout.context_length()
 
 
-def test_base_model_must_be_one_that_the_server_has(serve: Serve, engine: Engine) -> None:
-    server = serve()
+def test_base_model_must_be_one_that_the_server_has(serve_vllm: Serve, engine: Engine) -> None:
+    server = serve_vllm()
     with pytest.raises(InputError) as refused:
         engine(server, model="other").context_length()
     assert "model.rollout.init_args.model names 'other'" in str(refused.value)
@@ -86,8 +86,8 @@ def test_base_model_must_be_one_that_the_server_has(serve: Serve, engine: Engine
     assert engine(server, model=server.folder).context_length() == 64
 
 
-def test_prompts_must_fit_the_server_too(serve: Serve, engine: Engine, make_module: MakeModule) -> None:
-    module = make_module(rollout=engine(serve(context=20)), lora=LORA)
+def test_prompts_must_fit_the_server_too(serve_vllm: Serve, engine: Engine, make_module: MakeModule) -> None:
+    module = make_module(rollout=engine(serve_vllm(context=20)), lora=LORA)
     assert module.prompt_encoder.limit == 14
     with pytest.raises(InputError, match=r"max_new_tokens=6 leaves no room .* context of 6 tokens"):
-        _ = make_module(rollout=engine(serve(context=6)), lora=LORA).prompt_encoder
+        _ = make_module(rollout=engine(serve_vllm(context=6)), lora=LORA).prompt_encoder

@@ -36,10 +36,12 @@ def letters(prompts: list[Any], completions: list[str], columns: dict[str, list[
 
 
 @pytest.mark.slow
-def test_training_gains_as_much_as_with_local_rollouts(serve: Serve, engine: Engine, make_module: MakeModule) -> None:
+def test_training_gains_as_much_as_with_local_rollouts(
+    serve_vllm: Serve, engine: Engine, make_module: MakeModule
+) -> None:
     options: dict[str, Any] = {"lora": LoRASpec(r=8, alpha=32), "learning_rate": 4e-2, "beta": 0.02}
     options |= {"reward": PythonReward(letters), "sampling": Sampling(max_new_tokens=4)}
-    server = serve()
+    server = serve_vllm()
     for rollout in (None, engine(server, together=True)):
         recorder = Recorder()
         module = make_module(rollout=rollout, **options)
@@ -57,26 +59,28 @@ def test_training_gains_as_much_as_with_local_rollouts(serve: Serve, engine: Eng
 
 @pytest.mark.parametrize("sampler", [PolicySampler(), PythonSampler(lambda prompts, columns: ["cat"] * len(prompts))])
 def test_second_completion_may_be_by_somebody_else(
-    serve: Serve, engine: Engine, make_module: MakeModule, sampler: Any
+    serve_vllm: Serve, engine: Engine, make_module: MakeModule, sampler: Any
 ) -> None:
-    server = serve()
+    server = serve_vllm()
     recorder = trained(make_module(rollout=engine(server), lora=LORA, sampler=sampler), steps=2)
     assert {payload["model"] for payload in server.asked(COMPLETIONS)}.isdisjoint({server.folder})
     assert max(recorder.of("rollout/policy_logp_drift")) < 1e-4
     assert "rollout/logp_drift" not in recorder.steps[-1]
 
 
-def test_several_candidates_a_side_are_written_at_once(serve: Serve, engine: Engine, make_module: MakeModule) -> None:
-    server = serve()
+def test_several_candidates_a_side_are_written_at_once(
+    serve_vllm: Serve, engine: Engine, make_module: MakeModule
+) -> None:
+    server = serve_vllm()
     trained(make_module(rollout=engine(server), lora=LORA, candidates=Candidates(3, "best_of_each")), steps=1)
     seeds = [payload["seed"] for payload in server.asked(COMPLETIONS)]
     assert len(seeds) == len(set(seeds)) == 2 * 3 * 40
 
 
 def test_reference_scores_are_computed_here(
-    serve: Serve, engine: Engine, make_module: MakeModule, load_model: Any
+    serve_vllm: Serve, engine: Engine, make_module: MakeModule, load_model: Any
 ) -> None:
-    module = make_module(rollout=engine(serve()), lora=LORA)
+    module = make_module(rollout=engine(serve_vllm()), lora=LORA)
     (experience,) = quiet_trainer().predict(module, torch.utils.data.DataLoader([PROMPTS], batch_size=None))
     model = load_model("llama")
     for side, logps in (
@@ -99,9 +103,9 @@ def other_folder(tmp_path: Path) -> str:
 
 
 def test_server_with_another_base_model_ends_the_run(
-    serve: Serve, engine: Engine, make_module: MakeModule, other_folder: str
+    serve_vllm: Serve, engine: Engine, make_module: MakeModule, other_folder: str
 ) -> None:
-    server = serve(other_folder)
+    server = serve_vllm(other_folder)
     module = make_module(rollout=engine(server), lora=LORA)
     with pytest.raises(InputError) as caught:
         trained(module, steps=1)
@@ -113,8 +117,8 @@ def test_server_with_another_base_model_ends_the_run(
     assert trained(unlimited, steps=1).of("rollout/logp_drift")[0] > 0.5
 
 
-def test_server_that_lost_the_adapter_ends_the_run(serve: Serve, engine: Engine, make_module: MakeModule) -> None:
-    server = serve()
+def test_server_that_lost_the_adapter_ends_the_run(serve_vllm: Serve, engine: Engine, make_module: MakeModule) -> None:
+    server = serve_vllm()
     module = make_module(rollout=engine(server), lora=LORA)
     module.configure_model()
     randomize_adapters(module.policy)
@@ -130,9 +134,9 @@ def test_server_that_lost_the_adapter_ends_the_run(serve: Serve, engine: Engine,
 
 
 def test_server_that_lets_the_adapter_into_the_reference_is_refused_at_once(
-    serve: Serve, engine: Engine, policy: Any, tmp_path: Path
+    serve_vllm: Serve, engine: Engine, policy: Any, tmp_path: Path
 ) -> None:
-    server = serve(leaks=True)
+    server = serve_vllm(leaks=True)
     with pytest.raises(InputError, match=r"together: .* as vLLM does on a CPU; set .*together to false"):
         begun(engine(server, together=True), policy)
     assert not server.adapters
@@ -143,9 +147,9 @@ def test_server_that_lets_the_adapter_into_the_reference_is_refused_at_once(
 
 
 def test_adapter_that_leaks_later_is_found_out_by_the_drift(
-    serve: Serve, engine: Engine, make_module: MakeModule
+    serve_vllm: Serve, engine: Engine, make_module: MakeModule
 ) -> None:
-    server = serve()
+    server = serve_vllm()
     module = make_module(rollout=engine(server, together=True), lora=LORA)
     module.configure_model()
     randomize_adapters(module.policy, 1.0)
@@ -212,9 +216,9 @@ def logged(tmp_path: Path, name: str) -> list[float]:
 
 
 def test_command_line_trains_and_validates_with_a_server(
-    serve: Serve, write_config: Callable[..., str], tmp_path: Path
+    serve_vllm: Serve, write_config: Callable[..., str], tmp_path: Path
 ) -> None:
-    server = serve()
+    server = serve_vllm()
     main(["fit", "--config", write_config(server)])
     losses = logged(tmp_path, "loss/total")
     assert len(losses) == 3
@@ -225,9 +229,9 @@ def test_command_line_trains_and_validates_with_a_server(
 
 
 def test_server_that_dies_in_a_run_leaves_a_checkpoint_to_go_on_from(
-    serve: Serve, write_config: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    serve_vllm: Serve, write_config: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server = serve()
+    server = serve_vllm()
     config = write_config(server)
     server.misbehave = broken(COMPLETIONS, Handler.hang_up, after=2 * 8 + 3)  # in the third step
     with pytest.raises(SystemExit) as ended:
@@ -245,9 +249,9 @@ def test_server_that_dies_in_a_run_leaves_a_checkpoint_to_go_on_from(
 @pytest.mark.slow
 @pytest.mark.parametrize("refusing", [False, True])
 def test_two_processes_ask_one_server(
-    serve: Serve, write_config: Callable[..., str], tmp_path: Path, refusing: bool
+    serve_vllm: Serve, write_config: Callable[..., str], tmp_path: Path, refusing: bool
 ) -> None:
-    server = serve()
+    server = serve_vllm()
     if refusing:
         server.misbehave = broken("/v1/load_lora_adapter", lambda request: request.answer(400, "no"), after=2)
     config = write_config(server, together=True, devices=2, strategy="ddp", max_steps=2)
@@ -266,8 +270,8 @@ def test_two_processes_ask_one_server(
 
 
 @pytest.mark.slow
-def test_two_processes_cannot_take_turns(serve: Serve, write_config: Callable[..., str]) -> None:
-    config = write_config(serve(), devices=2, strategy="ddp")
+def test_two_processes_cannot_take_turns(serve_vllm: Serve, write_config: Callable[..., str]) -> None:
+    config = write_config(serve_vllm(), devices=2, strategy="ddp")
     environment = {**os.environ, "PYTHONPATH": TEST_PATHS, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "xpo_lightning", "fit", "--config", config]
     run = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)

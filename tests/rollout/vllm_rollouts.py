@@ -38,7 +38,7 @@ ROWS = random_rows([3, 5, 2, 5])
 
 
 @pytest.fixture
-def serve(model_folder: Callable[..., str]) -> Iterator[Serve]:
+def serve_vllm(model_folder: Callable[..., str]) -> Iterator[Serve]:
     """Give a function that starts a stand-in."""
     with ExitStack() as servers:
         yield lambda folder=None, **options: servers.enter_context(
