@@ -221,6 +221,8 @@ SLOW = {
     *("Higher score", "Drawn labels", "Temperature", "Best of each side", "Largest margin"),
     *("Reference", "Online DPO", "Previous policy", "Mixture", "Rejected completion", "Clipped bonus"),
     *("Alpha on a line", "Alpha on a cosine", "Alpha in beta", "Last batches", "Pairs on disk", "New reference"),
+    *("Reward model", "Reward over HTTP", "Python judge", "Pairs without an answer", "Soft labels", "Least margin"),
+    *("All pairs of a prompt", "DPO", "The policy with a bonus", "Alpha by iteration", "Sigmoid", "Length-normalised"),
     *("Hinge", "Robust", "Label smoothing", "DPO-Positive", "Nash-MD", "SPPO", "INPO", "Mixed losses"),
 }
 # What a run needs beside `SIZES` to show what it is to show.

@@ -106,6 +106,7 @@ def test_memory_of_models_is_that_of_their_weights(bench: Bench, capsys: pytest.
     )
 
 
+@pytest.mark.slow
 def test_run_of_an_unknown_architecture_says_what_a_checkpoint_takes(bench: Bench, capsys: pytest.CaptureFixture[str]):
     sizes = {"vocab_size": 304, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
     model = AutoModelForCausalLM.from_config(MambaConfig(**sizes, pad_token_id=0, eos_token_id=2))
