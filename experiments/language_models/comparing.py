@@ -1,6 +1,7 @@
 """Compares the arms of a task: paired differences, their p-values, and a table."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -99,6 +100,15 @@ def table(results: Sequence[Result], task: str) -> str:
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def with_tables(page: str, results: Sequence[Result]) -> str:
+    """Return a page with its tables written anew; that of a task stands between `<!-- table: TASK -->` and an end."""
+
+    def written(found: re.Match[str]) -> str:
+        return f"{found[1]}\n{table(results, found[2])}\n{found[3]}"
+
+    return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", written, page, flags=re.DOTALL)
 
 
 def median(values: Sequence[float], most: int) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
-from comparing import table
+from comparing import table, with_tables
 from drawing import draw
 from reference import make as make_reference
 from reference import save_smollm2
@@ -40,6 +40,8 @@ def main() -> int:
     for name in {result.task: None for result in results}:
         draw(points, name, args.figures / f"exploration_{name}.png")
         print(f"{name}: {TASKS[name].about}\n\n{table(results, name)}\n")
+    if args.page is not None:
+        args.page.write_text(with_tables(args.page.read_text(encoding="utf-8"), results), encoding="utf-8")
     return int(failed > 0)
 
 
@@ -80,6 +82,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/language_models"), help="folder of the runs")
     parser.add_argument("--results", type=Path, help="folder of the CSV files (default: `results` in --out)")
     parser.add_argument("--figures", type=Path, help="folder of the figures (default: that of the CSV files)")
+    parser.add_argument("--page", type=Path, help="a Markdown page whose tables are to be written anew")
     parser.add_argument("--collect", action="store_true", help="run nothing; collect what there is")
     parser.add_argument("options", nargs="*", help="after --: further options of `xpo fit`, for all runs")
     args = parser.parse_args()

@@ -50,11 +50,13 @@ ARMS = {
     "xpo_alpha_0.5": "XPO, alpha 0.5 beta",
     "xpo_eps": "XPO, Adam eps 1e-16",
     "xpo_passes": "XPO, four steps a batch",
+    "xpo_both_every_10": "XPO on both, weights every 10 batches",
+    "xpo_both_every_100": "XPO on both, weights every 100 batches",
     "bonus_alone": "the bonus alone, (π, ref)",
     "bonus_alone_both": "the bonus alone on both, (π, π)",
 }
 BASELINE = "online_dpo"
-MAIN = tuple(arm for arm in ARMS if not arm.startswith(("xpo_alpha", "xpo_eps", "xpo_passes", "bonus")))
+MAIN = tuple(arm for arm in ARMS if not arm.startswith(("xpo_alpha", "xpo_eps", "xpo_passes", "xpo_both_", "bonus")))
 FEW = ("online_dpo", "dpo_reference", "xpo", "entropy", "hot")
 TRAP = ("xpo_alpha_0.005", "xpo_alpha_0.5", "xpo_eps", "xpo_passes")
 
@@ -63,6 +65,13 @@ TASKS = {
         ("stories.yaml",), "a bad end, 1e-4 under the reference, scores twice what a good one does", MAIN, 5, 1e-4
     ),
     "trap": Task(("stories.yaml",), "the task `rare`, with other optimizers and alphas", TRAP, 5, "sharpened"),
+    "behind": Task(
+        ("stories.yaml",),
+        "the task `rare` with a policy that is behind when it writes",
+        ("xpo_both_every_10", "xpo_both_every_100"),
+        5,
+        "sharpened",
+    ),
     "reason": Task(
         ("stories.yaml",), "the task `rare` without preferences", ("bonus_alone", "bonus_alone_both"), 3, "sharpened"
     ),

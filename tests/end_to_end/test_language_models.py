@@ -180,7 +180,7 @@ WITH_POLICY = {
 WITHOUT_BONUS = {"online_dpo", "dpo_reference", "entropy", "hot", "best_of_n"}
 
 
-@pytest.mark.parametrize("task", ["rare", "trap", "reason", "covered", "sums", "sums_covered"])
+@pytest.mark.parametrize("task", ["rare", "trap", "behind", "reason", "covered", "sums", "sums_covered"])
 def test_arms_are_what_they_are_called(script, task, monkeypatch, tmp_path):
     """Each run of a task by the options that it would be made with."""
     monkeypatch.chdir(script.ROOT)
@@ -195,7 +195,7 @@ def test_arms_are_what_they_are_called(script, task, monkeypatch, tmp_path):
         model: Any = parse("fit", *run.options).model
         assert model.beta == script.TASKS[task].beta
         by_policy = bool(model.sampler) and model.sampler.class_path.endswith(".PolicySampler")
-        assert by_policy == (run.arm in WITH_POLICY)
+        assert by_policy == (run.arm in WITH_POLICY or task == "behind")
         assert (model.alpha == 0) == (run.arm in WITHOUT_BONUS)
         if run.arm in {"selm", "sepopo", "geb", "copo"}:
             assert model.reference_refresh.every == (8 if task == "sums" else 21)
