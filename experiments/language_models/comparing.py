@@ -11,7 +11,7 @@ from tasks import ARMS, BASELINE
 
 HEADER = (
     "arm", "seeds that found it", "labels to it (median)", "score", "less online DPO's", "p, corrected", "area", "KL",
-    "clean",
+    "probability", "clean",
 )  # fmt: skip
 
 
@@ -96,6 +96,7 @@ def table(results: Sequence[Result], task: str) -> str:
                 *(("", "") if gain is None else (str(gain), f"{gain.corrected:.2g}")),
                 spread([one.area for one in mine]),
                 spread([one.kl for one in mine], 1),
+                f"{math.exp(mean(math.log(one.rarity) for one in mine)):.0e}",
                 f"{mean(one.clean for one in mine):.2f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")

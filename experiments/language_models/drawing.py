@@ -17,6 +17,7 @@ NAMES = {
     "kl": "KL from the reference, nats a completion",
     "rarity": "probability of a bad end",
 }
+COLOURS = plt.get_cmap("tab20")
 PANELS = (("labels", "score"), ("labels", "rarity"), ("labels", "kl"), ("kl", "score"))
 
 
@@ -31,7 +32,7 @@ def draw(points: Sequence[Point], task: str, path: Path) -> None:
                 continue
             here = [[point for point in mine if point.labels == count] for count in labels]
             ups = [[getattr(point, up) for point in group] for group in here]
-            style = {"label": ARMS[arm], "color": f"C{number % 10}", "marker": "o^"[number // 10], "markersize": 3}
+            style = {"label": ARMS[arm], "color": COLOURS(number % 20), "marker": "o^"[number // 10], "markersize": 3}
             if up == "rarity":
                 panel.plot(labels, [_geometric(group) for group in ups], linewidth=1.2, **style)
                 continue

@@ -41,7 +41,8 @@ class Result:
         score: The final mean score.
         area: 1 less the mean of the score over all labels.
         kl: The final KL from the reference, in nats a completion.
-        clean: The final share of clean stories.
+        rarity: The final exact probability of what has the best score.
+        clean: The final share of clean completions.
         peak: The highest `rarity` that was measured before the batch of the discovery.
         cpu_seconds: Seconds of the processor.
         version: Of the code.
@@ -57,6 +58,7 @@ class Result:
     score: float
     area: float
     kl: float
+    rarity: float
     clean: float
     peak: float
     cpu_seconds: float
@@ -104,6 +106,7 @@ def _result(points: Sequence[Point], rows: Sequence[dict[str, str]], made: dict[
         last.score,
         1 - average(points),
         last.kl,
+        last.rarity,
         last.clean,
         max(point.rarity for point in points if point.labels < discovery),
         float(made["cpu_seconds"]),

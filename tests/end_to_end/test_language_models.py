@@ -158,6 +158,9 @@ def test_results_of_runs_worked_by_hand(script, tmp_path):
     table = comparing.table(found, "rare").splitlines()
     assert table[2].startswith("| online DPO (π, π) | 0 of 2 | > 30 | 0.550 ± 0.050 |  |  |")
     assert "| XPO, alpha 0.05 beta | 2 of 2 | 20 | 0.800 ± 0.100 | +0.250 ± 0.050 | 0.13 |" in table[3]
+    assert table[3].endswith("| 4.5 ± 0.0 | 4e-04 | 0.90 |")
+    page = comparing.with_tables("before\n<!-- table: rare -->\nold\n<!-- end -->\nafter\n", found)
+    assert page.splitlines() == ["before", "<!-- table: rare -->", *table, "<!-- end -->", "after"]
     results.write(found, tmp_path / "runs.csv")
     again = results.read(tmp_path / "runs.csv")
     for one, kept in zip(found, again, strict=True):
@@ -209,6 +212,16 @@ def test_a_bare_number_scores_half_and_the_right_one_scores_one(script):
     texts = [" 15", "15.", " 15\nand", "-15", "15 apples", "", "9" * 5000, "15.0", " 015", "\\frac{15}{1}", "x15"]
     scores = sums.reward([""] * len(texts), texts, {"answer": ["15"] * len(texts)})
     assert scores == [1.0, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_tables_of_the_page_are_those_of_the_kept_results(script):
+    import comparing
+    import results
+
+    page = (script.ROOT / "docs" / "exploration_language_models.md").read_text()
+    found = results.read(HERE / "results" / "runs.csv")
+    assert comparing.with_tables(page, found) == page
+    assert page.count("<!-- table: ") == len({one.task for one in found})
 
 
 @pytest.mark.slow
