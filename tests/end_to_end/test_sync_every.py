@@ -1,5 +1,6 @@
 """A policy that is behind when it writes: the engine of the comparison, and its numbers worked by hand."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -44,6 +45,12 @@ def test_differences_are_those_of_one_seed() -> None:
         "| 1 | 2 | 0.700 ± 0.000 | 1.000 ± 0.000 |  |",
         "| 10 | 2 | 0.700 ± 0.100 | 1.000 ± 0.000 | 0.000 ± 0.100 |",
     ]
+
+
+def test_table_of_the_page_is_that_of_the_kept_results() -> None:
+    rows = json.loads((sync_every.ROOT / "benchmarks" / "results" / "sync_every.json").read_text())
+    assert {row["steps"] for row in rows} == {60}
+    assert sync_every.table(rows) in (sync_every.ROOT / "docs" / "vllm.md").read_text()
 
 
 @pytest.mark.slow
