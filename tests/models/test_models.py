@@ -196,7 +196,6 @@ def test_quantized_weights_are_for_adapters_and_stay_apart_from_them(
         ModelSpec(wide_folder, quantize="4bit")
 
 
-@pytest.mark.slow
 def test_adapters_of_a_bfloat16_model_train_with_gradient_checkpointing(make_module: Any):
     """What is computed again in the backward pass finds the adapters as they were in the forward pass."""
     spec = {"dtype": "bfloat16", "gradient_checkpointing": True}
