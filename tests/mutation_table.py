@@ -920,11 +920,6 @@ broken(
 broken(
     "training/replay_buffer/buffer.py",
     "training/test_buffer.py",
-    (
-        "a batch too many is kept",
-        "len(self.starts) - self.options.keep + 1, 0)",
-        "len(self.starts) - self.options.keep, 0)",
-    ),
     ("a skipped batch stays", "        self.store.keep(self.store.begin, self.settled)\n", ""),
     ("rows are counted from the first pair", "[self.begin + row for row in rows]", "list(rows)"),
 )

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,14 @@ def test_pairs_come_back_bit_for_bit(make_module: MakeModule):
             assert torch.equal(getattr(getattr(back, name), side), getattr(getattr(pairs, name), side))
     assert torch.equal(back.labels, pairs.labels)
     assert torch.equal(back.without_preference, pairs.without_preference)
+
+
+def test_marks_of_kept_pairs_come_back():
+    marks = {"silent": torch.tensor([False, True, False]), "offline": torch.tensor([True, False, False])}
+    back = decoded(encoded(replace(pairs_of(1, 2, 3), **marks)), "cpu")
+    assert back.without_preference.tolist() == [False, True, False]
+    assert back.offline is not None
+    assert back.offline.tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("memory_pairs", [100, 3], ids=["memory", "file"])
