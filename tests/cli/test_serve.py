@@ -85,7 +85,11 @@ def test_configs_are_laid_one_over_the_other_as_for_a_run(
         "model: {lora: {r: 30}, rollout: {class_path: VLLMRollout, init_args: {url: 'http://localhost:8001'}}}\n"
         "data: {max_prompt_tokens: 20}\ntrainer: {precision: bf16-mixed}\n"
     )
-    for words in (["--config", whole, "--config", str(over)], [f"--config={whole}", f"--config={over}"]):
+    for words in (
+        ["--config", whole, "--config", str(over)],
+        [f"--config={whole}", f"--config={over}"],
+        ["--config", whole, str(over)],
+    ):
         capsys.readouterr()
         main(["serve", *words])
         (line,) = capsys.readouterr().out.splitlines()

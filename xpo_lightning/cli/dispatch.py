@@ -173,12 +173,13 @@ def _take_several(parser: ArgumentParser) -> None:
 def _gathered(args: list[str], option: str) -> list[str]:
     """Put the values of an option that may be given several times behind one: `--config a --config b`."""
     rest, values = list[str](), list[str]()
-    words = iter(args)
-    for word in words:
-        if word == option:
-            values += [value for value in [next(words, None)] if value is not None]
-        elif word.startswith(f"{option}="):
-            values.append(word.removeprefix(f"{option}="))
+    into = rest
+    for word in args:
+        name, _, value = word.partition("=")
+        if name == option:
+            into = values
+            values += [value] * bool(value)
         else:
-            rest.append(word)
+            into = rest if word.startswith("--") else into
+            into.append(word)
     return [*rest, option, *values] if values else args
