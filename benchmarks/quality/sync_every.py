@@ -11,13 +11,12 @@ import csv
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from experiments.xpo_runs import Run
+
 ENGINE = "benchmarks.quality.earlier_policy.EarlierPolicy"
 NAMES = {"win_rate": "eval/win_rate", "kl": "eval/objective/kl", "score": "eval/objective/model_scores"}
 Row = dict[str, Any]
@@ -25,18 +24,12 @@ Row = dict[str, Any]
 
 def train(out: Path, every: int, seed: int, further: list[str]) -> Row:
     """Make a run unless it is there, and return its last validation."""
-    folder = out / f"every-{every}-seed-{seed}"
-    metrics = folder / "version_0" / "metrics.csv"
-    if not (folder / "finished").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        words = ["--config", "quickstart", "--seed_everything", str(seed), "--trainer.default_root_dir", str(folder)]
-        words += ["--model.rollout", ENGINE, "--model.rollout.sync_every", str(every), *further]
-        python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, "-m", "xpo_lightning", "fit", *words]
-        with (folder / "log.txt").open("w") as log:
-            subprocess.run(command, env={**os.environ, "PYTHONPATH": python_path}, stdout=log, stderr=log, check=True)  # noqa: S603
-        (folder / "finished").touch()
-    with metrics.open(newline="") as file:
+    engine = ("--model.rollout", ENGINE, "--model.rollout.sync_every", str(every))
+    options = ("--config", "quickstart", "--seed_everything", str(seed), *engine, *further)
+    run = Run(f"every-{every}", seed, out / f"every-{every}-seed-{seed}", options)
+    if not run.is_finished and run.make(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))) is None:
+        raise SystemExit(f"the run failed, see {run.folder / 'log.txt'}")
+    with (run.folder / "version_0" / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("eval/win_rate")]
     last = rows[-1]
     numbers = {name: float(last[column]) for name, column in NAMES.items()}

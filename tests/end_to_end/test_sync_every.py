@@ -11,6 +11,7 @@ from conftest import Recorder, fit_quietly
 from benchmarks.quality import sync_every
 from benchmarks.quality.earlier_policy import EarlierPolicy
 
+ROOT = Path(__file__).parents[2]
 PROMPTS = ["the cat", "a dog ran away from the hat and", "red", "on the mat today"] * 3
 
 
@@ -48,9 +49,9 @@ def test_differences_are_those_of_one_seed() -> None:
 
 
 def test_table_of_the_page_is_that_of_the_kept_results() -> None:
-    rows = json.loads((sync_every.ROOT / "benchmarks" / "results" / "sync_every.json").read_text())
+    rows = json.loads((ROOT / "benchmarks" / "results" / "sync_every.json").read_text())
     assert {row["steps"] for row in rows} == {60}
-    assert sync_every.table(rows) in (sync_every.ROOT / "docs" / "vllm.md").read_text()
+    assert sync_every.table(rows) in (ROOT / "docs" / "vllm.md").read_text()
 
 
 @pytest.mark.slow
