@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import xpo_lightning
+from xpo_lightning.core.atomic_files import replacing_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,13 +57,6 @@ class Run:
             raise SystemExit(f"{self.folder} was made with other settings; choose another --out, or remove it")
         return True
 
-    @property
-    def costs(self) -> dict[str, Any]:
-        """The version of the code that made the run, and the processor's seconds; nothing if it is not finished."""
-        mark = self.folder / "finished.json"
-        made = json.loads(mark.read_text()) if mark.exists() else {}
-        return {name: made[name] for name in ("version", "cpu_seconds") if name in made}
-
     def make(self, threads: int) -> float | None:
         """Make the run from its beginning; return the processor's seconds, or None where it failed."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -79,9 +73,8 @@ class Run:
             return None
         seconds = used.ru_utime + used.ru_stime
         made = {**self.settings, "version": version(), "cpu_seconds": round(seconds, 1)}
-        partial = self.folder / "finished.json.partial"
-        partial.write_text(json.dumps(made, indent=1))
-        os.replace(partial, partial.with_suffix(""))
+        with replacing_file(self.folder / "finished.json") as file:
+            json.dump(made, file, indent=1)
         return seconds
 
 

@@ -34,7 +34,7 @@ class MemoryCase:
 
     Args:
         name: What it is called in the table.
-        model: A name of `gpu_assets.SHAPES`.
+        model: A name of `assets.SHAPES`.
         kind: `full`: float32 weights under bf16-mixed; `lora`: adapters on bfloat16; `qlora`: adapters on 4 bits.
         checkpointing: `model.policy.gradient_checkpointing`.
         reward_model: Whether a reward model of the policy's shape scores, in bfloat16.

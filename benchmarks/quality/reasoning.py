@@ -29,6 +29,7 @@ import yaml
 
 from xpo_lightning import ModelSpec, VerifierReward
 from xpo_lightning.data.reasoning_tasks import read_task
+from xpo_lightning.rollout.decoding import cut_at_stop
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "configs/reasoning.yaml"
@@ -81,7 +82,7 @@ def held_out(data: dict[str, Any]) -> list[Row]:
 
 def cut(text: str, stops: Sequence[str]) -> str:
     """Return a completion up to the first stop string."""
-    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
+    return cut_at_stop(text, stops)[0]
 
 
 def answer(model: Any, tokenizer: Any, prompts: Sequence[str], sampling: dict[str, Any], samples: bool) -> list[str]:

@@ -1,20 +1,13 @@
 """Tables of what was measured, in Markdown."""
 
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks.speed.suites import SYSTEMS, Suite
+from xpo_lightning.core.timer import Phase
 
 Run = dict[str, Any]
-PHASES = (
-    "reference_rollout",
-    "policy_rollout",
-    "reference_scoring",
-    "reward",
-    "policy_forward",
-    "backward",
-    "optimizer",
-)
+PHASES = get_args(Phase)
 NAMES = {"ours": "xpo-lightning", "trl-best": "TRL, best settings", "trl-shipped": "TRL, as shipped"}
 
 

