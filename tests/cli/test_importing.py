@@ -152,6 +152,17 @@ def test_missing_function_is_one_line_that_names_the_key(
     assert not Path("runs").exists()
 
 
+def test_folder_that_python_searched_before_stays_searched(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sys.path.append(str(tmp_path / "here"))
+    for folder in ("here", "configs"):
+        monkeypatch.chdir(tmp_path / folder)
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main(["fit", "--config", config(None), "--print_config"])
+    assert str(tmp_path / "here") in sys.path
+
+
 def test_files_of_one_name_are_not_taken_for_each_other(tmp_path: Path):
     for number in (1, 2):
         (tmp_path / str(number)).mkdir()

@@ -20,6 +20,7 @@ KEY = "import_from"
 """Key of a config that lists further folders to import from; a saved config lists those of its run."""
 _FILE = re.compile(r"(?P<file>.+\.py):(?P<name>[\w.]*)")
 _searched: list[str] = []
+_added: list[str] = []  # Those of them that are in `sys.path` by this module alone.
 _files_in: set[str] = set()  # Those of the folders above that a relative file was found in.
 
 
@@ -34,13 +35,14 @@ def search_beside(configs: Sequence[str]) -> None:
     """
     folders = [Path.cwd(), *(Path(file).parent for file in configs)]
     folders += [Path(folder) for file in configs for folder in _listed_in(Path(file))]
-    for folder in _searched:
+    for folder in _added:
         if folder in sys.path:
             sys.path.remove(folder)
     _searched[:] = dict.fromkeys(
         str(folder.absolute()) for folder in folders if not folder.absolute().is_relative_to(SHIPPED_CONFIGS)
     )
-    sys.path += [folder for folder in _searched if folder not in sys.path]
+    _added[:] = [folder for folder in _searched if folder not in sys.path]
+    sys.path += _added
     importlib.invalidate_caches()
 
 
