@@ -879,6 +879,7 @@ broken(
         "the bonus learns in the order of micro-batches",
         "in_order = observed[torch.tensor(order_of(groups), device=observed.device)]",
         "in_order = observed",
+        "test_bonus_learns_in_the_order_of_the_batch_whatever_the_micro_batches",
     ),
 )
 broken(
@@ -1023,11 +1024,13 @@ broken(
         "only the last new token is penalised",
         "self.context[places, self.start + self.step] = token",
         "self.context[places, self.start] = token",
+        "test_all_that_a_row_has_written_is_penalised_as_transformers_does_it",
     ),
     (
         "the lengths of the last rollout stay",
         "(self.step, self.tokens, self.logps, self.lengths):",
         "(self.step, self.tokens, self.logps):",
+        "test_replays_see_weights_that_were_changed_in_place",
     ),
 )
 broken(
@@ -1050,6 +1053,7 @@ broken(
         "a stop string at the very end is not seen",
         "        self._stop(replay.written, session.places[: replay.active], most - 1)\n",
         "",
+        "test_stop_string_that_the_last_token_completes_ends_its_row",
     ),
     ("rows go to the prompts of others", "sorted(range(len(places)), key=places.__getitem__)", "places"),
     (

@@ -436,6 +436,32 @@ def test_a_bonus_of_ones_own_reads_hidden_states_and_learns(make_module: MakeMod
     assert runs[0].of("grad_norm")[0] != run(make_module(alpha=0.0)).of("grad_norm")[0]
 
 
+class InOrder(Bonus):
+    """A bonus of one's own, which learns the reference's log-probability of each pair, one after another."""
+
+    learns = True
+
+    def __init__(self) -> None:
+        self.learned: list[float] = []
+
+    def __call__(self, seen: BonusInput) -> Tensor:
+        return seen.sample.logps
+
+    def observe(self, seen: BonusInput) -> Tensor:
+        return seen.by_policy.reference_logps[:, None]
+
+    def learn(self, observed: Tensor, uniforms: Callable[[int, int], Tensor]) -> None:
+        self.learned = observed[:, 0].tolist()
+
+
+def test_bonus_learns_in_the_order_of_the_batch_whatever_the_micro_batches(make_module: MakeModule):
+    bonus = InOrder()
+    (pairs,) = run(make_module(bonus=bonus, micro_batch_size=2)).pairs
+    kept = pairs.reference_logps.by_policy.tolist()
+    assert len(set(kept)) == 5
+    assert bonus.learned == kept
+
+
 def test_labels_between_0_and_1_weigh_both_completions(make_module: MakeModule):
     step = run(make_module(bonus=GEBBonus("inverse", "forward_kl"), labels=LabelRule("soft"), alpha=0.5)).steps[0]
     assert step["loss/xpo"] == pytest.approx(0.5 * step["logps/rejected"], rel=1e-5)

@@ -38,7 +38,7 @@ def assert_logps_are_the_models_own(model: nn.Module, prompts: Prompts, completi
     torch.testing.assert_close(completions.token_logps, token_logps(model, prompts, completions), rtol=0, atol=5e-5)
 
 
-def generated(model: nn.Module, prompts: Prompts, eos: list[int], tokens: int) -> list[list[int]]:
+def generated(model: nn.Module, prompts: Prompts, eos: list[int], tokens: int, **settings: Any) -> list[list[int]]:
     """Decode greedily with transformers' own generate; a row is cut after its first EOS."""
     ids = model.generate(
         prompts.ids,
@@ -47,6 +47,7 @@ def generated(model: nn.Module, prompts: Prompts, eos: list[int], tokens: int) -
         max_new_tokens=tokens,
         eos_token_id=eos or None,
         pad_token_id=0,
+        **settings,
     )
     rows = []
     for row in ids[:, prompts.ids.shape[1] :].tolist():

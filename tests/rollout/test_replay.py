@@ -72,6 +72,17 @@ def test_replays_write_what_is_written_without(arch: str, settings: dict[str, An
     assert captures.replayed > captures.captured > 0
 
 
+def test_stop_string_that_the_last_token_completes_ends_its_row(captures: Captures, load_model: LoadModel):
+    tokenizer = make_tokenizer()
+    free = roller(max_new_tokens=5)(load_model(), prompts_of(ROWS), noise())
+    stop = tokenizer.decode(free.ids[0, -1:])
+    stopped = roller(max_new_tokens=5, stop_strings=[stop])(load_model(), prompts_of(ROWS), noise())
+    assert captures.replayed > 0
+    assert stopped.ids[0].tolist() == free.ids[0].tolist()
+    assert stopped.ended[0]
+    assert not free.ended[0]
+
+
 def test_nothing_is_replayed_where_that_is_switched_off(captures: Captures, load_model: LoadModel):
     rollout = LocalRollout(make_tokenizer(), Sampling(max_new_tokens=4), [], replays=False)
     rollout(load_model(), prompts_of(ROWS), noise())

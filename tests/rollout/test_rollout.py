@@ -20,6 +20,15 @@ def test_greedy_equals_transformers_generate(arch: str, load_model: LoadModel):
     assert len(rows_of(ours)[0]) <= 4
 
 
+def test_all_that_a_row_has_written_is_penalised_as_transformers_does_it(load_model: LoadModel):
+    ours = rows_of(
+        roll(load_model(), prompts_of(PROMPT_ROWS), max_new_tokens=14, temperature=0.0, repetition_penalty=2.0)
+    )
+    for row, written in zip(PROMPT_ROWS, ours, strict=True):
+        assert [written] == generated(load_model(), prompts_of([row]), [], 14, repetition_penalty=2.0)
+        assert len(set(written)) > 2
+
+
 def test_greedy_in_train_mode_with_gradient_checkpointing_equals_transformers_in_eval_mode(
     arch: str, load_model: LoadModel
 ):
