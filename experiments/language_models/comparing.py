@@ -1,4 +1,4 @@
-"""Compares the arms of a task: paired differences, their p-values, and a table."""
+"""Compares the arms of a task: paired differences, their p-values, and tables."""
 
 import math
 import re
@@ -7,12 +7,19 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from results import Result
-from tasks import ARMS, BASELINE
+from tasks import ARMS, BASELINE, TASKS
 
 HEADER = (
-    "arm", "seeds that found it", "labels to it (median)", "score", "less online DPO's", "p, corrected", "area", "KL",
-    "probability", "clean",
+    "arm", "seeds that found it", "labels to it (median)", "score", "area", "KL", "score - beta KL", "probability",
+    "clean",
 )  # fmt: skip
+COMPARED = {
+    "discovery": ("labels to it", 0),
+    "score": ("score", 3),
+    "area": ("area", 3),
+    "objective": ("score - beta KL", 2),
+}
+"""The numbers of a `Result` in which arms are compared: what they are called, and digits after the point."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +34,18 @@ class Difference:
     p: float
     corrected: float = math.nan
 
-    def __str__(self) -> str:
-        """Say mean and standard error."""
-        return f"{self.mean:+.3f} ± {self.error:.3f}"
+    def said(self, digits: int) -> str:
+        """Say mean, standard error, and the corrected p-value."""
+        return f"{self.mean:+,.{digits}f} ± {self.error:,.{digits}f} (p {self.corrected:.2g})"
 
 
 def differences(results: Sequence[Result], task: str, name: str) -> dict[str, Difference]:
-    """Compare each arm of a task with online DPO, seed by seed, in a number of `Result`."""
+    """Compare each arm of a task with online DPO, seed by seed, in a number of `Result`.
+
+    Tasks that are `rare` with other settings have no arm of online DPO of their own, and are compared with that one.
+    """
     found = {}
-    base = by_seed(results, task, BASELINE, name)
+    base = by_seed(results, task if BASELINE in TASKS[task].arms else "rare", BASELINE, name)
     for arm in (arm for arm in ARMS if arm != BASELINE):
         own = by_seed(results, task, arm, name)
         pairs = [own[seed] - base[seed] for seed in own if seed in base]
@@ -81,34 +91,52 @@ def by_seed(results: Sequence[Result], task: str, arm: str, name: str) -> dict[i
 
 def table(results: Sequence[Result], task: str) -> str:
     """Say in Markdown what came of the arms of a task."""
-    lines = [f"| {' | '.join(HEADER)} |", f"|{' --- |' * len(HEADER)}"]
-    gains = differences(results, task, "score")
+    lines = [_row(HEADER), _row(["---"] * len(HEADER))]
     for arm, name in ARMS.items():
         mine = [one for one in results if (one.task, one.arm) == (task, arm)]
         if mine:
-            gain = gains.get(arm)
             cells = [
                 name,
                 f"{sum(one.found for one in mine)} of {len(mine)}",
                 median([one.discovery if one.found else math.inf for one in mine], mine[0].labels),
-                spread([one.score for one in mine]),
-                *(("", "") if gain is None else (str(gain), f"{gain.corrected:.2g}")),
-                spread([one.area for one in mine]),
+                *(spread([getattr(one, number) for one in mine]) for number in ("score", "area")),
                 spread([one.kl for one in mine], 1),
+                spread([one.objective for one in mine], 2),
                 f"{math.exp(mean(math.log(one.rarity) for one in mine)):.0e}",
                 f"{mean(one.clean for one in mine):.2f}",
             ]
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(_row(cells))
     return "\n".join(lines)
 
 
+def table_of_differences(results: Sequence[Result], task: str) -> str:
+    """Say in Markdown how the arms of a task differ from online DPO, seed by seed."""
+    by_number = {number: differences(results, task, number) for number in COMPARED}
+    lines = [_row(["arm", *(title for title, _ in COMPARED.values())]), _row(["---"] * (1 + len(COMPARED)))]
+    lines += [
+        _row([name, *(by_number[number][arm].said(digits) for number, (_, digits) in COMPARED.items())])
+        for arm, name in ARMS.items()
+        if arm in by_number["score"]
+    ]
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def with_tables(page: str, results: Sequence[Result]) -> str:
-    """Return a page with its tables written anew; that of a task stands between `<!-- table: TASK -->` and an end."""
+    """Return a page with its tables written anew.
+
+    A table stands between `<!-- table: TASK -->`, or `<!-- differences: TASK -->`, and `<!-- end -->`.
+    """
+    tables = {"table": table, "differences": table_of_differences}
 
     def written(found: re.Match[str]) -> str:
-        return f"{found[1]}\n{table(results, found[2])}\n{found[3]}"
+        return f"{found[1]}\n{tables[found[2]](results, found[3])}\n{found[4]}"
 
-    return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", written, page, flags=re.DOTALL)
+    marks = r"(<!-- (table|differences): (\w+) -->)\n.*?(<!-- end -->)"
+    return re.sub(marks, written, page, flags=re.DOTALL)
 
 
 def median(values: Sequence[float], most: int) -> str:

@@ -156,11 +156,17 @@ def test_results_of_runs_worked_by_hand(script, tmp_path):
     assert (gain.mean, gain.error) == pytest.approx((0.25, 0.05))  # of 0.2 and 0.3
     assert gain.p == pytest.approx(2 / math.pi * math.atan(1 / 5))  # Cauchy's: t = 5, one degree
     table = comparing.table(found, "rare").splitlines()
-    assert table[2].startswith("| online DPO (π, π) | 0 of 2 | > 30 | 0.550 ± 0.050 |  |  |")
-    assert "| XPO, alpha 0.05 beta | 2 of 2 | 20 | 0.800 ± 0.100 | +0.250 ± 0.050 | 0.13 |" in table[3]
-    assert table[3].endswith("| 4.5 ± 0.0 | 4e-04 | 0.90 |")
-    page = comparing.with_tables("before\n<!-- table: rare -->\nold\n<!-- end -->\nafter\n", found)
-    assert page.splitlines() == ["before", "<!-- table: rare -->", *table, "<!-- end -->", "after"]
+    assert table[2].startswith("| online DPO (π, π) | 0 of 2 | > 30 | 0.550 ± 0.050 | 0.")
+    assert table[3].startswith("| XPO, alpha 0.05 beta | 2 of 2 | 20 | 0.800 ± 0.100 | 0.")
+    assert table[3].endswith("| 4.5 ± 0.0 | 0.57 ± 0.10 | 4e-04 | 0.90 |")  # 0.8 less 0.05 times 4.5, to even
+    other = comparing.table_of_differences(found, "rare").splitlines()
+    assert other[0] == "| arm | labels to it | score | area | score - beta KL |"
+    assert other[2].startswith("| XPO, alpha 0.05 beta | -10 ± 0 (p 0) | +0.250 ± 0.050 (p 0.13) | -")
+    assert len(other) == 3
+    page = "before\n<!-- table: rare -->\nold\n<!-- end -->\nbetween\n<!-- differences: rare --><!-- end -->\n"
+    page = page.replace("--><!--", "-->\n<!--")
+    marks = ["<!-- table: rare -->", *table, "<!-- end -->", "between", "<!-- differences: rare -->", *other]
+    assert comparing.with_tables(page, found).splitlines() == ["before", *marks, "<!-- end -->"]
     results.write(found, tmp_path / "runs.csv")
     again = results.read(tmp_path / "runs.csv")
     for one, kept in zip(found, again, strict=True):
@@ -222,6 +228,7 @@ def test_tables_of_the_page_are_those_of_the_kept_results(script):
     found = results.read(HERE / "results" / "runs.csv")
     assert comparing.with_tables(page, found) == page
     assert page.count("<!-- table: ") == len({one.task for one in found})
+    assert page.count("<!-- differences: ") >= 1
 
 
 @pytest.mark.slow
