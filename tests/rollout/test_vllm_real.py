@@ -4,8 +4,13 @@ The tests are marked `vllm` and run only if asked for (`-m vllm`); XPO_VLLM_PYTH
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import httpx2
+import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import longer_is_better, randomize_adapters
@@ -13,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from vllm_rollouts import LORA, begun, both, real_server, trained, worst_gap
 
 from xpo_lightning import InputError, ModelSpec, PythonReward, Sampling, VLLMRollout, XPOLightningModule
+
+COUNTER = "vllm:request_success_total"
 
 
 @pytest.fixture
@@ -49,3 +56,45 @@ def test_real_server_writes_what_the_stand_in_stands_for(vllm_server: tuple[str,
     assert max(recorder.of("rollout/logp_drift") + recorder.of("rollout/policy_logp_drift")) < 1e-3
     margins = recorder.of("objective/scores_margin")
     assert sum(margins[-5:]) / 5 > 1
+
+
+@pytest.mark.vllm
+def test_one_of_two_real_servers_is_killed_and_started_anew(tmp_path: Path) -> None:
+    """Each takes its share; while one is gone the other writes for both; then it has requests again."""
+    options, switches = ("--enable-lora",), {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    with ExitStack() as servers:
+        url, folder = servers.enter_context(real_server(tmp_path, *options, **switches))
+        second = servers.enter_context(ExitStack())
+        urls = [url, second.enter_context(real_server(tmp_path, *options, port=8766, **switches))[0]]
+        served: list[list[float]] = []
+
+        class Killer(pl.Callback):
+            def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+                served.append([requests_of(url) for url in urls])
+                if trainer.global_step == 2:
+                    second.close()
+                if trainer.global_step == 4:
+                    second.enter_context(real_server(tmp_path, *options, port=8766, **switches))
+
+        rollout = VLLMRollout(urls, str(tmp_path / "adapters"), together=False, retries=3, backoff=0.1)
+        sampling = Sampling(max_new_tokens=12, temperature=0.9, top_k=200)
+        settings: dict[str, Any] = {"lora": LORA, "rollout": rollout, "sampling": sampling, "learning_rate": 1e-2}
+        module = XPOLightningModule(ModelSpec(folder), PythonReward(longer_is_better), **settings)
+        with pytest.warns(UserWarning, match="the other servers have its requests"):
+            recorder = trained(module, 7, Killer())
+        served.append([requests_of(url) for url in urls])
+    assert module.global_step == 7
+    assert max(recorder.of("rollout/logp_drift") + recorder.of("rollout/policy_logp_drift")) < 1e-3
+    shares = [[later - earlier for earlier, later in zip(*ends, strict=True)] for ends in pairwise(served)]
+    assert shares[1] == [shares[1][0]] * 2
+    assert shares[3] == [2 * shares[1][0], 0]
+    assert shares[6] == shares[1]
+
+
+def requests_of(url: str) -> float:
+    """Count the requests that a server has finished since it was started; 0 while it is down."""
+    try:
+        text = httpx2.get(f"{url}/metrics", timeout=10).text
+    except httpx2.TransportError:
+        return 0.0
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(COUNTER))

@@ -1,10 +1,11 @@
 """A vLLM engine beside a stand-in for its server, and what tests of it share."""
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,38 +108,55 @@ def broken(path: str, act: Callable[[Handler], Any], after: int = 0) -> Callable
 COMPLETIONS = "/v1/completions"
 
 
-def trained(module: XPOLightningModule, steps: int, **options: Any) -> Recorder:
+def trained(module: XPOLightningModule, steps: int, *callbacks: Any, **options: Any) -> Recorder:
     recorder = Recorder()
-    fit_quietly(module, PROMPTS * 8 * steps, batch_size=40, callbacks=[recorder], max_steps=steps, **options)
+    options["callbacks"] = [recorder, *callbacks]
+    fit_quietly(module, PROMPTS * 8 * steps, batch_size=40, max_steps=steps, **options)
     return recorder
 
 
 @contextmanager
-def real_server(folder: Path, *options: str, tied: bool = False, **switches: str) -> Iterator[tuple[str, str]]:
+def real_server(
+    folder: Path, *options: str, tied: bool = False, port: int = 8765, **switches: str
+) -> Iterator[tuple[str, str]]:
     """Start a real server on a model that its kernels take; give its address and the model's folder."""
-    python = os.environ["XPO_VLLM_PYTHON"]
-    model, port = str(folder / "model"), 8765
-    torch.manual_seed(1)
-    shape = {"hidden_size": 128, "intermediate_size": 128, "max_position_embeddings": 128, "initializer_range": 0.12}
-    config = LlamaConfig(**{**GROUPED, **shape}, tie_word_embeddings=tied)
-    AutoModelForCausalLM.from_config(config).save_pretrained(model)
-    make_tokenizer().save_pretrained(model)
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "128", *options]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | switches
-    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    model = folder / "model"
+    if not model.exists():  # servers of one folder have one model
+        torch.manual_seed(1)
+        shape = {"hidden_size": 128, "intermediate_size": 128, "max_position_embeddings": 128}
+        config = LlamaConfig(**{**GROUPED, **shape, "initializer_range": 0.12}, tie_word_embeddings=tied)
+        AutoModelForCausalLM.from_config(config).save_pretrained(model)
+        make_tokenizer().save_pretrained(model)
+    log = folder / f"server_{port}.log"
+    server = started(model, log, port, *options, **switches)
     try:
         url, end = f"http://127.0.0.1:{port}", time.monotonic() + 600
-        while server.poll() is None and time.monotonic() < end:
-            try:
-                if httpx2.get(f"{url}/health", timeout=5).status_code == 200:
-                    break
-            except httpx2.TransportError:
-                time.sleep(1)
-        assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
-        yield url, model
+        while server.poll() is None and not answers(url) and time.monotonic() < end:
+            time.sleep(1)
+        assert server.poll() is None, log.read_text()[-2000:]
+        yield url, str(model)
     finally:
-        server.terminate()
-        server.wait(60)
+        end_all_of(server)
+
+
+def started(model: Path, log: Path, port: int, *options: str, **switches: str) -> "subprocess.Popen[bytes]":
+    """Start a real server as the first process of a session of its own, which `end_all_of` ends."""
+    command = [os.environ["XPO_VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "128", *options]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | switches
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with log.open("a") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+
+
+def answers(url: str) -> bool:
+    with suppress(httpx2.TransportError):
+        return httpx2.get(f"{url}/health", timeout=5).status_code == 200
+    return False
+
+
+def end_all_of(server: "subprocess.Popen[bytes]") -> None:
+    """Kill a server and the processes that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait(60)
