@@ -90,6 +90,7 @@ def test_rows_at_once_keeps_the_order_of_the_rows(load_model: LoadModel, rows: i
     assert grouped.texts == whole.texts
     assert torch.equal(grouped.ended, whole.ended)
     sampled = roll(model, prompts, [], rows, max_new_tokens=5)
+    assert rows_of(sampled) == rows_of(roll(model, prompts, [], max_new_tokens=5)), "each row has its own numbers"
     assert_logps_are_the_models_own(model, prompts, sampled)
 
 
