@@ -114,6 +114,20 @@ def test_scores_samples_and_gradients_are_those_of_each_row_alone(kind: str, len
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-4 * largest + 1e-9, msg=name)
 
 
+def test_session_of_rows_in_any_order_samples_and_scores_each_row_alone():
+    """Rows of one length are computed together wherever they stand; scores are sums over tokens."""
+    model, rows = build("mamba"), random_rows([9, 30, 2, 9], seed=1)
+    prompts, rollout = prompts_of(rows), LocalRollout(make_tokenizer(), Sampling(max_new_tokens=3, temperature=0.0), [])
+    with torch.no_grad():
+        session = rollout.open(model, prompts)
+        written = rollout.sample(session, torch.zeros(4, 3, dtype=torch.float64))
+        scores = session.logps(written)
+        for row, ids, score in zip(rows, written.ids.tolist(), scores.tolist(), strict=True):
+            for place in range(3):
+                assert ids[place] == int(model(torch.tensor([[*row, *ids[:place]]])).logits[0, -1].argmax())
+            assert score == pytest.approx(sum(naive_token_logps(model, row, ids)), abs=1e-4)
+
+
 def pair_sums(model: nn.Module, prompts: Any, own: Any, other: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Score both sides, and let gradients of the first less twice the second flow."""
     logps = pair_logps(model, prompts, Pair(own, other))
