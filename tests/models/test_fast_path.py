@@ -38,6 +38,7 @@ from xpo_lightning.models.forward.capabilities import (
     without_fast_paths,
 )
 from xpo_lightning.models.forward.cpu import speed_up_linears
+from xpo_lightning.models.forward.unshared import Rows
 from xpo_lightning.models.logprobs import pair_logps, shares_prompt
 from xpo_lightning.models.lora import cast_lora_weights
 from xpo_lightning.models.policy import LoRASpec
@@ -48,6 +49,7 @@ from xpo_lightning.rollout.local import LocalRollout
 from xpo_lightning.rollout.opening import writing_of
 from xpo_lightning.rollout.plain_session import PlainSession
 from xpo_lightning.rollout.session import Session
+from xpo_lightning.rollout.writing import Writing
 
 LoadModel = Callable[..., nn.Module]
 PROMPT_ROWS = random_rows([6, 3, 9, 1, 7], seed=1)
@@ -74,6 +76,11 @@ def test_each_architecture_takes_the_path_that_suits_it(arch: str, load_model: L
     model = load_model(arch)
     assert capabilities_of(model).head is (None if arch == "gemma2_sliding" else model.get_output_embeddings())
     assert sharing_of(model, 20) is (Sharing.PADDED_LEFT if arch.endswith("sliding") else Sharing.PADDED_RIGHT)
+    way = writing_of(model, 20)
+    assert way.is_shared
+    assert way.rows is (Rows.PADDED_LEFT if arch.endswith("sliding") else Rows.PADDED_RIGHT)
+    with without_fast_paths(model):
+        assert writing_of(model, 20) == Writing(Rows.PADDED_LEFT)
 
 
 @pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])

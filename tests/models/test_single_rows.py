@@ -31,6 +31,8 @@ from xpo_lightning import InputError, LocalJudge, Pair, Sampling, SequenceClassi
 from xpo_lightning.models.forward.ladder import Ladder
 from xpo_lightning.models.logprobs import pair_logps
 from xpo_lightning.rollout.local import LocalRollout
+from xpo_lightning.rollout.opening import writing_of
+from xpo_lightning.rollout.writing import Memory
 
 LONG = [300, 200, 40, 260, 120]  # tokens; GPT-Neo's published window is 256
 LONGROPE = {
@@ -112,6 +114,11 @@ def test_scores_samples_and_gradients_are_those_of_each_row_alone(kind: str, len
         if theirs.grad is not None:
             largest = float(theirs.grad.abs().max())
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-4 * largest + 1e-9, msg=name)
+
+
+def test_rows_beyond_a_mark_are_read_again_at_the_mark_alone():
+    ways = [writing_of(build("longrope"), length) for length in (60, 90)]
+    assert [(way.is_shared, way.memory) for way in ways] == [(True, Memory.KEYS_AND_VALUES), (False, Memory.READ_AGAIN)]
 
 
 def test_session_of_rows_in_any_order_samples_and_scores_each_row_alone():

@@ -65,6 +65,13 @@ def test_tokens_are_those_of_the_mixture(
     check_rows(module, pairs, 0.3, kind, is_greedy=temperature == 0)
 
 
+def test_rows_that_end_at_different_times_stay_together(make_module: MakeModule):
+    sampling = Sampling(max_new_tokens=8, eos_token_ids=list(range(0, 304, 4)))
+    pairs = collected(module := moved(make_module(sampler=MixtureSampler(0.6), sampling=sampling)))
+    assert len(set(pairs.completions.by_sampler.counts)) > 2
+    check_rows(module, pairs, 0.6, "geometric", is_greedy=False)
+
+
 def test_models_of_every_architecture_are_mixed(make_module: MakeModule, arch: str):
     module = moved(make_module(arch=arch, sampler=MixtureSampler(0.6)))
     check_rows(module, collected(module), 0.6, "geometric", is_greedy=False)

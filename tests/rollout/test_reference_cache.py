@@ -5,6 +5,7 @@ import json
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from conftest import (
     ChainModel,
     Recorder,
     chain_module,
+    completions_of,
     fit_quietly,
     loader,
     longer_is_better,
     make_tokenizer,
     noise,
+    prompts_of,
     quiet_trainer,
 )
 from torch import nn
@@ -33,6 +36,7 @@ from xpo_lightning.data.prompts import as_prompts
 from xpo_lightning.models.logprobs import token_logps
 from xpo_lightning.models.policy import LoRASpec
 from xpo_lightning.rewards import PythonReward, Reward, SequenceClassifierReward, WeightedSum
+from xpo_lightning.rollout.reference_cache import ReferenceCache
 from xpo_lightning.training.collector import Collector
 from xpo_lightning.training.metrics import rollout_metrics
 from xpo_lightning.training.objective import Objective
@@ -221,6 +225,32 @@ def test_prompt_twice_in_a_batch_is_kept_once(make_module: MakeModule, collected
     first, second = (pairs.completions.by_sampler.texts for pairs in collected)
     assert second == (first[0], first[1], first[0])
     assert entries(folder) == 2
+
+
+@pytest.mark.parametrize("kind", ["memory", "folder"])
+def test_cache_finds_the_prompt_and_nothing_else(tmp_path: Path, kind: str):
+    """Padding is no part of a prompt, what it was made of is; discarded entries and later ones are gone."""
+    cache = ReferenceCache(where(kind, tmp_path), {})
+    prompts = replace(prompts_of([[5, 6], [7, 8, 9], [4]]), raw=("a", "b", "c"))
+    written = completions_of([[11], [12, 13, 14], [15, 16]], [False, True, True])
+    written = replace(written, token_logps=-torch.arange(1.0, 10).reshape(3, 3))
+    scores = torch.tensor([0.5, 1.5, 2.5])
+    cache.put(prompts.select([0, 1]), written.select([0, 1]), scores[:2])
+    cache.settle(keep=False)
+    assert cache.get(prompts) == [None] * 3
+    cache.put(prompts.select([0, 1]), written.select([0, 1]), scores[:2])
+    cache.settle(keep=True)
+    state = cache.shared_state() | cache.state()
+    cache.put(prompts.select([2]), written.select([2]), scores[2:])
+    cache.settle(keep=True)
+    short, middle, last = cache.get(prompts)
+    assert (short.ids.tolist(), short.token_logps.tolist(), short.ended, short.score) == ([11], [-1.0], False, 0.5)
+    assert (middle.ids.tolist(), middle.token_logps.tolist()) == ([12, 13, 14], [-4.0, -5.0, -6.0])
+    assert last is not None
+    assert cache.get(prompts_of([[5, 6]])) == [None], "made of another text"
+    assert cache.get(prompts.select([0]))[0].ids.tolist() == [11], "padded to another width"
+    cache.load_state(state)
+    assert [entry is not None for entry in cache.get(prompts)] == [True, True, False]
 
 
 def test_rows_that_differ_in_a_column_alone_are_kept_apart(make_module: MakeModule, tmp_path: Path):
