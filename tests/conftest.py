@@ -220,7 +220,8 @@ class ChainModel(nn.Module):
 class Captures:
     """Takes a step again where a GPU would replay it, and counts.
 
-    By then it knows no more than a graph does: the buffers of its workspace, and the model's weights.
+    As on a GPU, the step is taken once before. When it is taken again, it knows no more than a graph does: the buffers
+    of its workspace, and the model's weights.
     """
 
     def __init__(self) -> None:
@@ -228,6 +229,7 @@ class Captures:
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
         self.captured += 1
+        step()
 
         def replayed() -> None:
             self.replayed += 1

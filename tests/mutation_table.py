@@ -1309,13 +1309,19 @@ broken(
         "the engine writes with dropout",
         "            with eval_mode(policy):\n                written",
         "            if True:\n                written",
+        "test_engine_that_writes_with_the_policy_itself_has_it_without_dropout",
     ),
     (
         "checkpoints have the weights of the next batch",
         "held, decided = self._settled",
         "held, decided = self._held, self._decided",
     ),
-    ("what was written ahead is for any batch", "kept is not None and kept.batch == batch:", "kept is not None:"),
+    (
+        "what was written ahead is for any batch",
+        "kept is not None and kept.batch == batch:",
+        "kept is not None:",
+        "test_what_is_written_ahead_is_for_its_own_batch",
+    ),
 )
 broken(
     "rollout/engine.py",
@@ -1336,6 +1342,7 @@ broken(
         "the difference is a completion's",
         "drift = float(sum(gaps)) / sum(sum(some.counts) for some in written)",
         "drift = float(sum(gaps)) / sum(map(len, written))",
+        "test_drift_is_nats_a_token",
     ),
 )
 broken(

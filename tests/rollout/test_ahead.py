@@ -12,9 +12,29 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import Recorder, loader, longer_is_better, quiet_trainer
+from conftest import (
+    Recorder,
+    completions_of,
+    loader,
+    longer_is_better,
+    make_tokenizer,
+    noise,
+    prompts_of,
+    quiet_trainer,
+)
 
-from xpo_lightning import InputError, LoRASpec, PromptDataModule, PythonReward, RolloutEngine, XPOLightningModule
+from xpo_lightning import (
+    InputError,
+    LoRASpec,
+    PromptDataModule,
+    PythonReward,
+    RolloutEngine,
+    Sampling,
+    XPOLightningModule,
+)
+from xpo_lightning.rollout.engine import GenerationRequest
+from xpo_lightning.rollout.engine_writer import EngineWriter
+from xpo_lightning.rollout.local import LocalRollout
 
 MakeModule = Callable[..., XPOLightningModule]
 
@@ -147,6 +167,63 @@ def test_each_batch_is_written_by_the_weights_that_are_due(
         assert recorder.of("rollout/staleness") == behind
     else:
         assert "rollout/staleness" not in recorder.steps[-1]
+
+
+def test_engine_that_writes_with_the_policy_itself_has_it_without_dropout(
+    make_module: MakeModule, data: Any, load_model: Callable[..., Any]
+) -> None:
+    modes: list[bool] = []
+
+    class Here(Elsewhere):
+        copies_weights = False
+
+        def sync(self, policy: Any) -> None:
+            self.models["policy"] = policy
+
+        def write(self, prompts: Any, asked: Any) -> list[Any]:
+            modes.append(self.models["policy"].training)
+            return super().write(prompts, asked)
+
+    module = make_module(rollout=Here(load_model("llama")))
+    fit(module, data(), max_steps=1, callbacks=[history := Training()])
+    assert modes == [False]
+    assert history.modes == [True]
+
+
+class Training(pl.Callback):
+    """Puts the policy into train mode before each batch, and keeps the mode in which it leaves the batch."""
+
+    def __init__(self) -> None:
+        self.modes: list[bool] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+        module.policy.train()
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        self.modes.append(module.policy.training)
+
+
+def test_what_is_written_ahead_is_for_its_own_batch(engine_of: Any, load_model: Callable[..., Any]) -> None:
+    engine, policy = engine_of(1, 1), load_model("llama")
+    engine.begin(LocalRollout(make_tokenizer(), Sampling(max_new_tokens=2), []))
+    writer = EngineWriter(engine, lambda: None)
+    writer.begin(policy)
+    one, other = ([GenerationRequest("policy", [noise(seed).uniforms(2, 2)])] for seed in (1, 2))
+    writer.start(policy, prompts_of([[5], [6]]), one, 3, wanted=True)
+    written = writer.write(policy, prompts_of([[7, 8], [9]]), other, 4)[0][0]
+    assert torch.equal(written.ids, engine.write(prompts_of([[7, 8], [9]]), other)[0][0].ids)
+    calls = len(engine.wrote)
+    writer.start(policy, prompts_of([[5], [6]]), one, 5, wanted=True)
+    writer.write(policy, prompts_of([[5], [6]]), one, 5)
+    assert len(engine.wrote) == calls + 1, "it is written once"
+    writer.close()
+
+
+def test_drift_is_nats_a_token(engine_of: Any) -> None:
+    """Two completions of 1 and 3 tokens that are 0.5 and 1.5 nats apart: 2 nats over 4 tokens."""
+    engine = engine_of(1, 0)
+    engine.compare("policy", [completions_of([[3], [4, 5, 6]])], torch.tensor([[0.5, -1.5]]))
+    assert engine.measured == {"rollout/policy_logp_drift": pytest.approx(0.5)}
 
 
 def test_drift_ends_no_run_whose_engine_is_meant_to_be_behind(
