@@ -56,6 +56,7 @@ ARMS = {
 BASELINE = "online_dpo"
 MAIN = tuple(arm for arm in ARMS if not arm.startswith(("xpo_alpha", "xpo_eps", "xpo_passes", "xpo_both_", "bonus")))
 FEW = ("online_dpo", "dpo_reference", "xpo", "entropy", "hot")
+LONG = ("online_dpo", "xpo_both", "sepopo", "entropy", "hot")
 TRAP = ("xpo_alpha_0.005", "xpo_alpha_0.5", "xpo_eps", "xpo_passes")
 
 TASKS = {
@@ -66,6 +67,7 @@ TASKS = {
         5,
         "sharpened",
     ),
+    "long": Task(("stories.yaml", "stories_long.yaml"), "the task `rare` with 8,192 labels", LONG, 5, "sharpened"),
     "trap": Task(("stories.yaml",), "the task `rare`, with other optimizers and alphas", TRAP, 5, "sharpened"),
     "behind": Task(
         ("stories.yaml",),

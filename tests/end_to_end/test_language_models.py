@@ -189,7 +189,7 @@ WITH_POLICY = {
 WITHOUT_BONUS = {"online_dpo", "dpo_reference", "entropy", "hot", "best_of_n"}
 
 
-@pytest.mark.parametrize("task", ["rare", "trap", "behind", "reason", "covered", "sums", "sums_covered"])
+@pytest.mark.parametrize("task", ["rare", "long", "trap", "behind", "reason", "covered", "sums", "sums_covered"])
 def test_arms_are_what_they_are_called(script, task, monkeypatch, tmp_path):
     """Each run of a task by the options that it would be made with."""
     monkeypatch.chdir(script.ROOT)
