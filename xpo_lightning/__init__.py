@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from xpo_lightning.rewards.labels import LabelRule
     from xpo_lightning.rollout.context import RolloutContext
     from xpo_lightning.rollout.engine import GenerationRequest, RolloutEngine
+    from xpo_lightning.rollout.historical import HistoricalPolicySampler
     from xpo_lightning.rollout.pair_selection import Candidates
     from xpo_lightning.rollout.samplers import (
         MixtureSampler,
@@ -79,6 +80,7 @@ __all__ = [
     "GenerationRequest",
     "HTTPJudge",
     "HingeLoss",
+    "HistoricalPolicySampler",
     "HumanJudge",
     "INPOLoss",
     "IPOLoss",
@@ -167,6 +169,7 @@ _HOMES = {
         "WeightedSum",
     ),
     "rollout.engine": ("GenerationRequest", "RolloutEngine"),
+    "rollout.historical": ("HistoricalPolicySampler",),
     "rollout.sampling": ("Sampling",),
     "rollout.vllm.engine": ("VLLMRollout",),
     "rollout.samplers": (

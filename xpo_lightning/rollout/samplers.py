@@ -21,10 +21,12 @@ class Sampler(ABC):
     Attributes:
         is_policy: Whether the sampler is the policy itself.
         is_reference: Whether the sampler is the reference, whose log-probabilities are then known from sampling.
+        kept_policies: Most earlier states of the policy that it keeps.
     """
 
     is_policy = False
     is_reference = False
+    kept_policies = 0
 
     @abstractmethod
     def write(self, context: RolloutContext, uniforms: Sequence[Tensor]) -> list[Completions]:
@@ -98,6 +100,8 @@ class PreviousPolicySampler(Sampler):
     Raises:
         InputError: `every` is below 1.
     """
+
+    kept_policies = 2
 
     def __init__(self, every: int = 1) -> None:
         check_range("model.sampler.init_args.every", every, least=1)
