@@ -174,6 +174,7 @@ CHECKS: dict[str, Callable[[Run], Any]] = {
         lambda run: (run.module.sampler.every, run.module.sampler.keep) == (10, 4),
     ),
     "Mixture": every(is_a("sampler", "MixtureSampler"), lambda run: run.module.sampler.reference_share == 0.25),
+    "PILAF": every(is_a("sampler", "PILAFSampler"), lambda run: run.module.sampler.beta == 0.1),
     "Python sampler": lambda run: all(
         text and "They lived happily ever after.".startswith(text) for text in run.pairs[0].completions.by_sampler.texts
     ),

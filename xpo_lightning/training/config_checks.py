@@ -212,6 +212,11 @@ def _refuse_with_engine(options: Options, rollout: RolloutEngine) -> None:
             f"{engine} knows the reference and the policy as it is, and model.sampler="
             f"{type(options.sampler).__name__} has an earlier one write; set one of the two to null",
         ),
+        (
+            options.sampler.writes_both,
+            f"{engine} writes the policy's side of each pair, and so does model.sampler="
+            f"{type(options.sampler).__name__}; set model.rollout to null, or take another sampler",
+        ),
     ]
     refuse_first(refused)
 
