@@ -45,7 +45,7 @@ class DEPOBonus(Bonus):
             states = self.observe(seen)[:, :-1].double()
             width = (states @ self._inverse_of(states) * states).sum(1).clamp(min=0).sqrt()
             curvature = self.curvatures / self.pairs if self.pairs else 0.25  # that of equal models
-            weight = (self.scale * width / curvature**0.5).to(seen.by_policy.logps.dtype)
+            weight: Tensor = (self.scale * width / curvature**0.5).to(seen.by_policy.logps.dtype)
         return -weight * (seen.by_policy.logps + seen.by_sampler.logps)
 
     def observe(self, seen: BonusInput) -> Tensor:
