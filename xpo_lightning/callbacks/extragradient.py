@@ -23,6 +23,9 @@ class Extragradient(Callback):
     number of them: set `trainer.max_steps` and `trainer.val_check_interval` so.
 
     Between the two, checkpoints are larger by the weights and the optimizer's state.
+
+    It is longer than the losses of other methods: it refuses what gives an iteration other steps, and goes on with a
+    resumed run.
     """
 
     def __init__(self) -> None:

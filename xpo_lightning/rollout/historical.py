@@ -24,6 +24,8 @@ class HistoricalPolicySampler(Sampler):
     iterate so far is in it with the same probability, so that a draw from it is one from all of them. They are in the
     CPU's memory and in checkpoints, each as large as the trained weights.
 
+    It is longer than other samplers: what it holds is bounded, and goes on with a resumed run.
+
     Args:
         every: Number of batches (rollouts with the updates on them) in an iteration.
         keep: Most iterates that are held.
