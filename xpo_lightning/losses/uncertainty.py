@@ -14,11 +14,11 @@ from xpo_lightning.losses.bonus import Bonus, BonusInput, Scored
 class DEPOBonus(Bonus):
     """DEPO's bonus: -b (log pi(y) + log pi(y')), b = scale / sqrt(K) |w|_(V^-1) without gradient, for a pair y, y'.
 
-    w = [phi(y), phi(y')] are both completions' mean last hidden states, V = regularization I + the sum of w w' over the
-    pairs so far, and K the mean curvature s(m)(1 - s(m)) of the logistic loss at their margins m (Zhang et al. 2026,
-    arXiv 2605.04477). So a positive alpha *raises* pairs unlike those seen before. The formula of b is the paper's; of
-    these, no source at hand had the exact words, see docs/methods.md: K's mean, how b enters the loss (here, as the
-    policy gradient of its mean), and that each phi has length 1.
+    w = [phi(y), phi(y')] are both completions' mean last hidden states, V = regularization I + the sum of w w^T over
+    the pairs so far, and K the mean curvature s(beta m)(1 - s(beta m)) of the logistic loss at their margins m (Zhang
+    et al. 2026, arXiv 2605.04477). So a positive alpha *raises* pairs unlike those seen before. b is the paper's, as a
+    digest of it has it. Ours are the mean in K, that each phi is scaled to length 1, and how b enters the loss, as the
+    policy gradient of its mean: docs/methods.md.
 
     It is longer than other bonuses: it has a matrix of (2 D)^2 float64 numbers, which learns and goes into checkpoints.
 

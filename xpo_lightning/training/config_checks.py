@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.losses.bonuses import XPOBonus
+from xpo_lightning.losses.game import NashMDLoss
 from xpo_lightning.losses.schedules import FIRST_STEP
 from xpo_lightning.models.policy import LoadedModel, LoRASpec, ModelSpec
 from xpo_lightning.models.reference import ReferenceRefresh
@@ -172,6 +173,11 @@ def refuse_combinations(options: Options) -> None:
             refreshed and options.buffer_options is not None,
             "model.buffer keeps the reference's log-probabilities, and model.reference_refresh changes the reference; "
             "set one of the two to null",
+        ),
+        (
+            options.sampler.writes_both and isinstance(options.objective.preference_loss, NashMDLoss),
+            f"model.preference_loss=NashMDLoss is a policy gradient on the policy's own completion, and model.sampler="
+            f"{type(options.sampler).__name__} writes another in its place; set one of the two to null",
         ),
     ]
     refuse_first([*_of_judging(options, judge), *refused])
