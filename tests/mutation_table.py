@@ -167,6 +167,17 @@ broken(
     ("a resumed run has a new optimizer", "self.optimizer.load_state_dict(", "dict("),
 )
 broken(
+    "losses/uncertainty.py",
+    "losses/test_uncertainty.py",
+    ("pairs are lowered", "return -weight * (", "return weight * ("),
+    ("the curvature is not divided by", "/ curvature**0.5", "* curvature**0.5"),
+    ("V begins as the identity", "dtype=torch.float64) / self.regularization", "dtype=torch.float64)"),
+    ("padding is read", ".where(real[..., None], 0.0)", ""),
+    ("states keep their length", "torch.nn.functional.normalize(total, dim=1)", "total"),
+    ("the width is squared", ".clamp(min=0).sqrt()", ".clamp(min=0)"),
+    ("a resumed run has a new matrix", "self.inverse = None if state", "self.inverse = None if True or state"),
+)
+broken(
     "losses/schedules.py",
     "losses/test_schedules.py",
     (
@@ -1162,11 +1173,17 @@ broken(
 broken(
     "rollout/mixture.py",
     "rollout/test_mixture.py",
-    ("the share is the policy's", "ours.lerp(theirs, self.share)", "ours.lerp(theirs, 1 - self.share)"),
+    (
+        "a row has another prompt's share",
+        "share[self.places[: len(ours)], None]",
+        "share[: len(ours), None]",
+        "rollout/test_pilaf.py",
+    ),
+    ("the share is the policy's", "ours.lerp(theirs, share)", "ours.lerp(theirs, 1 - share)"),
     (
         "the share by token is the policy's",
-        "torch.tensor([1 - self.share, self.share]",
-        "torch.tensor([self.share, 1 - self.share]",
+        "torch.stack([1 - share, share])",
+        "torch.stack([share, 1 - share])",
     ),
     (
         "logits are mixed as probabilities",
@@ -1246,6 +1263,25 @@ broken(
         "return Entry(tokens, logps, True, text, score)",
     ),
     ("log-probabilities of padding are kept", "on_cpu.token_logps[row][real]", "on_cpu.token_logps[row]"),
+)
+broken(
+    "rollout/historical.py",
+    "rollout/test_historical.py",
+    ("each new iterate is held", "int(into * (batches // self.every + 1))", "int(into * self.keep)"),
+    ("the untrained policy writes", "self.chosen = int(of * len(self.held))", "self.chosen = 0"),
+    ("an iteration ends a batch early", "if batches % self.every == 0:", "if (batches + 1) % self.every == 0:"),
+)
+broken(
+    "rollout/pilaf.py",
+    "rollout/test_pilaf.py",
+    ("both are moved the same way", "numbers[half:], -share)", "numbers[half:], share)"),
+    ("there is no coin", "torch.where(coins[:, 0] < 0.5, self.beta, 0.0)", "torch.full_like(coins[:, 0], self.beta)"),
+)
+broken(
+    "callbacks/extragradient.py",
+    "callbacks/test_extragradient.py",
+    ("the second step is from the half step", "        if batches_done(trainer) % 2:\n", "        if False:\n"),
+    ("the optimizer stays", '        optimizer.load_state_dict({"state"', '        dict({"state"'),
 )
 broken(
     "rollout/samplers.py",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         SigmoidLoss,
     )
     from xpo_lightning.losses.schedules import Constant, Cosine, Linear, PerEpoch, PerIteration, Progress, Schedule
+    from xpo_lightning.losses.uncertainty import DEPOBonus
     from xpo_lightning.losses.xpo import XPOLoss, xpo_loss
     from xpo_lightning.models.policy import LoadedModel, LoRASpec, ModelSpec
     from xpo_lightning.models.reference import ReferenceRefresh
@@ -44,7 +45,9 @@ if TYPE_CHECKING:
     from xpo_lightning.rewards.labels import LabelRule
     from xpo_lightning.rollout.context import RolloutContext
     from xpo_lightning.rollout.engine import GenerationRequest, RolloutEngine
+    from xpo_lightning.rollout.historical import HistoricalPolicySampler
     from xpo_lightning.rollout.pair_selection import Candidates
+    from xpo_lightning.rollout.pilaf import PILAFSampler
     from xpo_lightning.rollout.samplers import (
         MixtureSampler,
         PolicySampler,
@@ -71,6 +74,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "CrashSafeCheckpointIO",
+    "DEPOBonus",
     "DPOPositiveLoss",
     "Experience",
     "FDivergenceLoss",
@@ -79,6 +83,7 @@ __all__ = [
     "GenerationRequest",
     "HTTPJudge",
     "HingeLoss",
+    "HistoricalPolicySampler",
     "HumanJudge",
     "INPOLoss",
     "IPOLoss",
@@ -94,6 +99,7 @@ __all__ = [
     "ModelSpec",
     "NLLLoss",
     "NashMDLoss",
+    "PILAFSampler",
     "Pair",
     "PerEpoch",
     "PerIteration",
@@ -147,6 +153,7 @@ _HOMES = {
     "losses.counts": ("COPOBonus",),
     "losses.divergence": ("FDivergenceLoss", "MixedLoss", "NLLLoss"),
     "losses.game": ("INPOLoss", "NashMDLoss", "SPPOLoss"),
+    "losses.uncertainty": ("DEPOBonus",),
     "losses.xpo": ("XPOLoss", "xpo_loss"),
     "models.policy": ("LoRASpec", "LoadedModel", "ModelSpec"),
     "module": ("XPOLightningModule",),
@@ -167,6 +174,8 @@ _HOMES = {
         "WeightedSum",
     ),
     "rollout.engine": ("GenerationRequest", "RolloutEngine"),
+    "rollout.historical": ("HistoricalPolicySampler",),
+    "rollout.pilaf": ("PILAFSampler",),
     "rollout.sampling": ("Sampling",),
     "rollout.vllm.engine": ("VLLMRollout",),
     "rollout.samplers": (

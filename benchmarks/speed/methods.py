@@ -47,7 +47,7 @@ def seconds_of_step(folder: str, *configs: str) -> float:
     words += ["--trainer.val_check_interval=null", "--trainer.limit_val_batches=0"]
     words += ["--trainer.num_sanity_val_steps=0", f"--trainer.default_root_dir={folder}", "--trainer.logger=false"]
     words += ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
-    words += ["--model.learning_rate=1e-12", f"--trainer.callbacks=[{{class_path: {__name__}.Seconds}}]"]
+    words += ["--model.learning_rate=1e-12", f"--trainer.callbacks+={{class_path: {__name__}.Seconds}}"]
     lightning_cli.main(["fit", *words])
     return median(Seconds.last.steps[WARM_UP:])
 

@@ -169,7 +169,12 @@ CHECKS: dict[str, Callable[[Run], Any]] = {
     "Online DPO": every(is_a("sampler", "PolicySampler"), alphas(0.0, 0.0)),
     "The policy with a bonus": every(is_a("sampler", "PolicySampler"), bonus_of("logps/chosen", "logps/rejected")),
     "Previous policy": every(is_a("sampler", "PreviousPolicySampler"), lambda run: run.module.sampler.every == 10),
+    "Historical policies": every(
+        is_a("sampler", "HistoricalPolicySampler"),
+        lambda run: (run.module.sampler.every, run.module.sampler.keep) == (10, 4),
+    ),
     "Mixture": every(is_a("sampler", "MixtureSampler"), lambda run: run.module.sampler.reference_share == 0.25),
+    "PILAF": every(is_a("sampler", "PILAFSampler"), lambda run: run.module.sampler.beta == 0.1),
     "Python sampler": lambda run: all(
         text and "They lived happily ever after.".startswith(text) for text in run.pairs[0].completions.by_sampler.texts
     ),

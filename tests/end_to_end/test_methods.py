@@ -70,6 +70,8 @@ BONUSES: dict[str, Callable[[Terms], torch.Tensor]] = {
     "sepopo": lambda terms: (torch.sigmoid(BETA * ratio(terms, "policy")) - 0.5) / BETA,
     "geb": lambda terms: torch.where(terms["label"] == 1, terms["sampler"], terms["policy"]).exp(),
     "xpo_general": lambda terms: terms["third"],
+    "xpo_large_batch": lambda terms: terms["third"],
+    "xpo_historical": lambda terms: terms["sampler"],
 }
 
 
@@ -81,6 +83,8 @@ def mean_of_losses(terms: Terms, of_preferred: Callable[..., torch.Tensor]) -> t
 # The preference loss, from the log-probabilities at the first update of a batch.
 LOSSES: dict[str, Callable[[Terms], torch.Tensor]] = {
     "online_ipo": lambda terms: mean_of_losses(terms, lambda a, b: (a - b - 0.5 / BETA) ** 2),
+    "egpo": lambda terms: mean_of_losses(terms, lambda a, b: (a - b - 0.5 / BETA) ** 2),
+    "pilaf": lambda terms: mean_of_losses(terms, lambda a, b: -torch.nn.functional.logsigmoid(BETA * (a - b))),
     "nash_md": lambda terms: -(terms["label"] - 0.5 - BETA * ratio(terms, "policy")) * ratio(terms, "policy"),
     "sppo": lambda terms: mean_of_losses(terms, lambda a, b: (a - 0.5 / BETA) ** 2 + (b + 0.5 / BETA) ** 2),
     "inpo": lambda terms: mean_of_losses(terms, lambda a, b: (0.25 * (a - b) - 0.25 * 0.5 / BETA) ** 2),
@@ -93,7 +97,7 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Seen]:
     monkeypatch.chdir(tmp_path)
 
     def run(method: str, *more: str) -> Seen:
-        callbacks = f"--trainer.callbacks=[{{class_path: {__name__}.Seen}}]"
+        callbacks = f"--trainer.callbacks+={{class_path: {__name__}.Seen}}"
         main(
             ["fit", "--config", "quickstart", "--config", f"methods/{method}", *SMALL, *WITHOUT_FILES, callbacks, *more]
         )
@@ -104,9 +108,9 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Seen]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_recipe_takes_its_steps(fit: Callable[..., Seen], method: str, tmp_path: Path):
-    seen = fit(method, *(["--model.updates_per_rollout=1"] if method == "inpo" else []))
+    seen = fit(method, *(["--model.updates_per_rollout=1"] if method in ("inpo", "xpo_large_batch") else []))
     assert len(seen.logged) == 2
-    assert method in {*BONUSES, *LOSSES, "copo", "dpo_offline", "hybrid"}, "a check of its own objective"
+    assert method in {*BONUSES, *LOSSES, "copo", "depo", "dpo_offline", "hybrid"}, "a check of its own objective"
     assert all(torch.tensor(step["loss/total"]).isfinite() and step["grad_norm"] > 0 for step in seen.logged)
     assert (tmp_path / "runs" / method / "version_0" / "metrics.csv").is_file()
     if method in BONUSES:
@@ -126,6 +130,29 @@ def test_copo_raises_what_it_has_not_seen(fit: Callable[..., Seen]):
     assert network is not None
     assert all(step["loss/xpo"] > 0 for step in seen.logged)
     assert seen.module.memory.shared()["bonus"]["optimizer"]["state"], "the network has learned"
+
+
+def test_depo_raises_pairs_by_their_width(fit: Callable[..., Seen]):
+    """Before the first pair, all are equally wide: alpha 0.02 sqrt 2 / (1/2), times minus both log-probabilities."""
+    seen = fit("depo")
+    first, both = seen.logged[0], (seen.terms[0]["policy"] + seen.terms[0]["sampler"]).mean().item()
+    assert first["loss/xpo"] == pytest.approx(1e-3 * 0.02 * math.sqrt(2) / 0.5 * -both, rel=1e-3)
+    assert seen.module.objective.bonus.pairs == 8
+
+
+def test_egpo_steps_twice_from_one_place(fit: Callable[..., Seen]):
+    """After both batches the optimizer has taken one step, and the next iteration has no weights to go back to."""
+    seen = fit("egpo")
+    (extragradient,) = [one for one in seen.module.trainer.callbacks if type(one).__name__ == "Extragradient"]
+    assert extragradient.before is None
+    assert {int(state["step"]) for state in seen.module.trainer.optimizers[0].state.values()} == {1}
+
+
+def test_the_large_batch_takes_its_updates_on_pairs_of_one_iterate(fit: Callable[..., Seen]):
+    """Four pairs are written by one iterate, and four updates, each on one of them, make the next."""
+    seen = fit("xpo_large_batch", "--trainer.max_steps=4")
+    assert len(seen.terms) == 1
+    assert seen.module.trainer.global_step == 4
 
 
 def test_dpo_offline_samples_nothing(fit: Callable[..., Seen], tmp_path: Path):

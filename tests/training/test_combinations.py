@@ -12,6 +12,8 @@ from xpo_lightning import (
     GEBBonus,
     InputError,
     Judge,
+    NashMDLoss,
+    PILAFSampler,
     PolicySampler,
     PythonReward,
     ReferenceRefresh,
@@ -63,6 +65,10 @@ COMBINATIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("model.bonus_sampler=ReferenceSampler", "model.reference_cache"): {
         "bonus_sampler": ReferenceSampler(),
         "reference_cache": "memory",
+    },
+    ("model.preference_loss=NashMDLoss", "model.sampler=PILAFSampler"): {
+        "preference_loss": NashMDLoss(),
+        "sampler": PILAFSampler(),
     },
 }
 

@@ -3,6 +3,7 @@
 from xpo_lightning.callbacks.baseline import Baseline
 from xpo_lightning.callbacks.checkpoint import RunCheckpoint
 from xpo_lightning.callbacks.completions_table import CompletionsTable
+from xpo_lightning.callbacks.extragradient import Extragradient
 from xpo_lightning.callbacks.graceful_stop import GracefulStop
 from xpo_lightning.callbacks.policy_export import PolicyExport
 from xpo_lightning.callbacks.policy_watch import PolicyWatch
@@ -18,6 +19,7 @@ from xpo_lightning.reporting.picture import draw_curves
 __all__ = [
     "Baseline",
     "CompletionsTable",
+    "Extragradient",
     "GracefulStop",
     "LearningCurves",
     "PolicyExport",

@@ -20,6 +20,7 @@ class Stream(IntEnum):
     CHAT = 5  # with two policies; the second takes 6
     CHECK = 7
     BONUS = 8  # what the exploration bonus learns with
+    SAMPLER = 9  # which earlier policy writes
 
 
 @dataclass

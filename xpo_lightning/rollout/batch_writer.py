@@ -156,6 +156,15 @@ class BatchWriter:
         writer.engine.compare("policy", some, logps, is_behind=writer.staleness(batch.number) > 0)
 
 
+def halves(side: ScoredSide) -> list[ScoredSide]:
+    """Split what a sampler that writes both sides of each pair has written: the sampler's side, the policy's."""
+    half = len(side.completions) // 2
+    return [
+        ScoredSide(side.completions[:half], side.reference_logps[:half]),
+        ScoredSide(side.completions[half:], side.reference_logps[half:]),
+    ]
+
+
 def _requests(engine: RolloutEngine, sides: Sequence[Side | GivenSide]) -> dict[int, GenerationRequest]:
     """Return what an engine is asked for, by the place of the side: what the policy and a reference there write."""
     requests = {}

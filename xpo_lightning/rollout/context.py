@@ -94,13 +94,13 @@ class RolloutContext:
             return self.rollout.several(model, self.prompts, uniforms, None)[1]
 
     def generate_with_mixture(
-        self, uniforms: Sequence[Tensor], share: float, kind: MixtureKind = "geometric"
+        self, uniforms: Sequence[Tensor], share: float | Tensor, kind: MixtureKind = "geometric"
     ) -> list[Completions]:
         """Generate with a mixture of the policy's and the reference's next-token distributions.
 
         Args:
             uniforms: Random numbers in [0, 1) for each completion of a prompt, float64. (B, max_new_tokens) each
-            share: Weight of the reference, in [0, 1].
+            share: Weight of the reference, or one for each prompt (B,); see `MixtureSession`.
             kind: How the two are mixed, see `MixtureSession`.
 
         Returns:

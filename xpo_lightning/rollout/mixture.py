@@ -25,7 +25,7 @@ class MixtureSession:
         own: Session of the policy.
         other: Session of the reference for the same prompts.
         lend: Lends the reference; the policy is not used meanwhile.
-        share: Weight of the reference, in [0, 1].
+        share: Weight of the reference, or one for each prompt, (B,). Outside of [0, 1], `geometric` extrapolates.
         kind: `geometric`: its logits weigh that much; `by_token`: each token is drawn from it with that probability.
 
     Raises:
@@ -35,7 +35,9 @@ class MixtureSession:
     scores_again = False
     head = None
 
-    def __init__(self, own: AnySession, other: AnySession, lend: Lend, share: float, kind: MixtureKind) -> None:
+    def __init__(
+        self, own: AnySession, other: AnySession, lend: Lend, share: float | Tensor, kind: MixtureKind
+    ) -> None:
         self.own, self.other, self.lend, self.share, self.kind = own, other, lend, share, kind
         self.given, self.model = own.given, own.model
         if type(own) is not type(other):
@@ -70,7 +72,10 @@ class MixtureSession:
         ours = apply_head(own, self.own.head).float()
         with self.lend():
             theirs = apply_head(other(), self.other.head).float()
+        share = torch.as_tensor(self.share, dtype=ours.dtype, device=ours.device)
+        if share.ndim:  # one for each prompt
+            share = share[self.places[: len(ours)], None]
         if self.kind == "geometric":
-            return ours.lerp(theirs, self.share)
-        weights = torch.tensor([1 - self.share, self.share], device=ours.device).log()
+            return ours.lerp(theirs, share)
+        weights = torch.stack([1 - share, share]).log()
         return torch.logaddexp(ours.log_softmax(1) + weights[0], theirs.log_softmax(1) + weights[1])

@@ -21,10 +21,14 @@ class Sampler(ABC):
     Attributes:
         is_policy: Whether the sampler is the policy itself.
         is_reference: Whether the sampler is the reference, whose log-probabilities are then known from sampling.
+        kept_policies: Most earlier states of the policy that it keeps.
+        writes_both: Whether it writes the policy's side of a pair, too.
     """
 
     is_policy = False
     is_reference = False
+    kept_policies = 0
+    writes_both = False
 
     @abstractmethod
     def write(self, context: RolloutContext, uniforms: Sequence[Tensor]) -> list[Completions]:
@@ -32,10 +36,12 @@ class Sampler(ABC):
 
         Args:
             context: B prompts, and the models that can complete them.
-            uniforms: Random numbers in [0, 1) for each completion of a prompt, float64. (B, max_new_tokens) each
+            uniforms: Random numbers in [0, 1) for each completion of a prompt, float64; if it `writes_both`, then
+                numbers for something else are the last entry. (B, max_new_tokens) each
 
         Returns:
-            B completions for each entry of `uniforms`.
+            B completions for each entry of `uniforms` that is for completions; if it `writes_both`, the sampler's side
+            of all pairs comes first, then the policy's.
         """
 
     def begin(self, policy: nn.Module) -> None:  # noqa: B027  (a hook)
@@ -98,6 +104,8 @@ class PreviousPolicySampler(Sampler):
     Raises:
         InputError: `every` is below 1.
     """
+
+    kept_policies = 2
 
     def __init__(self, every: int = 1) -> None:
         check_range("model.sampler.init_args.every", every, least=1)

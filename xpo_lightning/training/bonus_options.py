@@ -32,6 +32,10 @@ def refuse_with_bonus_sampler(options: Options) -> None:
     bonus, named = options.objective.bonus, f"model.bonus_sampler={type(third).__name__}"
     refused = [
         (
+            third.writes_both,
+            f"{named} writes both completions of a pair, and the exploration term wants a single one; take another",
+        ),
+        (
             not bonus.uses_sample,
             f"{named} writes a completion for the exploration term, and {type(bonus).__name__} is on completions of "
             f"the pair; set bonus_sampler to null, or take another model.bonus or model.bonus_on",

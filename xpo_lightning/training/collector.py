@@ -15,7 +15,7 @@ from xpo_lightning.core.rng import RolloutRNG
 from xpo_lightning.core.timer import PhaseTimer
 from xpo_lightning.rewards.labels import LabelRule, PairScores
 from xpo_lightning.rewards.scorer import PairScorer
-from xpo_lightning.rollout.batch_writer import BatchWriter, GivenSide, RolloutBatch, ScoredSide, Side
+from xpo_lightning.rollout.batch_writer import BatchWriter, GivenSide, RolloutBatch, ScoredSide, Side, halves
 from xpo_lightning.rollout.local import LocalRollout
 from xpo_lightning.rollout.pair_selection import Candidates, chosen_completions, chosen_values
 from xpo_lightning.rollout.reference_cache import ReferenceCache, missing_rows
@@ -93,6 +93,8 @@ class Collector:
         later = None if upcoming is None else self._plan(policy, upcoming.prompts, upcoming.rng, training)[0]
         sides = self.writer.write(batch, later, is_wanted=upcoming is None or upcoming.wanted)
         self._count(prompts, sides)
+        if training and self.memory.sampler.writes_both:
+            sides = [*halves(sides[0]), *sides[1:]]
         by_sampler, by_policy, *third = sides
         completions = Pair(by_policy.completions, by_sampler.completions)
         with self.timer("reward", prompts.ids.device):
@@ -158,10 +160,8 @@ class Collector:
         """
         sampler, third = (self.memory.sampler, self.memory.bonus_sampler) if training else (ReferenceSampler(), None)
         count = self.candidates.count if training else 1
-        sides = [
-            Side(writer, [self.rollout.uniforms(prompts, rng) for _ in range(count)])
-            for writer in (sampler, PolicySampler())
-        ]
+        writers = [(sampler, 2 * count + 1)] if sampler.writes_both else [(sampler, count), (PolicySampler(), count)]
+        sides = [Side(writer, [self.rollout.uniforms(prompts, rng) for _ in range(drawn)]) for writer, drawn in writers]
         numbers = rng.uniforms(len(prompts), 2) if training else None
         if third is not None:
             sides.append(Side(third, [self.rollout.uniforms(prompts, rng)]))

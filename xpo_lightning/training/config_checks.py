@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.losses.bonuses import XPOBonus
+from xpo_lightning.losses.game import NashMDLoss
 from xpo_lightning.losses.schedules import FIRST_STEP
 from xpo_lightning.models.policy import LoadedModel, LoRASpec, ModelSpec
 from xpo_lightning.models.reference import ReferenceRefresh
@@ -18,7 +19,7 @@ from xpo_lightning.rewards.base import Feedback, Judge
 from xpo_lightning.rewards.labels import LabelRule
 from xpo_lightning.rollout.engine import RolloutEngine
 from xpo_lightning.rollout.pair_selection import Candidates
-from xpo_lightning.rollout.samplers import PreviousPolicySampler, Sampler
+from xpo_lightning.rollout.samplers import Sampler
 from xpo_lightning.training.metric_names import check_monitors
 from xpo_lightning.training.objective import Objective
 from xpo_lightning.training.replay_buffer.buffer import BufferOptions
@@ -173,6 +174,11 @@ def refuse_combinations(options: Options) -> None:
             "model.buffer keeps the reference's log-probabilities, and model.reference_refresh changes the reference; "
             "set one of the two to null",
         ),
+        (
+            options.sampler.writes_both and isinstance(options.objective.preference_loss, NashMDLoss),
+            f"model.preference_loss=NashMDLoss is a policy gradient on the policy's own completion, and model.sampler="
+            f"{type(options.sampler).__name__} writes another in its place; set one of the two to null",
+        ),
     ]
     refuse_first([*_of_judging(options, judge), *refused])
     if options.rollout is not None:
@@ -208,9 +214,14 @@ def _refuse_with_engine(options: Options, rollout: RolloutEngine) -> None:
             f"reference; set one of the two to null",
         ),
         (
-            isinstance(options.sampler, PreviousPolicySampler),
+            options.sampler.kept_policies > 0,
             f"{engine} knows the reference and the policy as it is, and model.sampler="
             f"{type(options.sampler).__name__} has an earlier one write; set one of the two to null",
+        ),
+        (
+            options.sampler.writes_both,
+            f"{engine} writes the policy's side of each pair, and so does model.sampler="
+            f"{type(options.sampler).__name__}; set model.rollout to null, or take another sampler",
         ),
     ]
     refuse_first(refused)
@@ -254,7 +265,7 @@ def refuse_sharding(options: Options) -> None:
         InputError: Such an option is set; the message names it.
     """
     refused = {
-        "model.sampler=PreviousPolicySampler": isinstance(options.sampler, PreviousPolicySampler),
+        f"model.sampler={type(options.sampler).__name__}": options.sampler.kept_policies > 0,
         "model.bonus_sampler": options.bonus_sampler is not None,
         f"model.bonus={type(options.objective.bonus).__name__}": options.objective.bonus.learns,
         "model.reference_refresh": options.reference_refresh is not None,
@@ -278,12 +289,13 @@ def refuse_own_steps(options: Any) -> None:
     Raises:
         InputError: Such an option is set; the message names it.
     """
+    third = options.bonus_sampler
     inert = {
         "model.buffer": options.buffer_options is not None,
         "model.reference_cache": options.reference_cache is not None,
         "model.reference_refresh": options.reference_refresh is not None,
-        "model.sampler=PreviousPolicySampler": isinstance(options.sampler, PreviousPolicySampler),
-        "model.bonus_sampler=PreviousPolicySampler": isinstance(options.bonus_sampler, PreviousPolicySampler),
+        f"model.sampler={type(options.sampler).__name__}": options.sampler.kept_policies > 0,
+        f"model.bonus_sampler={type(third).__name__}": third is not None and third.kept_policies > 0,
         f"model.bonus={type(options.objective.bonus).__name__}": options.objective.bonus.learns,
         "model.rollout.init_args.ahead": options.rollout is not None and options.rollout.ahead > 0,
         "model.updates_per_rollout": options.plan.step_count != 1,

@@ -115,6 +115,14 @@ def _states(optimizer: Optimizer) -> int:
 
 
 def _copies(module: XPOLightningModule) -> int:
+    """Return how many copies of the trained weights the policy's device holds; some samplers have theirs on the CPU."""
     holders: list[Any] = [module.sampler, module.bonus_sampler, module.reference]
-    kept = [vars(holder).values() for holder in holders if holder is not None]
-    return sum(isinstance(value, Snapshot) for values in kept for value in values)
+    on_cpu = next(module.policy.parameters()).device.type == "cpu"
+    return sum(
+        max(
+            sum(isinstance(value, Snapshot) for value in vars(holder).values()),
+            getattr(holder, "kept_policies", 0) if on_cpu else 0,
+        )
+        for holder in holders
+        if holder is not None
+    )
