@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 import pytest
-from conftest import PROMPTS, fit_quietly
+import torch
+from conftest import PROMPTS, fit_quietly, noise
 from test_mixture import logits_of
 from test_samplers import Watch, collected, moved, rows_of
 
@@ -13,10 +14,12 @@ from xpo_lightning import (
     InputError,
     PILAFSampler,
     ReferenceSampler,
+    RolloutContext,
     Sampling,
     VLLMRollout,
     XPOLightningModule,
 )
+from xpo_lightning.data.prompts import as_prompts
 
 MakeModule = Callable[..., XPOLightningModule]
 
@@ -51,6 +54,23 @@ def test_a_coin_a_prompt_decides_who_writes_both_sides(make_module: MakeModule):
         ]
     assert all(pair in ([[-0.5], [0.5]], [[0.0], [0.0]]) for pair in found), found
     assert 0.2 * len(found) < found.count([[0.0], [0.0]]) < 0.8 * len(found)
+
+
+def test_each_prompt_has_its_own_share(make_module: MakeModule):
+    """The longest prompt is first, which a session puts last: rows are those of a mixture with their share for all."""
+    module = moved(make_module(sampler=PILAFSampler(), sampling=Sampling(max_new_tokens=8)))
+    rows = as_prompts(sorted(PROMPTS, key=len, reverse=True), module.prompt_encoder, module.device)
+    shares = torch.tensor([0.9 if row % 2 else -0.9 for row in range(len(rows))])
+    kept = [None] * len(rows)
+    with torch.no_grad():
+        numbers = [module.collector.rollout.uniforms(rows, noise())]
+        context = RolloutContext(
+            module.collector.rollout, module.policy, module.reference.lent, rows, kept, module.timer
+        )
+        (mixed,) = context.generate_with_mixture(numbers, shares)
+        towards, away = (context.generate_with_mixture(numbers, share)[0].texts for share in (0.9, -0.9))
+    assert mixed.texts == tuple((towards if row % 2 else away)[row] for row in range(len(rows)))
+    assert all(one != other for one, other in zip(towards, away, strict=True))
 
 
 def test_each_of_several_candidates_is_a_sample_of_its_own(make_module: MakeModule):
