@@ -42,7 +42,8 @@ VOCABULARY = 304  # more rows than the tokenizer has tokens, as in most publishe
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
 CORPUS = ["the cat sat on the mat and the dog ran away from the red hat today"] * 4
 TESTS = Path(__file__).parent
-TEST_PATHS = os.pathsep.join(map(str, [TESTS, *sorted(path for path in TESTS.iterdir() if path.is_dir())]))
+FOLDERS = [TESTS.parent, TESTS, *sorted(path for path in TESTS.iterdir() if path.is_dir())]
+TEST_PATHS = os.pathsep.join(map(str, FOLDERS))
 """For the PYTHONPATH of processes that import test modules."""
 
 BARE = {

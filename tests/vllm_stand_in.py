@@ -185,7 +185,7 @@ class StandIn(ThreadingHTTPServer):
 
     def reload(self, payload: Any) -> dict[str, Any]:
         path = payload["kwargs"]["weights_path"]
-        if payload["method"] != "reload_weights" or not Path(path, "model.safetensors").exists():
+        if payload["method"] != "reload_weights" or not any(Path(path).glob("*.safetensors")):
             raise ServerError(500, f"Cannot find any model weights with `{path}`", "InternalServerError")
         if self.sleeps:
             raise ServerError(500, "EngineCore is sleeping", "InternalServerError")

@@ -1,9 +1,10 @@
 """`XPOLightningModule`: holds the policy, the reference and the reward, and trains the policy."""
 
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -21,7 +22,7 @@ from xpo_lightning.core.argument_types import check_arguments
 from xpo_lightning.core.batch import Experience, join_experiences
 from xpo_lightning.core.distributed import all_gather
 from xpo_lightning.core.errors import InputError
-from xpo_lightning.core.fault_tolerance.guard import Guard
+from xpo_lightning.core.fault_tolerance.guard import Guard, StepWork, Together
 from xpo_lightning.core.fault_tolerance.watch import watch
 from xpo_lightning.core.rng import RolloutRNG, Stream
 from xpo_lightning.core.timer import PhaseTimer
@@ -44,6 +45,7 @@ from xpo_lightning.losses.schedules import FIRST_STEP, LearningRateShape, Progre
 from xpo_lightning.models.forward.capabilities import refuse_untrainable
 from xpo_lightning.models.forward.causal_forward import eval_mode
 from xpo_lightning.models.forward.cpu import keep_memory, speed_up_linears
+from xpo_lightning.models.forward.joint_passes import joint_passes
 from xpo_lightning.models.forward.randomness import stop_random_draws
 from xpo_lightning.models.policy import LoadedModel, LoRASpec, ModelSpec, check_loaded, end_token_ids, prompt_limit
 from xpo_lightning.models.reference import Reference, ReferenceRefresh
@@ -81,6 +83,8 @@ from xpo_lightning.training.optimizer import Optimization, WarmupThenDecay, tota
 from xpo_lightning.training.persistent_state import PersistentState
 from xpo_lightning.training.replay_buffer.buffer import Buffer, BufferOptions
 from xpo_lightning.training.update_plan import Pairs, UpdatePlan
+
+Work = TypeVar("Work", Together, StepWork, nullcontext[None])
 
 
 class XPOLightningModule(LightningModule):
@@ -312,9 +316,7 @@ class XPOLightningModule(LightningModule):
         )
         self.reference_identity = self.reference.identity(self.policy_spec)
         if self.device_mesh is not None:
-            refuse_sharding(self)
-            try_ways(*(model for model in (self.policy, self.reference.frozen) if model is not None))
-            shard_all([self.policy, self.reference, self.reward], self.device_mesh)
+            self._shard_models(self.device_mesh)
         if self.rollout is not None:
             self.rollout.begin(rollout)
         self.collector = Collector(
@@ -327,6 +329,16 @@ class XPOLightningModule(LightningModule):
             keeps_previous=self.objective.preference_loss.needs_previous,
         )
         speed_up_linears(self.policy, self.reference, self.reward)
+
+    def _shard_models(self, mesh: Any) -> None:
+        """Shard the models over ranks; how they run is found out before, while they are whole."""
+        offloads = getattr(self.trainer.strategy, "offload_reference", False)
+        refuse_sharding(self, offloads=offloads)
+        try_ways(*(model for model in (self.policy, self.reference.frozen) if model is not None))
+        self.reward.try_ways()
+        shard_all([self.policy, self.reward], mesh)
+        shard_all([self.reference], mesh, offloads=offloads)
+        self.reference.is_offloaded = offloads
 
     def new_policy(self) -> nn.Module:
         """Build another model of the policy's kind, as it was before training."""
@@ -364,7 +376,7 @@ class XPOLightningModule(LightningModule):
         """Prepare sampler and reference with the untrained policy, and open the reference cache and the buffer."""
         self.memory.begin(self.policy)
         self.reference.begin()
-        with self._models_unsharded():
+        with self._models_at_hand(nullcontext()):
             self.collector.open_cache(self.reference_cache, self.reference_identity, self.trainer)
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         if self.buffer_options is not None:
@@ -392,7 +404,7 @@ class XPOLightningModule(LightningModule):
         rng = self._rng(Stream.TRAINING, done)
         experience, settings = None, {}
         with self.run_state.step():
-            with self._models_unsharded(), self.guard.step() as step:
+            with self._models_at_hand(self.guard.step()) as step:
                 experience = self.collect(batch, rng, training=True, upcoming=self._upcoming(done + 1))
             if experience is not None and not step.is_skipped:
                 sampled = experience.sampled
@@ -497,7 +509,7 @@ class XPOLightningModule(LightningModule):
         Each validation draws the same random numbers, so two validations differ by the policy alone. Without a reward,
         the batch is one of preference pairs, and these are measured.
         """
-        with self._models_unsharded(), self.guard.together():
+        with self._models_at_hand(self.guard.together()):
             weights = self._weights()
             held_out = held_out_pairs(batch) if is_missing(self.reward) else batch
             experience = self.collect(held_out, self._rng(Stream.VALIDATION, batch_idx))
@@ -528,8 +540,8 @@ class XPOLightningModule(LightningModule):
         self.on_validation_epoch_end()
 
     def on_predict_start(self) -> None:
-        """Unshard the models for all batches, as ranks may have different batch counts; sync the engine once."""
-        self._together.enter_context(self._models_unsharded())
+        """Have the models at hand for all batches, as ranks may have different batch counts; sync the engine once."""
+        self._together.enter_context(self._models_at_hand(nullcontext()))
         if self.rollout is not None:
             with self.guard.together():
                 self.rollout.sync(self.policy)
@@ -571,7 +583,7 @@ class XPOLightningModule(LightningModule):
             self.run_state.seed = torch.initial_seed()
         rng = self._rng(Stream.TRAINING, self._sampled if self._trainer is None else batches_done(self.trainer))
         self._sampled += 1
-        with self._models_unsharded(), self.guard.together():
+        with self._models_at_hand(self.guard.together()):
             return self.collect(batch, rng, training=True)
 
     def losses(self, experience: Experience) -> tuple[Tensor, dict[str, Tensor]]:
@@ -644,9 +656,17 @@ class XPOLightningModule(LightningModule):
         is_last = 0 < self.trainer.max_steps <= self.global_step + self.plan.step_count
         return Upcoming(prompts, self._rng(Stream.TRAINING, number), wanted=not is_last)
 
-    def _models_unsharded(self) -> AbstractContextManager[None]:
-        """Unshard the models inside the context, for rollouts and scores."""
-        return unsharded(self.policy, self.memory.reference, self.reward)
+    @contextmanager
+    def _models_at_hand(self, work: Work) -> Iterator[Work]:
+        """Let models that are sharded write and score inside the context, and enter guarded work with it (collective).
+
+        Without an engine they are unsharded, since ranks write completions of different lengths. With one they only
+        score, and ranks take the passes together, in which a layer at a time is unsharded.
+        """
+        models = (self.policy, self.memory.reference, self.reward)
+        whole, passing = (models, ()) if self.rollout is None else ((), models)
+        with unsharded(*whole), work, joint_passes(*passing, device=self.device):
+            yield work
 
     def _weights(self) -> dict[str, float]:
         """Return the current alpha and beta; those of the first step if no training has begun."""

@@ -16,16 +16,23 @@ from xpo_lightning.checkpointing.sharded_io import load_folder, save_folder
 class FSDP2Strategy(ModelParallelStrategy):
     """Fully sharded data parallelism (FSDP2): each process has a shard of every weight, and its own prompts.
 
-    Samples, losses and weights are the same as with one process. While completions are sampled and scored, each
-    process holds the policy, the reference and the reward unsharded: processes generate completions of different
-    lengths, and must not wait for each other's layers. In forward and backward passes, one layer is unsharded at a
-    time.
+    Samples, losses and weights are the same as with one process. In forward and backward passes, a few layers are
+    unsharded at a time. Where an engine writes the completions (`model.rollout`), that holds for scoring too, and no
+    process ever has a whole model on its device. Without an engine, each process holds the policy, the reference and
+    the reward unsharded while completions are sampled and scored: processes generate completions of different lengths,
+    and must not wait for each other's layers.
 
     Args:
         save_distributed_checkpoint: Let each process save its own shards into a folder, instead of gathering all of
             them in one file.
         process_group_backend: Backend of torch.distributed; by default that of the device.
         timeout: How long a process waits for others.
+        reduce_each_micro_batch: Add up the gradients of all processes after each micro-batch, so that each keeps its
+            part alone. If false, each process keeps a whole gradient of its own until the last micro-batch, which takes
+            more memory, and one exchange a step.
+        offload_reference: Keep this process's part of the frozen reference in main memory, from where each layer is
+            copied to the device when it runs. For runs that train all weights: with `model.lora` there is no second
+            model.
     """
 
     def __init__(
@@ -33,12 +40,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        reduce_each_micro_batch: bool = False,
+        offload_reference: bool = False,
     ) -> None:
         super().__init__(
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
+        self.reduce_each_micro_batch, self.offload_reference = reduce_each_micro_batch, offload_reference
 
     def setup_environment(self) -> None:
         """Use all processes for data parallelism."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.scale.fsdp import estimate_sharded
+from benchmarks.scale.fsdp import Sharding, estimate_sharded
 from benchmarks.scale.shapes import RunInputs, estimate
 from xpo_lightning.reporting.memory.model_shape import Shape
 
@@ -116,5 +116,5 @@ def predicted(case: Case, shape: Shape | None = None) -> dict[str, int]:
     if case.processes == 1:
         foot = estimate(plan)
         return {"standing": foot.standing, "peak": foot.peak}
-    sharded = estimate_sharded(plan, case.processes, -(-case.prompts // case.micro_batch_size))
+    sharded = estimate_sharded(plan, Sharding(case.processes, -(-case.prompts // case.micro_batch_size)))
     return {"standing": sharded.standing, "peak": sharded.peak}

@@ -1,13 +1,13 @@
 """Estimates the memory of each rank of a run under `FSDP2Strategy` from the shapes of its models.
 
 `shapes.py` counts what a run on one device holds. This module counts the shard of each of N ranks, and the weights
-that a rank holds unsharded: every model while completions are generated and scored, a few layers at a time in forward
-and backward passes.
+that a rank holds unsharded: every model while completions are generated and scored, unless an engine generates them; a
+few layers at a time in all other passes.
 """
 
 from dataclasses import dataclass
 
-from benchmarks.scale.shapes import RunInputs, estimate, root_weight_count
+from benchmarks.scale.shapes import RunInputs, estimate, layer_weight_count, root_weight_count
 from xpo_lightning.reporting.memory.estimate import MemoryEstimate
 
 IN_FLIGHT = 3
@@ -20,13 +20,15 @@ class ShardedFootprint:
 
     Args:
         parts: Its shards of the policy, the reference, the reward model and copies; they stay allocated while the
-            models are unsharded.
+            models are unsharded. Without the reference's, if that is offloaded.
         gradients: Its shard of the gradient.
         optimizer: Its shard of the optimizer's state.
-        whole: All weights of the three models, unsharded for sampling and scoring.
+        whole: Weights unsharded for sampling and scoring: all of the three models or, where an engine samples, a few
+            layers of the one that scores.
         writing: What sampling or scoring needs besides the weights, whichever is more.
         passing: Unsharded weights in forward and backward passes.
-        summing: The gradient before ranks reduce it. Until the last micro-batch it is unsharded.
+        summing: The gradient before ranks reduce it. Until the last micro-batch it is unsharded, unless ranks reduce
+            it with each micro-batch.
         micro_batch: Activations of a micro-batch.
         update: Temporary memory of an optimizer step.
     """
@@ -62,29 +64,50 @@ class ShardedFootprint:
         return max(self.rollout_peak, self.update_peak)
 
 
-def estimate_sharded(plan: RunInputs, processes: int, micro_batches: int = 2) -> ShardedFootprint:
+@dataclass(frozen=True)
+class Sharding:
+    """How a run is sharded.
+
+    Args:
+        processes: Number of ranks that share the weights, N.
+        micro_batches: Micro-batches of an optimizer step. With one, ranks reduce gradients layer by layer as they come;
+            with more, each rank first accumulates its own, unsharded.
+        engine: Whether an engine writes the completions (`model.rollout`).
+        reduces_each: `reduce_each_micro_batch` of the strategy.
+        offloads: `offload_reference` of the strategy.
+    """
+
+    processes: int
+    micro_batches: int = 2
+    engine: bool = False
+    reduces_each: bool = False
+    offloads: bool = False
+
+
+def estimate_sharded(plan: RunInputs, sharding: Sharding) -> ShardedFootprint:
     """Estimate the memory of each rank, from the second step on.
 
     Args:
         plan: Inputs of one rank: `rows`, for example, are those of one rank.
-        processes: Number of ranks that share the weights, N.
-        micro_batches: Micro-batches of an optimizer step. With one, ranks reduce gradients layer by layer as they come;
-            with more, each rank first accumulates its own, unsharded.
+        sharding: How the run is sharded.
     """
-    alone = estimate(plan)
+    alone, processes = estimate(plan), sharding.processes
     models = alone.policy + alone.reference + alone.reward
     root, layer = _root_and_layer(plan, alone)
     trained_root = 0 if plan.lora_rank is not None else root
     trained_layer = alone.gradients // plan.policy.layers if plan.lora_rank is not None else layer
     buffer = max(trained_root, trained_layer)  # gradients are copied into one buffer to be reduced
+    passing = root + IN_FLIGHT * layer
+    accumulates = sharding.micro_batches > 1 and not sharding.reduces_each
+    kept = models + alone.copies - (alone.reference if sharding.offloads else 0)
     return ShardedFootprint(
-        parts=-(-(models + alone.copies) // processes),
+        parts=-(-kept // processes),
         gradients=-(-alone.gradients // processes),
         optimizer=-(-alone.optimizer // processes),
-        whole=models,
+        whole=max(passing, _reward_in_passes(plan)) if sharding.engine else models,
         writing=max(alone.rollout, alone.scoring),
-        passing=root + IN_FLIGHT * layer,
-        summing=(alone.gradients if micro_batches > 1 else trained_root + trained_layer) + buffer,
+        passing=passing,
+        summing=(alone.gradients if accumulates else trained_root + trained_layer) + buffer,
         micro_batch=alone.micro_batch,
         update=-(-alone.update // processes),
     )
@@ -94,3 +117,11 @@ def _root_and_layer(plan: RunInputs, alone: MemoryEstimate) -> tuple[int, int]:
     """Return the bytes of the policy's weights outside of layers, and of a layer with its adapters."""
     root = int(root_weight_count(plan.policy) * plan.weight_bytes)
     return root, (alone.policy - root) // plan.policy.layers
+
+
+def _reward_in_passes(plan: RunInputs) -> int:
+    """Count the bytes of the reward model that are unsharded while it scores layer by layer."""
+    if plan.reward is None:
+        return 0
+    weights = root_weight_count(plan.reward) + IN_FLIGHT * layer_weight_count(plan.reward)
+    return int(weights * plan.reward_bytes)

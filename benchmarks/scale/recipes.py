@@ -6,16 +6,20 @@ from typing import Any
 
 import yaml
 
-from benchmarks.scale.fsdp import estimate_sharded
+from benchmarks.scale.fsdp import Sharding, estimate_sharded
 from benchmarks.scale.public_models import POLICIES, REWARDS
 from benchmarks.scale.shapes import RunInputs, estimate, root_weight_count, weight_count
 from xpo_lightning.reporting.memory.model_shape import Shape
 
 FOLDER = Path(__file__).parents[2] / "configs" / "scale"
-OVERLAYS = {"8b_full_nodes": "8b_full_8_gpus", "8b_lora_vllm": "8b_lora_one_gpu"}
+OVERLAYS = {
+    "8b_full_nodes": "8b_full_8_gpus",
+    "8b_full_8_gpus_vllm": "8b_full_8_gpus",
+    "8b_lora_vllm": "8b_lora_one_gpu",
+}
 NAMES = (
     *("1b_one_gpu", "math_one_gpu", "8b_lora_one_gpu", "8b_lora_vllm", "8b_qlora_small_gpu", "8b_full_8_gpus"),
-    "8b_full_nodes",
+    *("8b_full_nodes", "8b_full_8_gpus_vllm"),
 )
 GIB = 2**30
 NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
@@ -87,8 +91,7 @@ def memory_of(recipe: dict[str, Any]) -> Memory:
     """Work out what a recipe takes on each GPU."""
     plan, trainer = plan_of(recipe), recipe["trainer"]
     if "strategy" in trainer:
-        micro_batches = -(-recipe["data"]["batch_size"] // plan.micro_batch_size)
-        part = estimate_sharded(plan, trainer["devices"] * trainer.get("num_nodes", 1), micro_batches)
+        part = estimate_sharded(plan, sharding_of(recipe))
         return Memory(part.standing, part.rollout_peak, part.update_peak)
     foot = estimate(plan)
     unpacked = largest_matrix(plan.policy) * 2 if recipe["model"]["policy"].get("quantize") else 0
@@ -96,6 +99,20 @@ def memory_of(recipe: dict[str, Any]) -> Memory:
         foot.standing,
         foot.standing + max(foot.rollout, foot.scoring) + unpacked,
         foot.standing + max(foot.micro_batch + unpacked, foot.update),
+    )
+
+
+def sharding_of(recipe: dict[str, Any]) -> Sharding:
+    """Describe how a recipe is sharded."""
+    model, trainer = recipe["model"], recipe["trainer"]
+    strategy = trainer["strategy"]
+    options = {} if isinstance(strategy, str) else strategy["init_args"]
+    return Sharding(
+        processes=trainer["devices"] * trainer.get("num_nodes", 1),
+        micro_batches=-(-recipe["data"]["batch_size"] // model["micro_batch_size"]),
+        engine="rollout" in model,
+        reduces_each=options.get("reduce_each_micro_batch", False),
+        offloads=options.get("offload_reference", False),
     )
 
 

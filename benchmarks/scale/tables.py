@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.memory import measure
 from benchmarks.memory.cases import CASES, predicted
 from benchmarks.scale import floors, plan, recipes
-from benchmarks.scale.fsdp import estimate_sharded
+from benchmarks.scale.fsdp import Sharding, estimate_sharded
 from benchmarks.scale.public_models import LLAMA_1B, LLAMA_8B, LLAMA_70B
 from benchmarks.scale.shapes import RunInputs, estimate
 from benchmarks.speed.flops import step_flop
@@ -46,16 +46,20 @@ def worked_plan(shape: Shape, kind: str) -> RunInputs:
     return replace(plan, lora_rank=16, policy_weights=packed)
 
 
-WORKED = (
-    ("1B, all weights", LLAMA_1B, "full", 1),
-    ("8B, LoRA", LLAMA_8B, "LoRA", 1),
-    ("8B, QLoRA", LLAMA_8B, "QLoRA", 1),
-    ("8B, all weights", LLAMA_8B, "full", 1),
-    ("8B, all weights, FSDP2", LLAMA_8B, "full", 8),
-    ("8B, all weights, FSDP2", LLAMA_8B, "full", 32),
-    ("70B, LoRA", LLAMA_70B, "LoRA", 1),
-    ("70B, QLoRA", LLAMA_70B, "QLoRA", 1),
-    ("70B, all weights, FSDP2", LLAMA_70B, "full", 64),
+ENGINE = {"engine": True, "reduces_each": True}
+WORKED: tuple[tuple[str, Shape, str, Sharding], ...] = (
+    ("1B, all weights", LLAMA_1B, "full", Sharding(1)),
+    ("8B, LoRA", LLAMA_8B, "LoRA", Sharding(1)),
+    ("8B, QLoRA", LLAMA_8B, "QLoRA", Sharding(1)),
+    ("8B, all weights", LLAMA_8B, "full", Sharding(1)),
+    ("8B, all weights, FSDP2", LLAMA_8B, "full", Sharding(8)),
+    ("8B, all weights, FSDP2", LLAMA_8B, "full", Sharding(32)),
+    ("8B, all weights, FSDP2, engine", LLAMA_8B, "full", Sharding(8, **ENGINE)),
+    ("the same, reference in main memory", LLAMA_8B, "full", Sharding(8, **ENGINE, offloads=True)),
+    ("70B, LoRA", LLAMA_70B, "LoRA", Sharding(1)),
+    ("70B, QLoRA", LLAMA_70B, "QLoRA", Sharding(1)),
+    ("70B, LoRA, FSDP2, engine", LLAMA_70B, "LoRA", Sharding(8, **ENGINE)),
+    ("70B, all weights, FSDP2", LLAMA_70B, "full", Sharding(64)),
 )
 
 
@@ -81,15 +85,15 @@ def gib(count: float) -> str:
 def memory_table() -> str:
     """What each part of a run takes on a GPU."""
     rows = []
-    for name, shape, kind, processes in WORKED:
+    for name, shape, kind, sharding in WORKED:
         plan = worked_plan(shape, kind)
         foot = estimate(plan)
         models = foot.policy + foot.reference + foot.reward
         numbers: tuple[int, ...] = (models, foot.gradients + foot.optimizer, *phases_of(foot))
-        if processes > 1:
-            part = estimate_sharded(plan, processes)
+        if sharding.processes > 1:
+            part = estimate_sharded(plan, sharding)
             numbers = (part.parts, part.gradients + part.optimizer, part.rollout_peak, part.update_peak)
-        rows.append((name, str(processes), *map(gib, (models, *numbers, max(numbers)))))
+        rows.append((name, str(sharding.processes), *map(gib, (models, *numbers, max(numbers)))))
     header = (
         *("run", "GPUs", "the three models", "of them all the time", "gradient and Adam"),
         *("writing and scoring", "updating", "peak"),

@@ -18,6 +18,7 @@ OVERLAYS = {
     "tldr_lora.yaml": "tldr.yaml",
     "iterated.yaml": "quickstart.yaml",
     "8b_full_nodes.yaml": "scale/8b_full_8_gpus.yaml",
+    "8b_full_8_gpus_vllm.yaml": "scale/8b_full_8_gpus.yaml",
     "8b_lora_vllm.yaml": "scale/8b_lora_one_gpu.yaml",
     **{file.name: "quickstart.yaml" for file in CONFIGS.glob("methods/*.yaml")},
 }

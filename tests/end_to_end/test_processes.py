@@ -62,7 +62,7 @@ def write_run(
     reward = {"function": f"{__name__}.{function}", "arguments": arguments}
     callbacks, validation_size = changes.pop("callbacks", []), changes.pop("validation_size", 4)
     if "reward" in changes:
-        changes["reward"]["init_args"]["path"] = model
+        changes["reward"]["init_args"].setdefault("path", model)
     config = {
         "seed_everything": 1,
         "model": {

@@ -21,8 +21,9 @@ from benchmarks.memory import cases, worker
 from benchmarks.memory.cases import CASES
 from benchmarks.scale import floors, public_models, recipes, tables
 from benchmarks.scale.floors import flop_shape
+from benchmarks.scale.fsdp import Sharding, estimate_sharded
 from benchmarks.scale.public_models import LLAMA_8B
-from benchmarks.scale.shapes import weight_count
+from benchmarks.scale.shapes import RunInputs, weight_count
 from benchmarks.speed import flops
 from benchmarks.speed.assets import PYTHIA_14M
 from xpo_lightning.reporting.memory.model_shape import Shape
@@ -54,12 +55,40 @@ def test_header_of_a_recipe_states_the_memory_that_is_worked_out(file: Path):
     [
         *(("1b_one_gpu", 48, 1), ("math_one_gpu", 24, 1), ("8b_lora_one_gpu", 80, 1), ("8b_lora_vllm", 80, 1)),
         *(("8b_qlora_small_gpu", 24, 1), ("8b_full_8_gpus", 141, 2), ("8b_full_nodes", 80, 2)),
+        ("8b_full_8_gpus_vllm", 80, 2),
     ],
 )
 def test_a_recipe_fits_the_gpu_that_it_asks_for(name: str, gigabytes: int, taken_by_others: int):
     assert f"{gigabytes} GB" in (SCALE / f"{name}.yaml").read_text().split("\n\n")[0]
     room = gigabytes * 1e9 - taken_by_others * GIB
     assert recipes.memory_of(recipes.read_recipe(name)).peak < room
+
+
+def test_scoring_layer_by_layer_leaves_a_quarter_of_80_gb_free():
+    """The room that the page asks for under FSDP2: of the rows of its table with an engine, and of the recipe."""
+    room = 0.75 * 80e9
+    for name, shape, kind, sharding in tables.WORKED:
+        if sharding.engine:
+            assert estimate_sharded(tables.worked_plan(shape, kind), sharding).peak < room, name
+    assert recipes.memory_of(recipes.read_recipe("8b_full_8_gpus_vllm")).peak < room
+
+
+def test_parts_of_a_sharded_run_with_an_engine_are_worked_by_hand():
+    """A policy of 2 layers of 640 weights and 2 x 8 of norms, an embedding and a head of 100 x 8, a last norm of 8.
+
+    1312 + 1608 = 2920 weights, 11,680 bytes in float32; the root has 1608, a layer 656 weights. Over 4 processes, the
+    reference in main memory: 11,680 / 4 of the policy, as much of the gradient, twice that of Adam. In a pass, the root
+    and 3 layers: 4 x (1608 + 3 x 656) = 14,304. Reduced with each micro-batch, the gradient of root and layer, and a
+    buffer as large as the root's.
+    """
+    shape = Shape(layers=2, hidden=8, heads=4, kv_heads=4, head_dim=2, intermediate=16, vocabulary=100)
+    plan = RunInputs(policy=shape)
+    foot = estimate_sharded(plan, Sharding(4, engine=True, reduces_each=True, offloads=True))
+    assert (foot.parts, foot.gradients, foot.optimizer) == (2920, 2920, 5840)
+    assert foot.whole == foot.passing == 14_304
+    assert foot.summing == 4 * (1608 + 656) + 4 * 1608
+    without = estimate_sharded(plan, Sharding(4))
+    assert (without.parts, without.whole, without.summing) == (5840, 2 * 11_680, 11_680 + 4 * 1608)
 
 
 def test_recipes_are_read_as_the_command_line_reads_them():

@@ -2,6 +2,8 @@
 
 import os
 import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -86,6 +88,47 @@ class Midway:
     value: Any
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A call for work that all processes must take part in, gathered in place of a value.
+
+    Args:
+        number: Tells which work; of several, the lowest comes first.
+    """
+
+    number: int
+
+
+_helpers: list[Callable[[int], None]] = []
+
+
+@contextmanager
+def helping(take_part: Callable[[int], None]) -> Iterator[None]:
+    """Take part in the work that other processes call for, while this one waits for them inside a block.
+
+    Args:
+        take_part: Called with the number of the `Turn`.
+    """
+    _helpers.append(take_part)
+    try:
+        yield
+    finally:
+        _helpers.pop()
+
+
+def take_turn(number: int) -> None:
+    """Wait until all processes take part in a piece of work, inside guarded work and `helping` (collective).
+
+    Args:
+        number: Tells which work. Processes that call for the same do it at the same time.
+
+    Raises:
+        ConsequentError: See `all_gather_guarded`.
+    """
+    while (first := min(_turns(_gather_midway(Turn(number))))) != number:
+        _take_part(first)
+
+
 def all_gather_guarded(value: T) -> list[T]:
     """Gather a value inside guarded work, safely even if a rank has failed there already (collective).
 
@@ -98,9 +141,37 @@ def all_gather_guarded(value: T) -> list[T]:
     Raises:
         ConsequentError: A process has left the guarded work, and sent its report in place of a value.
     """
+    values = _gather_midway(value)
+    while called := _turns(values):
+        _take_part(min(called))
+        values = _gather_midway(value)
+    return values
+
+
+def _gather_midway(value: Any) -> list[Any]:
     messages: list[Any] = all_gather(Midway(value))
     for rank, message in enumerate(messages):
         if not isinstance(message, Midway):
             what = message[1] if message else "it was done before the others were"
             raise ConsequentError(f"process {rank}: {what}")
     return [message.value for message in messages]
+
+
+def _turns(values: list[Any]) -> list[int]:
+    return [value.number for value in values if isinstance(value, Turn)]
+
+
+def _take_part(number: int) -> None:
+    if not _helpers:
+        raise RuntimeError("another process calls for work that this one knows nothing of")
+    _helpers[-1](number)
+
+
+def mark_out_of_step(error: BaseException) -> None:
+    """Record on an error that the other processes wait in the middle of something, where no report reaches them."""
+    vars(error)["is_out_of_step"] = True
+
+
+def is_out_of_step(error: BaseException) -> bool:
+    """Tell whether an error was raised where no report reaches the other processes."""
+    return bool(getattr(error, "is_out_of_step", False))

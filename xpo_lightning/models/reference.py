@@ -45,7 +45,12 @@ class Reference(nn.Module):
     Args:
         policy: The policy before training, with adapters if it has them.
         refresh: How training's reference follows the policy; None keeps it frozen.
+
+    Attributes:
+        is_offloaded: Whether the weights stay in main memory when the module moves to a device.
     """
+
+    is_offloaded = False
 
     def __init__(self, policy: nn.Module, refresh: ReferenceRefresh | None = None) -> None:
         super().__init__()
@@ -58,6 +63,9 @@ class Reference(nn.Module):
     def train(self, mode: bool = True) -> "Reference":
         """Stay in eval mode: with dropout, the log-probabilities that the policy is compared with would be random."""
         return super().train(False)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Reference":
+        return self if self.is_offloaded else super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def begin(self) -> None:
         """Snapshot the untrained policy, if the reference is to be refreshed; call it before training."""

@@ -47,6 +47,13 @@ class Feedback(nn.Module, ABC):
     def load(self) -> None:
         """Load weights, if there are any. Called once, before anything else; a second call does nothing."""
 
+    def try_ways(self) -> None:
+        """Choose how models run while their weights are unsharded; called before they are sharded, after `load`."""
+        for part in self.children():
+            for each in part if isinstance(part, nn.ModuleList) else [part]:
+                if isinstance(each, Feedback):
+                    each.try_ways()
+
     def identity(self) -> dict[str, Any]:
         """Return everything that the scores depend on, so that cached scores are not used for another reward.
 

@@ -16,6 +16,7 @@ from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.fingerprint import fingerprint, recorded_path
 from xpo_lightning.data.prompts import PromptTokenizer
 from xpo_lightning.models.causal_lm import CausalLMSource, Dtype
+from xpo_lightning.models.forward.capabilities import capabilities_of, rows_of
 from xpo_lightning.models.forward.lengths import context_length
 from xpo_lightning.models.logprobs import next_logits
 from xpo_lightning.rewards.base import OnInvalid
@@ -187,6 +188,12 @@ class LocalJudge(PromptedJudge):
         self._verdicts = [tokens_that_read(letter, tokenizer) for letter in VERDICTS]
         self.encoder = QuestionEncoder(tokenizer, self.max_tokens or context)
         self.model = model.requires_grad_(False).train(False)
+
+    def try_ways(self) -> None:
+        """See `Feedback.try_ways`."""
+        model, _ = self._loaded()
+        capabilities_of(model).key = "model.reward"
+        rows_of(model, 1)
 
     def train(self, mode: bool = True) -> "LocalJudge":
         """Stay in eval mode: dropout would make verdicts random."""

@@ -134,6 +134,8 @@ class RolloutEngine(ABC):
     def sync(self, policy: nn.Module) -> None:
         """Send the policy's current weights to the engine if they have changed (collective).
 
+        Under `FSDP2Strategy` its weights are sharded; `models.sharding.visit_full_tensors` gathers one after the other.
+
         Args:
             policy: The policy: a transformers model or, with `model.lora`, the PEFT model around one.
 

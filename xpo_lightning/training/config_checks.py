@@ -19,7 +19,8 @@ from xpo_lightning.rewards.base import Feedback, Judge
 from xpo_lightning.rewards.labels import LabelRule
 from xpo_lightning.rollout.engine import RolloutEngine
 from xpo_lightning.rollout.pair_selection import Candidates
-from xpo_lightning.rollout.samplers import Sampler
+from xpo_lightning.rollout.pilaf import PILAFSampler
+from xpo_lightning.rollout.samplers import MixtureSampler, Sampler
 from xpo_lightning.training.metric_names import check_monitors
 from xpo_lightning.training.objective import Objective
 from xpo_lightning.training.replay_buffer.buffer import BufferOptions
@@ -258,18 +259,28 @@ def refuse_first(refused: Iterable[tuple[bool, str]]) -> None:
             raise InputError(message)
 
 
-def refuse_sharding(options: Options) -> None:
+def refuse_sharding(options: Options, *, offloads: bool) -> None:
     """Refuse options that need an unsharded policy, in a run that shards it.
+
+    Args:
+        options: The options of the module.
+        offloads: Whether the reference is to be offloaded to main memory.
 
     Raises:
         InputError: Such an option is set; the message names it.
     """
+    if offloads and options.lora is not None:
+        raise InputError(
+            "trainer.strategy.init_args.offload_reference moves the reference's own weights to main memory, and with "
+            "model.lora it has none: it is the policy without adapters; leave one of the two out"
+        )
     refused = {
         f"model.sampler={type(options.sampler).__name__}": options.sampler.kept_policies > 0,
         "model.bonus_sampler": options.bonus_sampler is not None,
         f"model.bonus={type(options.objective.bonus).__name__}": options.objective.bonus.learns,
         "model.reference_refresh": options.reference_refresh is not None,
-        "model.rollout": options.rollout is not None,
+        "model.rollout.init_args.sync_every": options.rollout is not None and options.rollout.sync_every > 1,
+        "model.rollout.init_args.ahead": options.rollout is not None and options.rollout.ahead > 0,
         "model.policy.quantize": getattr(options.policy_spec, "quantize", None) is not None,
     }
     for option, is_set in refused.items():
@@ -278,6 +289,19 @@ def refuse_sharding(options: Options) -> None:
                 f"{option} needs the policy's weights whole, and trainer.strategy spreads them over processes; use "
                 f"ddp, or leave the option out"
             )
+    engine = options.rollout
+    if engine is not None and not engine.has_reference:
+        raise InputError(
+            f"model.rollout={type(engine).__name__} leaves it to this process to write the reference's completions, "
+            f"and trainer.strategy spreads the reference over processes, which would exchange all of its layers for "
+            f"each token; have a server write them (model.rollout.init_args.reference_url), or use ddp"
+        )
+    if engine is not None and isinstance(options.sampler, MixtureSampler | PILAFSampler):
+        raise InputError(
+            f"model.sampler={type(options.sampler).__name__} writes with the models of this process, and "
+            f"trainer.strategy spreads them over processes, which would exchange all layers for each token; take "
+            f"another sampler, or set model.rollout to null"
+        )
 
 
 def refuse_own_steps(options: Any) -> None:

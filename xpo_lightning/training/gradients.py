@@ -128,8 +128,8 @@ def clip_gradient(module: Trained) -> Tensor:
 
 
 def _together(policy: nn.Module, trainer: Trainer, is_last: bool) -> AbstractContextManager[Any]:
-    """Synchronise gradients on the last micro-batch only; ranks may have different micro-batch counts."""
+    """Synchronise gradients on the last micro-batch only, or on each as `FSDP2Strategy` may be asked to."""
     if is_sharded(policy):
-        return gradients_together(policy, is_last=is_last)
+        return gradients_together(policy, is_last or getattr(trainer.strategy, "reduce_each_micro_batch", False))
     strategy = trainer.strategy
     return nullcontext() if is_last or not isinstance(strategy, ParallelStrategy) else strategy.block_backward_sync()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from xpo_lightning.core.batch import RawPrompt
 from xpo_lightning.core.checks import check_range
-from xpo_lightning.core.distributed import Midway, Origin, all_gather, host, own_rank, set_origin
+from xpo_lightning.core.distributed import Midway, Origin, all_gather, host, is_out_of_step, own_rank, set_origin
 from xpo_lightning.core.errors import ConsequentError, InputError, NonFiniteError
 from xpo_lightning.core.explanations import explanation
 
@@ -51,8 +51,8 @@ class Guard:
     """Lets a piece of work succeed on all processes, or on none.
 
     A process that fails alone would leave the others waiting for it. So each says how it fared before the run goes on,
-    and an error of one is an error of all, with the message of the one. The work must not talk to other processes, and
-    must change nothing that lasts.
+    and an error of one is an error of all, with the message of the one. The work must talk to other processes only by
+    `all_gather_guarded` and `take_turn`, and must change nothing that lasts.
 
         with guard.together():
             losses = evaluate(batch)
@@ -128,6 +128,8 @@ class _Work:
 
     def _gather(self, error: BaseException | None) -> tuple[Problem | None, list[Report | None]]:
         """Exchange reports of success or failure with the other processes (collective)."""
+        if error is not None and is_out_of_step(error):
+            raise error  # The others cannot gather; the lifeline tells them.
         if isinstance(error, StopIteration):  # It would end Lightning's training loop without a word.
             error = RuntimeError(f"StopIteration was raised: {error}")
         elif error is None and self.may_stop and self.guard.stop.status is not None:

@@ -8,6 +8,7 @@ from xpo_lightning.models.forward.probe import STEPS, draw_rows, prompt_lengths,
 from xpo_lightning.models.forward.remembering import identity_of, remember
 from xpo_lightning.models.forward.truth import Truth, name_of
 from xpo_lightning.models.forward.unshared import Rows
+from xpo_lightning.models.sharding import is_sharded
 from xpo_lightning.rewards.sequence_classifier.scoring import score_prefix_pairs, score_rows
 
 _WAYS = (Rows.PADDED_RIGHT, Rows.EVEN, Rows.ALONE)
@@ -32,15 +33,15 @@ class ScoringCapabilities:
         self._reach = reach
 
     def rows(self, length: int) -> Rows:
-        """Return how rows of up to `length` tokens go through the model."""
-        return self._rows.way(length)
+        """Return how rows of up to `length` tokens go through the model; a sharded one is not probed again."""
+        return self._rows.surest if is_sharded(self.model) else self._rows.way(length)
 
     def shares(self, length: int) -> bool:
         """Return whether the common prefix of two rows of up to `length` tokens may be computed once."""
         if not self._is_sharing_tried:
             self._is_sharing_tried = True
             self._sharing.extend(self._reach)
-        return self._sharing.way(length) == _SHARED
+        return (self._sharing.surest if is_sharded(self.model) else self._sharing.way(length)) == _SHARED
 
     def _fault_of_rows(self, way: Rows, reach: int) -> str | None:
         def probed() -> str | None:

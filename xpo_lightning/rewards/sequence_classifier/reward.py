@@ -117,6 +117,13 @@ class SequenceClassifierReward(Reward):
         )
         self.model = model
 
+    def try_ways(self) -> None:
+        """See `Feedback.try_ways`."""
+        if self.model is None:
+            raise RuntimeError("call load() before try_ways()")
+        self._ways = ScoringCapabilities(self.model)
+        self._ways.shares(1)
+
     def train(self, mode: bool = True) -> "SequenceClassifierReward":
         """Stay in eval mode: dropout would make scores random."""
         return super().train(False)

@@ -160,8 +160,11 @@ class VLLMRollout(RolloutEngine):
             )
         self._wake()
         self._vocabulary = policy.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        name = self._replace(policy) if own_rank() == 0 else None
-        self._policy, self._mark = all_gather_guarded(name)[0], mark
+        if own_rank() == 0:
+            self._policy = all_gather_guarded(self._replace(policy))[0]
+        else:
+            self._policy = self._transfer.follow(policy)
+        self._mark = mark
 
     def write(self, prompts: Prompts, asked: Sequence[GenerationRequest]) -> list[list[Completions]]:
         """See `RolloutEngine.write`; send one request per completion, because a seed applies to a request."""

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.core.http.client import RequestError
+from xpo_lightning.models.sharding import is_sharded, visit_full_tensors
 from xpo_lightning.rollout.vllm.client import Check, VLLMServer
 from xpo_lightning.rollout.vllm.protocol import OPTIONS, BaseModel
 from xpo_lightning.rollout.vllm.transfer import ROUNDING, Ask, PolicyTransfer, gap, trial
@@ -37,19 +38,32 @@ class AdapterTransfer(PolicyTransfer):
     def mark(self, policy: nn.Module) -> str:
         """Hash all weights of the adapters."""
         digest = hashlib.blake2b(digest_size=16)
-        for name, weight in sorted(policy.named_parameters(), key=lambda named: named[0]):
-            if "lora_" in name:
-                digest.update(name.encode())
-                digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for name, weight in self._gathered(policy).items():
+            digest.update(name.encode())
+            digest.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def save(self, policy: Any) -> str:
         """Save the adapter."""
         name = f"xpo-{secrets.token_hex(8)}"
+        self.begin_gathering(policy)
+        weights = self._gathered(policy) if is_sharded(policy) else None
         with self.saving(name) as folder:
             # The embeddings are the base model's own; by default, peft would ask the hub whether they are.
-            policy.save_pretrained(str(folder), save_embedding_layers=False)
+            policy.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
         return name
+
+    def take_part(self, policy: nn.Module) -> None:
+        """See `PolicyTransfer.take_part`."""
+        self._gathered(policy)
+
+    def _gathered(self, policy: nn.Module) -> dict[str, Tensor]:
+        """Return the weights of the adapters, whole and in main memory, in the order of their names."""
+        found: dict[str, Tensor] = {}
+        named = sorted(policy.named_parameters(), key=lambda one: one[0])
+        adapters = [(name, weight) for name, weight in named if "lora_" in name]
+        visit_full_tensors(adapters, lambda name, weight: found.update({name: weight.cpu()}))
+        return found
 
     def load(self, server: VLLMServer, name: str, check: Check) -> None:
         """Have the server load an adapter from the folder; does nothing if the server has it already."""

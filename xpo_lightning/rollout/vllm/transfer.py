@@ -2,14 +2,17 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from xpo_lightning.core.atomic_files import remove, replacing_folder
+from xpo_lightning.core.distributed import all_gather_guarded, own_rank
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.models.sharding import is_sharded
 from xpo_lightning.rollout.vllm.client import Check, VLLMServer
 from xpo_lightning.rollout.vllm.protocol import Answer, BaseModel
 
@@ -21,8 +24,19 @@ PROMPT, TOKEN, TOKENS = [1, 2, 3, 4], 5, 16
 """The prompt of trial completions, the one token that they repeat, and how often."""
 
 
+class _Order(Enum):
+    """What the first process asks the others for, if each has a shard of the policy."""
+
+    GATHER = auto()
+    CHANGE = auto()
+    RESTORE = auto()
+
+
 class PolicyTransfer(ABC):
     """Saves a policy's weights to a folder, under a new name each time, and has servers load them from there.
+
+    The first process does so. If the policy is sharded, the others are in `follow` meanwhile: they take part when
+    weights are gathered or changed, and in the passes of the model.
 
     Args:
         folder: Folder from which the servers load the weights; it is created if it does not exist.
@@ -41,7 +55,7 @@ class PolicyTransfer(ABC):
 
     @abstractmethod
     def mark(self, policy: nn.Module) -> str:
-        """Return a hash of the weights that are sent; two states of a policy have two hashes."""
+        """Return a hash of the weights that are sent, another for each state of a policy (collective if sharded)."""
 
     @abstractmethod
     def save(self, policy: nn.Module) -> str:
@@ -50,6 +64,48 @@ class PolicyTransfer(ABC):
         Raises:
             InputError: They cannot be written.
         """
+
+    @abstractmethod
+    def take_part(self, policy: nn.Module) -> None:
+        """Take part while the first process gathers the weights of a sharded policy in `save`."""
+
+    def changed(self, policy: nn.Module) -> AbstractContextManager[None]:
+        """Give the weights of this process other values for a block."""
+        return nullcontext()
+
+    def follow(self, policy: nn.Module) -> str:
+        """Do what the first process asks for, until it tells the name of the weights that the servers have.
+
+        Returns:
+            That name.
+        """
+        order: Any = None
+        with ExitStack() as changes:
+            while not isinstance(order, str):
+                order = all_gather_guarded(None)[0]
+                if order is _Order.GATHER:
+                    self.take_part(policy)
+                elif order is _Order.CHANGE:
+                    changes.enter_context(self.changed(policy))
+                elif order is _Order.RESTORE:
+                    changes.close()
+        return order
+
+    def begin_gathering(self, policy: nn.Module) -> None:
+        """Have the other processes take part in `save`, if the policy is sharded."""
+        self._order(policy, _Order.GATHER)
+
+    @contextmanager
+    def changed_on_all(self, policy: nn.Module) -> Iterator[None]:
+        """Give the weights other values for a block, on all processes that have a shard of them."""
+        self._order(policy, _Order.CHANGE)
+        with self.changed(policy):
+            yield
+        self._order(policy, _Order.RESTORE)
+
+    def _order(self, policy: nn.Module, order: _Order) -> None:
+        if is_sharded(policy) and own_rank() == 0:
+            all_gather_guarded(order)
 
     @abstractmethod
     def load(self, server: VLLMServer, name: str, check: Check) -> None:

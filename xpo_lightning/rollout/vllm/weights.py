@@ -3,11 +3,12 @@
 import hashlib
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from xpo_lightning.core.atomic_files import remove
 from xpo_lightning.core.errors import InputError
@@ -15,6 +16,8 @@ from xpo_lightning.core.http.client import RequestError, UnusableError
 from xpo_lightning.core.owner import Owner, this_process
 from xpo_lightning.models.forward.causal_forward import eval_mode
 from xpo_lightning.models.saving import check_exportable
+from xpo_lightning.models.saving_parts import save_parts
+from xpo_lightning.models.sharding import is_sharded, sharded_roots, visit_full_tensors
 from xpo_lightning.rollout.vllm.client import Check, VLLMServer
 from xpo_lightning.rollout.vllm.protocol import OPTIONS, BaseModel
 from xpo_lightning.rollout.vllm.transfer import PROMPT, ROUNDING, Ask, PolicyTransfer, gap, trial
@@ -45,12 +48,15 @@ class WeightsTransfer(PolicyTransfer):
     def mark(self, policy: nn.Module) -> str:
         """Hash the sums of all rows and all columns of the weights' bits, which is quick on any device."""
         digest = hashlib.blake2b(digest_size=16)
-        for name, weight in sorted(policy.named_parameters(), key=lambda named: named[0]):
-            bits = weight.detach().contiguous().view(_INTEGERS[weight.element_size()])
+
+        def add(name: str, weight: Tensor) -> None:
+            bits = weight.contiguous().view(_INTEGERS[weight.element_size()])
             rows = bits.reshape(bits.shape[0], -1) if bits.ndim > 1 else bits[None]
             digest.update(name.encode())
             for sums in (rows.sum(1, dtype=torch.int64), rows.sum(0, dtype=torch.int64)):
                 digest.update(sums.cpu().numpy().tobytes())
+
+        visit_full_tensors(sorted(policy.named_parameters(), key=lambda named: named[0]), add)
         return digest.hexdigest()
 
     def save(self, policy: Any) -> str:
@@ -60,8 +66,20 @@ class WeightsTransfer(PolicyTransfer):
             self._sweep()
         name = f"{_PREFIX}{secrets.token_hex(8)}.{this_process()}"
         with self.saving(name) as folder:
-            policy.save_pretrained(folder)
+            if is_sharded(policy):
+                self.begin_gathering(policy)
+                save_parts(policy, folder)
+            else:
+                policy.save_pretrained(folder)
         return name
+
+    def take_part(self, policy: nn.Module) -> None:
+        """See `PolicyTransfer.take_part`."""
+        save_parts(policy, None)
+
+    def changed(self, policy: nn.Module) -> AbstractContextManager[None]:
+        """See `PolicyTransfer.changed`."""
+        return _rearranged(policy)
 
     def load(self, server: VLLMServer, name: str, check: Check) -> None:
         """Have the server load the weights, forget what it has computed with others, and note the version."""
@@ -92,7 +110,7 @@ class WeightsTransfer(PolicyTransfer):
 
         It is sent the policy with its weights in another order, and has to write what such a policy writes here.
         """
-        with _rearranged(policy):
+        with self.changed_on_all(policy):
             name = self.save(policy)
             try:
                 self.load(server, name, check)
@@ -145,24 +163,36 @@ def _without_endpoints(error: RequestError, further: str) -> RequestError:
 
 @contextmanager
 def _rearranged(policy: nn.Module) -> Iterator[None]:
-    """Change all weights in place so that the change can be undone to the last bit, and undo it."""
-    done: list[Tensor] = []
+    """Change all weights in place so that the change can be undone to the last bit, and undo it.
+
+    Of a sharded policy, each process changes its own rows.
+    """
+    done: list[nn.Parameter] = []
     try:
-        for weight in policy.parameters():
-            _rearrange(weight.data, 2.0)
-            done.append(weight.data)
+        for weight in _own_weights(policy):
+            _rearrange(weight, 2.0)
+            done.append(weight)
         yield
     finally:
-        for values in done:
-            _rearrange(values, 0.5)
+        _own_weights(policy)
+        for weight in done:
+            _rearrange(weight, 0.5)
 
 
-def _rearrange(weight: Tensor, factor: float) -> None:
-    """Reverse the rows of a matrix; multiply a vector, since those of norms often have all entries alike."""
-    if weight.ndim > 1:
-        weight.copy_(weight.flip(0))
+def _own_weights(policy: nn.Module) -> list[nn.Parameter]:
+    """Return the weights, of which what is unsharded for a pass is sharded again."""
+    for root in sharded_roots(policy):
+        root.reshard()
+    return list(policy.parameters())
+
+
+def _rearrange(weight: nn.Parameter, factor: float) -> None:
+    """Reverse the columns of a matrix; multiply a vector, since those of norms often have all entries alike."""
+    values = weight.data.to_local() if isinstance(weight.data, DTensor) else weight.data
+    if values.ndim > 1:
+        values.copy_(values.flip(-1))
     else:
-        weight.mul_(factor)
+        values.mul_(factor)
 
 
 @torch.no_grad()
