@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from two_processes import in_two
 
-from xpo_lightning import InputError, LoRASpec, MixtureSampler, PILAFSampler, RolloutEngine, XPOLightningModule
+from xpo_lightning import InputError, LoRASpec, MixtureSampler, RolloutEngine, XPOLightningModule
 from xpo_lightning.core.fault_tolerance.guard import Guard
 from xpo_lightning.models.forward.joint_passes import joint_passes
 from xpo_lightning.models.reference import Reference
@@ -38,7 +38,6 @@ class PolicyAlone(Engine):
         ({"rollout": Engine(sync_every=2)}, False, "model.rollout.init_args.sync_every needs the policy's weights"),
         ({"rollout": Engine(ahead=1)}, False, "model.rollout.init_args.ahead needs the policy's weights"),
         ({"rollout": Engine(), "sampler": MixtureSampler()}, False, "model.sampler=MixtureSampler writes with"),
-        ({"rollout": Engine(), "sampler": PILAFSampler()}, False, "model.sampler=PILAFSampler writes with"),
         ({"lora": LoRASpec(r=2)}, True, "trainer.strategy.init_args.offload_reference moves .* with model.lora"),
     ],
 )

@@ -19,7 +19,6 @@ from xpo_lightning.rewards.base import Feedback, Judge
 from xpo_lightning.rewards.labels import LabelRule
 from xpo_lightning.rollout.engine import RolloutEngine
 from xpo_lightning.rollout.pair_selection import Candidates
-from xpo_lightning.rollout.pilaf import PILAFSampler
 from xpo_lightning.rollout.samplers import MixtureSampler, Sampler
 from xpo_lightning.training.metric_names import check_monitors
 from xpo_lightning.training.objective import Objective
@@ -296,11 +295,11 @@ def refuse_sharding(options: Options, *, offloads: bool) -> None:
             f"and trainer.strategy spreads the reference over processes, which would exchange all of its layers for "
             f"each token; have a server write them (model.rollout.init_args.reference_url), or use ddp"
         )
-    if engine is not None and isinstance(options.sampler, MixtureSampler | PILAFSampler):
+    if engine is not None and isinstance(options.sampler, MixtureSampler):
         raise InputError(
-            f"model.sampler={type(options.sampler).__name__} writes with the models of this process, and "
-            f"trainer.strategy spreads them over processes, which would exchange all layers for each token; take "
-            f"another sampler, or set model.rollout to null"
+            "model.sampler=MixtureSampler writes with the models of this process, and trainer.strategy spreads them "
+            "over processes, which would exchange all layers for each token; take another sampler, or set "
+            "model.rollout to null"
         )
 
 
