@@ -111,8 +111,10 @@ def pytest_collection() -> None:
 
 
 def pytest_collection_finish() -> None:
+    """Look for garbage again, but seldom through all that is alive, of which there is a lot in a long run of tests."""
     gc.freeze()
     gc.enable()
+    gc.set_threshold(2_000, 20, 100)
 
 
 @pytest.fixture(autouse=True)

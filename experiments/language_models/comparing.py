@@ -21,6 +21,9 @@ COMPARED = {
 }
 """The numbers of a `Result` in which arms are compared: what they are called, and digits after the point."""
 
+SMALLEST = 1e-38
+"""The least probability in a geometric mean: a smaller one is rounded to 0 in float32."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -102,7 +105,7 @@ def table(results: Sequence[Result], task: str) -> str:
                 *(spread([getattr(one, number) for one in mine]) for number in ("score", "area")),
                 spread([one.kl for one in mine], 1),
                 spread([one.objective for one in mine], 2),
-                f"{math.exp(mean(math.log(one.rarity) for one in mine)):.0e}",
+                f"{math.exp(mean(math.log(max(one.rarity, SMALLEST)) for one in mine)):.0e}",
                 f"{mean(one.clean for one in mine):.2f}",
             ]
             lines.append(_row(cells))

@@ -54,10 +54,8 @@ def config_file(name: str, key: str = "--config") -> str:
     recipe = recipe_named(name)
     if recipe is not None:
         return str(known[recipe])
-    hint = did_you_mean(Path(name).stem, known)
-    raise InputError(
-        f"{key}: there is no file '{name}', and no recipe of that name{hint} (there are {', '.join(known)})"
-    )
+    hint = did_you_mean(Path(name).stem, known) or "; `xpo recipes` lists them"
+    raise InputError(f"{key}: there is no file '{name}', and no recipe of that name{hint}")
 
 
 def with_config_files(words: list[str]) -> tuple[list[str], list[str]]:
