@@ -39,7 +39,8 @@ class Difference:
 
     def said(self, digits: int) -> str:
         """Say mean, standard error, and the corrected p-value."""
-        return f"{self.mean:+,.{digits}f} ± {self.error:,.{digits}f} (p {self.corrected:.2g})"
+        mean = round(self.mean, digits) + 0.0  # no sign of a rounding below 0
+        return f"{mean:+,.{digits}f} ± {self.error:,.{digits}f} (p {self.corrected:.2g})"
 
 
 def differences(results: Sequence[Result], task: str, name: str) -> dict[str, Difference]:

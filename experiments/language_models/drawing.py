@@ -33,7 +33,7 @@ def draw(points: Sequence[Point], task: str, path: Path) -> None:
                 continue
             here = [[point for point in mine if point.labels == count] for count in labels]
             ups = [[getattr(point, up) for point in group] for group in here]
-            style = {"label": ARMS[arm], "color": COLOURS(number % 20), "marker": "o^"[number // 10], "markersize": 3}
+            style = {"label": ARMS[arm], "color": COLOURS(number % 20), "marker": "o^s"[number // 10], "markersize": 3}
             if up == "rarity":
                 panel.plot(labels, [_geometric(group) for group in ups], linewidth=1.2, **style)
                 continue
