@@ -1,13 +1,12 @@
 """Sums of standardised rewards, also over several processes."""
 
-import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from two_processes import in_two
 
 from xpo_lightning.core.batch import RawPrompt
 from xpo_lightning.core.errors import InputError, NonFiniteError
@@ -66,43 +65,12 @@ def test_unknown_ways_to_normalize_are_refused():
         WeightedSum([Listed()], [1.0], normalize="global")
 
 
-def in_process(rank: int, file: str, work: Callable[[int], Any], results: Any) -> None:
-    """Be one of two processes, and report what came of its work."""
-    store = torch.distributed.FileStore(file, 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    try:
-        outcome = work(rank)
-    except BaseException as error:
-        outcome = f"{type(error).__name__}: {error}"
-    results.put((rank, outcome))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def on_two(work: Callable[[int], Any], folder: Path) -> list[Any]:
-    """Run work on two processes, and return what came of it on each."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    arguments = (str(folder / "store"), work, results)
-    processes = [context.Process(target=in_process, args=(rank, *arguments)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    try:
-        outcomes = dict(results.get(timeout=120) for _ in processes)
-    finally:
-        for process in processes:
-            process.join(20)
-            process.kill()
-    return [outcomes[0], outcomes[1]]
-
-
 def standardised_on(rank: int) -> list[float]:
     return scores_of(WeightedSum([Listed()], [1.0], normalize="batch"), [["1"], ["2", "3"]][rank])
 
 
-@pytest.mark.slow
-def test_scores_are_standardised_over_all_processes(tmp_path: Path):
-    first, second = on_two(standardised_on, tmp_path)
+def test_scores_are_standardised_over_all_processes():
+    first, second = in_two(lambda rank, _: standardised_on(rank))
     assert [*first, *second] == pytest.approx([-1.224745, 0.0, 1.224745], abs=1e-6)
 
 
@@ -144,7 +112,6 @@ def not_finite_before_scoring(rank: int) -> Any:
     return guarded(rank, lambda: standardised_on(rank) if rank == 0 else fail())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "messages"),
     [
@@ -154,10 +121,8 @@ def not_finite_before_scoring(rank: int) -> Any:
         (not_finite_before_scoring, [None, None]),  # left out on both, as `max_skipped` allows
     ],
 )
-def test_trouble_on_one_process_keeps_both_in_step(
-    work: Callable[[int], Any], messages: list[str | None], tmp_path: Path
-):
-    results = on_two(work, tmp_path)
+def test_trouble_on_one_process_keeps_both_in_step(work: Callable[[int], Any], messages: list[str | None]):
+    results = in_two(lambda rank, _: work(rank))
     for (outcome, _), message in zip(results, messages, strict=True):
         assert outcome is None if message is None else outcome.startswith(message)
     assert [*results[0][1], *results[1][1]] == pytest.approx([-1.224745, 0.0, 1.224745], abs=1e-6)

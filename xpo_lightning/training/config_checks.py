@@ -268,39 +268,44 @@ def refuse_sharding(options: Options, *, offloads: bool) -> None:
     Raises:
         InputError: Such an option is set; the message names it.
     """
-    if offloads and options.lora is not None:
-        raise InputError(
-            "trainer.strategy.init_args.offload_reference moves the reference's own weights to main memory, and with "
-            "model.lora it has none: it is the policy without adapters; leave one of the two out"
-        )
-    refused = {
+    engine = options.rollout
+    whole = {
         f"model.sampler={type(options.sampler).__name__}": options.sampler.kept_policies > 0,
         "model.bonus_sampler": options.bonus_sampler is not None,
         f"model.bonus={type(options.objective.bonus).__name__}": options.objective.bonus.learns,
         "model.reference_refresh": options.reference_refresh is not None,
-        "model.rollout.init_args.sync_every": options.rollout is not None and options.rollout.sync_every > 1,
-        "model.rollout.init_args.ahead": options.rollout is not None and options.rollout.ahead > 0,
+        "model.rollout.init_args.sync_every": engine is not None and engine.sync_every > 1,
+        "model.rollout.init_args.ahead": engine is not None and engine.ahead > 0,
         "model.policy.quantize": getattr(options.policy_spec, "quantize", None) is not None,
     }
-    for option, is_set in refused.items():
-        if is_set:
-            raise InputError(
+    refused = [
+        (
+            offloads and options.lora is not None,
+            "trainer.strategy.init_args.offload_reference moves the reference's own weights to main memory, and with "
+            "model.lora it has none: it is the policy without adapters; leave one of the two out",
+        ),
+        *(
+            (
+                is_set,
                 f"{option} needs the policy's weights whole, and trainer.strategy spreads them over processes; use "
-                f"ddp, or leave the option out"
+                f"ddp, or leave the option out",
             )
-    engine = options.rollout
-    if engine is not None and not engine.has_reference:
-        raise InputError(
+            for option, is_set in whole.items()
+        ),
+        (
+            engine is not None and not engine.has_reference,
             f"model.rollout={type(engine).__name__} leaves it to this process to write the reference's completions, "
             f"and trainer.strategy spreads the reference over processes, which would exchange all of its layers for "
-            f"each token; have a server write them (model.rollout.init_args.reference_url), or use ddp"
-        )
-    if engine is not None and isinstance(options.sampler, MixtureSampler):
-        raise InputError(
+            f"each token; have a server write them (model.rollout.init_args.reference_url), or use ddp",
+        ),
+        (
+            engine is not None and isinstance(options.sampler, MixtureSampler),
             "model.sampler=MixtureSampler writes with the models of this process, and trainer.strategy spreads them "
             "over processes, which would exchange all layers for each token; take another sampler, or set "
-            "model.rollout to null"
-        )
+            "model.rollout to null",
+        ),
+    ]
+    refuse_first(refused)
 
 
 def refuse_own_steps(options: Any) -> None:
