@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import geometric_mean, mean, stdev
 
 from results import Result
 from tasks import ARMS, BASELINE, TASKS
@@ -106,7 +106,7 @@ def table(results: Sequence[Result], task: str) -> str:
                 *(spread([getattr(one, number) for one in mine]) for number in ("score", "area")),
                 spread([one.kl for one in mine], 1),
                 spread([one.objective for one in mine], 2),
-                f"{math.exp(mean(math.log(max(one.rarity, SMALLEST)) for one in mine)):.0e}",
+                f"{geometric([one.rarity for one in mine]):.0e}",
                 f"{mean(one.clean for one in mine):.2f}",
             ]
             lines.append(_row(cells))
@@ -152,6 +152,11 @@ def median(values: Sequence[float], most: int) -> str:
 def standard_error(values: Sequence[float]) -> float:
     """Return the standard error of a mean; 0 where there is one value."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def geometric(probabilities: Sequence[float]) -> float:
+    """Return the geometric mean of probabilities, none of which counts as less than `SMALLEST`."""
+    return geometric_mean([max(probability, SMALLEST) for probability in probabilities])
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean
 
 import matplotlib as mpl
-from comparing import standard_error
+from comparing import geometric, standard_error
 from results import Point
 from tasks import ARMS
 
@@ -35,7 +35,7 @@ def draw(points: Sequence[Point], task: str, path: Path) -> None:
             ups = [[getattr(point, up) for point in group] for group in here]
             style = {"label": ARMS[arm], "color": COLOURS(number % 20), "marker": "o^s"[number // 10], "markersize": 3}
             if up == "rarity":
-                panel.plot(labels, [_geometric(group) for group in ups], linewidth=1.2, **style)
+                panel.plot(labels, [geometric(group) for group in ups], linewidth=1.2, **style)
                 continue
             xs = labels if across == "labels" else [mean(getattr(point, across) for point in group) for group in here]
             panel.errorbar(xs, [mean(group) for group in ups], [standard_error(group) for group in ups], capsize=2,
@@ -45,10 +45,3 @@ def draw(points: Sequence[Point], task: str, path: Path) -> None:
     panels.flat[0].legend(fontsize=7)
     figure.savefig(path, dpi=100)
     plt.close(figure)
-
-
-def _geometric(values: Sequence[float]) -> float:
-    product = 1.0
-    for value in values:
-        product *= value ** (1 / len(values))
-    return product
