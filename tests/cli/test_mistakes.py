@@ -87,6 +87,7 @@ FLAGS = {
     "--config list.yaml": ("list.yaml, line 1", "key: value"),
     "--config empty.yaml": ("empty.yaml", "is empty"),
     "--config quikstart": ("--config", "did you mean 'quickstart'?"),
+    "--config methods/depoo": ("--config", "did you mean 'methods/depo'?"),
 }
 
 # The text of mine.yaml, given after these two, and what the answer names beside that file.

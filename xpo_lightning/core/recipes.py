@@ -54,7 +54,8 @@ def config_file(name: str, key: str = "--config") -> str:
     recipe = recipe_named(name)
     if recipe is not None:
         return str(known[recipe])
-    hint = did_you_mean(Path(name).stem, known) or "; `xpo recipes` lists them"
+    path = Path(name).with_suffix("")
+    hint = did_you_mean(path.name, known) or did_you_mean(path.as_posix(), known) or "; `xpo recipes` lists them"
     raise InputError(f"{key}: there is no file '{name}', and no recipe of that name{hint}")
 
 
