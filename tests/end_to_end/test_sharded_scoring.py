@@ -93,13 +93,13 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def deep_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Give a Llama of 16 layers, so that few layers are little of it, and hardly any weights outside of them."""
+    """Give a Llama of 32 layers, as models of 8B have: few layers are little of it, and other weights hardly any."""
     folder = tmp_path_factory.mktemp("deep")
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=512,
-        num_hidden_layers=16,
+        num_hidden_layers=32,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=64,
