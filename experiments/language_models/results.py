@@ -1,4 +1,4 @@
-"""Reads what the runs measured, and keeps it in CSV files."""
+"""Reads what the runs measured, and keeps it in CSV files, beside what those have of other runs."""
 
 import csv
 import json
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tasks import TASKS
 
@@ -70,6 +70,9 @@ class Result:
         return self.score - TASKS[self.task].beta * self.kl
 
 
+Row = TypeVar("Row", Point, Result)
+
+
 def collect(out: Path, tasks: Sequence[str]) -> tuple[list[Point], list[Result]]:
     """Read the files of all finished runs in a folder."""
     points, results = [], []
@@ -129,8 +132,21 @@ def write(rows: Sequence[Point | Result], path: Path) -> None:
             writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in astuple(row)])
 
 
-def read(path: Path) -> list[Result]:
-    """Read what `write` wrote of results."""
-    kinds: dict[str, Any] = {field.name: field.type for field in fields(Result)}
+def read(kind: type[Row], path: Path) -> list[Row]:
+    """Read what `write` wrote of measurements or results."""
+    kinds: dict[str, Any] = {field.name: field.type for field in fields(kind)}
     with path.open(newline="", encoding="utf-8") as file:
-        return [Result(**{name: kinds[name](text) for name, text in row.items()}) for row in csv.DictReader(file)]
+        return [kind(**{name: kinds[name](text) for name, text in row.items()}) for row in csv.DictReader(file)]
+
+
+def add(fresh: Sequence[Row], kind: type[Row], path: Path) -> list[Row]:
+    """Write rows beside those that a CSV file has of other runs; return all that it has now."""
+
+    def run(row: Row) -> tuple[str, str, int]:
+        return row.task, row.arm, row.seed
+
+    runs = {run(row) for row in fresh}
+    kept = [row for row in read(kind, path) if run(row) not in runs] if path.exists() else []
+    order = list(TASKS)
+    write(sorted([*fresh, *kept], key=lambda row: (order.index(row.task), row.arm, row.seed)), path)
+    return read(kind, path)

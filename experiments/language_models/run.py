@@ -3,7 +3,8 @@
     python experiments/language_models/run.py --processes 2
 
 Runs that are finished are not made again, so the same command goes on where it was stopped. What all of them measured
-goes to CSV files, tables and figures. See docs/exploration_language_models.md, which was written before the runs.
+goes to CSV files, which keep what they have of other runs, and to tables and figures. The page
+docs/exploration_language_models.md was written before the runs.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from comparing import table, with_tables
 from drawing import draw
 from reference import make as make_reference
 from reference import save_smollm2
-from results import collect, write
+from results import Point, Result, add, collect
 from tasks import ARMS, TASKS, Task
 from xpo_runs import ROOT, Run, make_all
 
@@ -35,8 +36,8 @@ def main() -> int:
         print(f"no finished run in {args.out}", file=sys.stderr)
         return 1
     args.results.mkdir(parents=True, exist_ok=True)
-    write(points, args.results / "curves.csv")
-    write(results, args.results / "runs.csv")
+    points = add(points, Point, args.results / "curves.csv")
+    results = add(results, Result, args.results / "runs.csv")
     for name in {result.task: None for result in results}:
         draw(points, name, args.figures / f"exploration_{name}.png")
         print(f"{name}: {TASKS[name].about}\n\n{table(results, name)}\n")

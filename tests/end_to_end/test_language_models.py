@@ -168,10 +168,31 @@ def test_results_of_runs_worked_by_hand(script, tmp_path):
     marks = ["<!-- table: rare -->", *table, "<!-- end -->", "between", "<!-- differences: rare -->", *other]
     assert comparing.with_tables(page, found).splitlines() == ["before", *marks, "<!-- end -->"]
     results.write(found, tmp_path / "runs.csv")
-    again = results.read(tmp_path / "runs.csv")
+    again = results.read(results.Result, tmp_path / "runs.csv")
     for one, kept in zip(found, again, strict=True):
         for name, value in vars(one).items():
             assert getattr(kept, name) == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
+
+
+def test_runs_that_are_made_elsewhere_join_those_of_the_csv_files(script, tmp_path):
+    """Of three runs in the file one is made again, in a folder that the others are not in."""
+    import results
+
+    for seed in (1, 2):
+        a_run(tmp_path / "there" / "rare" / f"xpo-{seed}", [0.4, 0.5, 0.6, 0.7], [0, 3, 1])
+    a_run(tmp_path / "there" / "long" / "xpo_both-1", [0.4, 0.5, 0.6, 0.7], [0, 3, 1])
+    a_run(tmp_path / "here" / "rare" / "xpo-2", [0.4, 0.5, 0.6, 0.9], [0, 1, 1])
+    for folder, tasks in (("there", ["long", "rare"]), ("here", ["rare"])):
+        points, found = results.collect(tmp_path / folder, tasks)
+        points = results.add(points, results.Point, tmp_path / "curves.csv")
+        found = results.add(found, results.Result, tmp_path / "runs.csv")
+    assert [(one.task, one.arm, one.seed, one.score) for one in found] == [
+        ("rare", "xpo", 1, 0.7),
+        ("rare", "xpo", 2, 0.9),
+        ("long", "xpo_both", 1, 0.7),
+    ]
+    assert [point.score for point in points if point.seed == 2] == [0.4, 0.5, 0.6, 0.9]
+    assert len(points) == 12
 
 
 WITH_POLICY = {
@@ -225,7 +246,7 @@ def test_tables_of_the_page_are_those_of_the_kept_results(script):
     import results
 
     page = (script.ROOT / "docs" / "exploration_language_models.md").read_text()
-    found = results.read(HERE / "results" / "runs.csv")
+    found = results.read(results.Result, HERE / "results" / "runs.csv")
     assert comparing.with_tables(page, found) == page
     assert page.count("<!-- table: ") == len({one.task for one in found})
     assert page.count("<!-- differences: ") >= 1
