@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
@@ -47,6 +47,7 @@ from xpo_lightning.models.forward.causal_forward import eval_mode
 from xpo_lightning.models.forward.cpu import keep_memory, speed_up_linears
 from xpo_lightning.models.forward.joint_passes import joint_passes
 from xpo_lightning.models.forward.randomness import stop_random_draws
+from xpo_lightning.models.loading_turns import load_in_turns
 from xpo_lightning.models.policy import LoadedModel, LoRASpec, ModelSpec, check_loaded, end_token_ids, prompt_limit
 from xpo_lightning.models.reference import Reference, ReferenceRefresh
 from xpo_lightning.models.sharding import shard_all, unsharded
@@ -295,28 +296,20 @@ class XPOLightningModule(LightningModule):
             return
         self._is_configured = True
         keep_memory()
-        model = self.policy_spec.load_model()
-        check_loaded(model, self.tokenizer, self.sampling.eos_token_ids)
-        ends = end_token_ids(model, self.tokenizer, self.sampling.eos_token_ids)
-        if self.missing_eos_penalty and not (ends or self.sampling.stop_strings):
-            raise InputError("model.missing_eos_penalty is set, but model.sampling.eos_token_ids names no EOS token")
-        self.policy = self._with_adapters(model)
-        self.reference = Reference(self.policy, self.reference_refresh)
+        if self.device_mesh is None:
+            self._load_models()
+        else:
+            load_in_turns(partial(self._load_and_shard_models, self.device_mesh))
         self.memory = PersistentState(self.reference, self.sampler, self.objective.bonus, self.bonus_sampler)
         self.memory.writer = self.writer
-        self.reward.load()
-        self.reward.set_check(self.guard.stop.check)
         rollout = LocalRollout(
             self.tokenizer,
             self.sampling,
-            ends,
+            end_token_ids(self.policy, self.tokenizer, self.sampling.eos_token_ids),
             self.rollout_batch_size,
             self.guard.stop.check,
             replays=self.rollout_graphs,
         )
-        self.reference_identity = self.reference.identity(self.policy_spec)
-        if self.device_mesh is not None:
-            self._shard_models(self.device_mesh)
         if self.rollout is not None:
             self.rollout.begin(rollout)
         self.collector = Collector(
@@ -330,10 +323,23 @@ class XPOLightningModule(LightningModule):
         )
         speed_up_linears(self.policy, self.reference, self.reward)
 
-    def _shard_models(self, mesh: Any) -> None:
-        """Shard the models over ranks; how they run is found out before, while they are whole."""
+    def _load_models(self) -> None:
+        model = self.policy_spec.load_model()
+        check_loaded(model, self.tokenizer, self.sampling.eos_token_ids)
+        ends = end_token_ids(model, self.tokenizer, self.sampling.eos_token_ids)
+        if self.missing_eos_penalty and not (ends or self.sampling.stop_strings):
+            raise InputError("model.missing_eos_penalty is set, but model.sampling.eos_token_ids names no EOS token")
+        self.policy = self._with_adapters(model)
+        self.reference = Reference(self.policy, self.reference_refresh)
+        self.reference_identity = self.reference.identity(self.policy_spec)
+        self.reward.load()
+        self.reward.set_check(self.guard.stop.check)
+
+    def _load_and_shard_models(self, mesh: Any) -> None:
+        """Load the models and shard them over ranks; how they run is found out before, while they are whole."""
         offloads = getattr(self.trainer.strategy, "offload_reference", False)
         refuse_sharding(self, offloads=offloads)
+        self._load_models()
         try_ways(*(model for model in (self.policy, self.reference.frozen) if model is not None))
         self.reward.try_ways()
         shard_all([self.policy, self.reward], mesh)

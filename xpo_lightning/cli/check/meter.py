@@ -2,12 +2,11 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
 import torch
 
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+from xpo_lightning.core.main_memory import available, forget_peak, peak, taken
 
 
 class Meter:
@@ -38,23 +37,22 @@ class Meter:
         self._forget_peak()
         begun = time.perf_counter()
         yield
-        peak = self._peak()
+        most = self._peak()
         self.seconds[part] = time.perf_counter() - begun
-        if peak is not None and self._before is not None:
-            self.peaks[part] = max(0, peak - self._before)
+        if most is not None and self._before is not None:
+            self.peaks[part] = max(0, most - self._before)
 
     def _now(self) -> int | None:
-        return torch.cuda.memory_allocated(self.device) if self._on_gpu else _of_process("VmRSS")
+        return torch.cuda.memory_allocated(self.device) if self._on_gpu else taken()
 
     def _peak(self) -> int | None:
-        return torch.cuda.max_memory_allocated(self.device) if self._on_gpu else _of_process("VmHWM")
+        return torch.cuda.max_memory_allocated(self.device) if self._on_gpu else peak()
 
     def _forget_peak(self) -> None:
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            with suppress(OSError):  # Without it, the peak is that since the process began: too high, not too low.
-                _RESET.write_text("5")
+            forget_peak()
 
     @property
     def _on_gpu(self) -> bool:
@@ -65,17 +63,4 @@ def memory_of(device: torch.device) -> int | None:
     """Return a device's memory in bytes: all of a GPU's, or the machine's available memory; None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return _field(Path("/proc/meminfo"), "MemAvailable")
-
-
-def _of_process(name: str) -> int | None:
-    return _field(_STATUS, name)
-
-
-def _field(file: Path, name: str) -> int | None:
-    """Read a field in kB, as Linux writes them, and return bytes."""
-    with suppress(OSError):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    return None
+    return available()

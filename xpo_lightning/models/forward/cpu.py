@@ -44,6 +44,14 @@ def keep_memory() -> bool:
     return True
 
 
+def give_memory_back() -> None:
+    """Give memory that has been freed back to the system, though `keep_memory` keeps what is freed later."""
+    if sys.platform.startswith("linux"):
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(ctypes.c_size_t(0))
+
+
 def threads_allowed(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """Return how many threads are worth running: a container's CPU quota may be less than its machine's cores.
 
