@@ -16,10 +16,11 @@ OVERLAYS = {
     "8b_full_nodes": "8b_full_8_gpus",
     "8b_full_8_gpus_vllm": "8b_full_8_gpus",
     "8b_lora_vllm": "8b_lora_one_gpu",
+    "70b_lora_8_gpus_vllm": "8b_lora_one_gpu",
 }
 NAMES = (
     *("1b_one_gpu", "math_one_gpu", "8b_lora_one_gpu", "8b_lora_vllm", "8b_qlora_small_gpu", "8b_full_8_gpus"),
-    *("8b_full_nodes", "8b_full_8_gpus_vllm"),
+    *("8b_full_nodes", "8b_full_8_gpus_vllm", "70b_lora_8_gpus_vllm"),
 )
 GIB = 2**30
 NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)

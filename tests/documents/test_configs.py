@@ -20,6 +20,7 @@ OVERLAYS = {
     "8b_full_nodes.yaml": "scale/8b_full_8_gpus.yaml",
     "8b_full_8_gpus_vllm.yaml": "scale/8b_full_8_gpus.yaml",
     "8b_lora_vllm.yaml": "scale/8b_lora_one_gpu.yaml",
+    "70b_lora_8_gpus_vllm.yaml": "scale/8b_lora_one_gpu.yaml",
     **{file.name: "quickstart.yaml" for file in CONFIGS.glob("methods/*.yaml")},
 }
 FILES = sorted(CONFIGS.rglob("*.yaml"))

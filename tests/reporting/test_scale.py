@@ -55,7 +55,7 @@ def test_header_of_a_recipe_states_the_memory_that_is_worked_out(file: Path):
     [
         *(("1b_one_gpu", 48, 1), ("math_one_gpu", 24, 1), ("8b_lora_one_gpu", 80, 1), ("8b_lora_vllm", 80, 1)),
         *(("8b_qlora_small_gpu", 24, 1), ("8b_full_8_gpus", 141, 2), ("8b_full_nodes", 80, 2)),
-        ("8b_full_8_gpus_vllm", 80, 2),
+        *(("8b_full_8_gpus_vllm", 80, 2), ("70b_lora_8_gpus_vllm", 80, 2)),
     ],
 )
 def test_a_recipe_fits_the_gpu_that_it_asks_for(name: str, gigabytes: int, taken_by_others: int):
@@ -70,7 +70,8 @@ def test_scoring_layer_by_layer_leaves_a_quarter_of_80_gb_free():
     for name, shape, kind, sharding in tables.WORKED:
         if sharding.engine:
             assert estimate_sharded(tables.worked_plan(shape, kind), sharding).peak < room, name
-    assert recipes.memory_of(recipes.read_recipe("8b_full_8_gpus_vllm")).peak < room
+    for name in ("8b_full_8_gpus_vllm", "70b_lora_8_gpus_vllm"):
+        assert recipes.memory_of(recipes.read_recipe(name)).peak < room, name
 
 
 def test_parts_of_a_sharded_run_with_an_engine_are_worked_by_hand():
