@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -338,7 +339,6 @@ class XPOLightningModule(LightningModule):
     def _load_and_shard_models(self, mesh: Any) -> None:
         """Load the models and shard them over ranks; how they run is found out before, while they are whole."""
         offloads = getattr(self.trainer.strategy, "offload_reference", False)
-        refuse_sharding(self, offloads=offloads)
         self._load_models()
         try_ways(*(model for model in (self.policy, self.reference.frozen) if model is not None))
         self.reward.try_ways()
@@ -363,6 +363,8 @@ class XPOLightningModule(LightningModule):
         """Refuse trainer options that the module does not support."""
         watch(self.trainer)
         check_trainer(self.trainer)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            refuse_sharding(self, offloads=getattr(self.trainer.strategy, "offload_reference", False))
         if stage == "fit":
             warn_of_weights(self.objective)
             self._check_data()

@@ -55,6 +55,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """The share of the prompts that is this process's; `xpo check` asks before there are others."""
+        return {"num_replicas": self.num_nodes * self.num_processes, "rank": self.global_rank}
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Save a file or a folder; only a complete one replaces an earlier one."""
         if self._save_distributed_checkpoint:

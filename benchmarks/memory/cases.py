@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.scale.fsdp import Sharding, estimate_sharded
-from benchmarks.scale.shapes import RunInputs, estimate
+from benchmarks.scale.shapes import RunInputs, estimate, estimate_sharded
+from xpo_lightning.reporting.memory.fsdp import Sharding
 from xpo_lightning.reporting.memory.model_shape import Shape
 
 SHAPES = {

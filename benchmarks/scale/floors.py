@@ -5,11 +5,10 @@ These are floors, not forecasts: no program beats them on such GPUs, and ours wa
 
 from dataclasses import dataclass
 
-from benchmarks.scale.shapes import root_weight_count, weight_count
 from benchmarks.speed import flops
 from benchmarks.speed.flops import step_flop
 from xpo_lightning.reporting.memory.estimate import cache_bytes
-from xpo_lightning.reporting.memory.model_shape import Shape
+from xpo_lightning.reporting.memory.model_shape import Shape, root_weight_count, weight_count
 
 PRODUCTS = 989e12
 """FLOP a second in bfloat16 of an H100 SXM, without sparsity, as its maker states."""

@@ -4,9 +4,10 @@ from math import ceil
 
 from benchmarks.scale.floors import BFLOAT16, MEMORY, PRODUCTS, checkpointed_extra, decoding, flop_shape
 from benchmarks.scale.public_models import LLAMA_70B as SHAPE
-from benchmarks.scale.shapes import adapter_count, weight_count
+from benchmarks.scale.shapes import adapter_count
 from benchmarks.speed.flops import step_flop
 from xpo_lightning.reporting.memory.estimate import FLOAT32, cache_bytes, layer_bytes
+from xpo_lightning.reporting.memory.model_shape import weight_count
 
 PROMPTS = 2048
 """Prompts of a step."""

@@ -6,10 +6,10 @@ from typing import Any
 
 import yaml
 
-from benchmarks.scale.fsdp import Sharding, estimate_sharded
 from benchmarks.scale.public_models import POLICIES, REWARDS
-from benchmarks.scale.shapes import RunInputs, estimate, root_weight_count, weight_count
-from xpo_lightning.reporting.memory.model_shape import Shape
+from benchmarks.scale.shapes import RunInputs, estimate, estimate_sharded
+from xpo_lightning.reporting.memory.fsdp import Sharding
+from xpo_lightning.reporting.memory.model_shape import Shape, root_weight_count, weight_count
 
 FOLDER = Path(__file__).parents[2] / "configs" / "scale"
 OVERLAYS = {

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, replace
 
 from xpo_lightning.reporting.memory import estimate as steps
+from xpo_lightning.reporting.memory import fsdp
 from xpo_lightning.reporting.memory.estimate import FLOAT32, MemoryEstimate, MemoryInputs, Standing
-from xpo_lightning.reporting.memory.model_shape import Shape
+from xpo_lightning.reporting.memory.model_shape import Shape, weight_count
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,9 @@ def estimate(plan: RunInputs) -> MemoryEstimate:
     return steps.estimate(replace(plan, trains_head=not adapted, cast_weights=count), standing)
 
 
-def weight_count(shape: Shape) -> int:
-    """Count the weights of a decoder: matrices and norms, without biases and learned positions, which are under 1 %."""
-    attention = shape.hidden * shape.head_dim * 2 * (shape.heads + shape.kv_heads)
-    feed_forward = (3 if shape.gated else 2) * shape.hidden * shape.intermediate
-    embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
-    return shape.layers * (attention + feed_forward + 2 * shape.hidden) + embeddings + shape.hidden
+def estimate_sharded(plan: RunInputs, sharding: fsdp.Sharding) -> fsdp.ShardedEstimate:
+    """Estimate the memory of each rank of a sharded run; `rows`, for example, are those of one rank."""
+    return fsdp.estimate_sharded(replace(plan, trains_head=plan.lora_rank is None), estimate(plan), sharding)
 
 
 def adapter_count(shape: Shape, rank: int) -> int:
@@ -55,13 +53,3 @@ def adapter_count(shape: Shape, rank: int) -> int:
     queries, keys = shape.hidden + shape.heads * shape.head_dim, shape.hidden + shape.kv_heads * shape.head_dim
     feed_forward = (3 if shape.gated else 2) * (shape.hidden + shape.intermediate)
     return shape.layers * rank * (2 * queries + 2 * keys + feed_forward)
-
-
-def root_weight_count(shape: Shape) -> int:
-    """Count the weights outside of layers: the embedding, the vocabulary head, and the last norm."""
-    return shape.vocabulary * shape.hidden * (1 if shape.tied else 2) + shape.hidden
-
-
-def layer_weight_count(shape: Shape) -> int:
-    """Count the weights of a layer."""
-    return (weight_count(shape) - root_weight_count(shape)) // shape.layers

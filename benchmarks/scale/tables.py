@@ -16,11 +16,11 @@ from typing import Any
 from benchmarks.memory import measure
 from benchmarks.memory.cases import CASES, predicted
 from benchmarks.scale import floors, plan, recipes
-from benchmarks.scale.fsdp import Sharding, estimate_sharded
 from benchmarks.scale.public_models import LLAMA_1B, LLAMA_8B, LLAMA_70B
-from benchmarks.scale.shapes import RunInputs, estimate
+from benchmarks.scale.shapes import RunInputs, estimate, estimate_sharded
 from benchmarks.speed.flops import step_flop
 from xpo_lightning.reporting.memory.estimate import MemoryEstimate
+from xpo_lightning.reporting.memory.fsdp import Sharding
 from xpo_lightning.reporting.memory.model_shape import Shape
 
 BENCHMARKS = Path(__file__).parents[1]

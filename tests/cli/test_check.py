@@ -172,6 +172,53 @@ def test_several_processes_are_looked_at_by_one(bench: Bench, capsys: pytest.Cap
     assert "trainer.devices: one of 2 processes was tried out" in said["warnings"]
 
 
+def sharded(**options: bool) -> dict[str, object]:
+    return {"class_path": "FSDP2Strategy", "init_args": options}
+
+
+def part(estimate: str, name: str) -> float:
+    """Return the MiB of a part of an estimate."""
+    return numbers(estimate.partition(f"{name} ")[2])[0]
+
+
+def test_a_sharded_run_is_estimated_for_each_process(bench: Bench, capsys: pytest.CaptureFixture[str]):
+    """Two processes have a half each of weights, gradient and Adam's state, and all weights while they write."""
+    bench.model(micro_batch_size=1, policy={"path": "package:xpo_lightning/embedded/policy"})
+    alone = report(capsys, "--config", bench.write())["estimate"]
+    bench.trainer(devices=2, strategy=sharded())
+    said = report(capsys, "--config", bench.write())
+    assert said["run"] == "of 4 optimizer steps; 2 batches an epoch on each of 2 devices"
+    assert said["tried"].startswith("4 prompts: 8 completions of ")
+    models = part(alone, "models")
+    assert part(said["estimate"], "part of the models") == pytest.approx(models / 2, abs=0.1)
+    assert part(said["estimate"], "whole weights while it writes or scores") == models
+    bench.trainer(devices=2, strategy=sharded(reduce_each_micro_batch=True, offload_reference=True))
+    less = report(capsys, "--config", bench.write())["estimate"]
+    assert part(less, "part of the models") == pytest.approx(models / 4, abs=0.1)  # half of the policy alone
+    assert part(less, "micro-batch") < part(said["estimate"], "micro-batch")
+
+
+def test_a_sharded_run_is_refused_what_needs_whole_weights(bench: Bench, capsys: pytest.CaptureFixture[str]):
+    bench.model(reference_refresh={"every": 2})
+    bench.trainer(devices=2, strategy=sharded())
+    line = refused(capsys, "check", "--config", bench.write())
+    assert "model.reference_refresh needs the policy's weights whole" in line
+    bench.model(reference_refresh=None)
+    bench.trainer(strategy={"class_path": "ModelParallelStrategy"})
+    assert "trainer.strategy: a check has one process" in refused(capsys, "check", "--config", bench.write())
+
+
+def test_models_that_only_fit_several_devices_are_estimated_and_not_tried(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("xpo_lightning.cli.check.check.memory_of", lambda _: 10_000)
+    bench.trainer(devices=2, strategy=sharded())
+    said = report(capsys, "--config", bench.write())
+    assert said["tried"] == "nothing: the models do not fit one device whole, and a check has no other"
+    assert numbers(said["estimate"])[0] > 0
+    assert "a step may take 0.0 GiB, and 0.0 GiB are there" in said["warnings"]
+
+
 # ---- parts ----
 
 

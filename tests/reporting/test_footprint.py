@@ -9,7 +9,7 @@ import torch
 from conftest import CONFIGS
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, MambaConfig, OPTConfig
 
-from benchmarks.scale.shapes import RunInputs, adapter_count, estimate, weight_count
+from benchmarks.scale.shapes import RunInputs, adapter_count, estimate
 from xpo_lightning.reporting.memory.estimate import (
     cache_bytes,
     head_bytes,
@@ -19,7 +19,7 @@ from xpo_lightning.reporting.memory.estimate import (
     rollout_bytes,
     scoring_bytes,
 )
-from xpo_lightning.reporting.memory.model_shape import Shape
+from xpo_lightning.reporting.memory.model_shape import Shape, weight_count
 
 GIB = 2**30
 LLAMA_7B = Shape(

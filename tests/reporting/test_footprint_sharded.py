@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 from test_footprint import LLAMA_3_8B, SMALL, STEP
 
-from benchmarks.scale.fsdp import Sharding, estimate_sharded
-from benchmarks.scale.shapes import estimate, layer_weight_count, root_weight_count, weight_count
+from benchmarks.scale.shapes import estimate, estimate_sharded
+from xpo_lightning.reporting.memory.fsdp import Sharding
+from xpo_lightning.reporting.memory.model_shape import layer_weight_count, root_weight_count, weight_count
 
 # A layer: attention 8 x 2 x 2 x (4 + 2) = 192, feed-forward 3 x 8 x 16 = 384, norms 16: 592 weights, 2368 bytes.
 # Outside: 100 x 8 of the embedding, which is the head too, and a norm of 8: 808 weights, 3232 bytes.

@@ -21,12 +21,12 @@ from benchmarks.memory import cases, worker
 from benchmarks.memory.cases import CASES
 from benchmarks.scale import floors, public_models, recipes, tables
 from benchmarks.scale.floors import flop_shape
-from benchmarks.scale.fsdp import Sharding, estimate_sharded
 from benchmarks.scale.public_models import LLAMA_8B
-from benchmarks.scale.shapes import RunInputs, weight_count
+from benchmarks.scale.shapes import RunInputs, estimate_sharded
 from benchmarks.speed import flops
 from benchmarks.speed.assets import PYTHIA_14M
-from xpo_lightning.reporting.memory.model_shape import Shape
+from xpo_lightning.reporting.memory.fsdp import Sharding
+from xpo_lightning.reporting.memory.model_shape import Shape, weight_count
 
 ROOT = Path(__file__).parents[2]
 SCALE = RUNS / "scale"

@@ -7,9 +7,9 @@ from torch import nn
 
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.data.dataloader import PromptDataset, PromptStream
-from xpo_lightning.models.sharding import is_sharded
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.reporting.memory.estimate import MemoryEstimate
+from xpo_lightning.reporting.memory.fsdp import ShardedEstimate
 from xpo_lightning.reporting.memory.run_plan import count, memory_of_run, rewards_with_models
 from xpo_lightning.rewards.no_reward import is_missing
 
@@ -30,22 +30,15 @@ def models_of(module: XPOLightningModule) -> Iterator[tuple[str, str]]:
     yield "reward", "; ".join([name, *models])
 
 
-def estimate_text(whole: MemoryEstimate, there: int | None = None) -> str:
+def estimate_text(whole: MemoryEstimate | ShardedEstimate, there: int | None = None) -> str:
     """Return a line about a step's memory and its parts.
 
     Args:
         whole: The estimate.
         there: Bytes of memory on the device, if known.
     """
-    parts = {
-        "models": whole.policy + whole.reference + whole.reward + whole.copies,
-        "gradient and optimizer": whole.gradients + whole.optimizer,
-        "completions": whole.rollout,
-        "reward": whole.scoring,
-        "micro-batch": whole.micro_batch,
-    }
     of = "" if there is None else f", of {size_text(there)},"
-    shares = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
+    shares = ", ".join(f"{name} {size_text(size)}" for name, size in whole.named.items() if size)
     return f"{size_text(whole.peak)} of tensors{of} in a step: {shares}"
 
 
@@ -104,10 +97,10 @@ def _length(trainer: Trainer) -> str:
 
 
 def _memory(trainer: Trainer, module: XPOLightningModule, data: PromptDataModule) -> str | None:
-    """Estimate a step's memory; None for unknown architectures, sharded weights, and prompts of unknown length."""
+    """Estimate a step's memory on each device; None for unknown architectures, and prompts of unknown length."""
     prompts = data.prompts.get("training")
     longest = max(prompts.lengths) if isinstance(prompts, PromptDataset) else data.encoding.max_tokens
-    if longest is None or is_sharded(module.policy) or not trainer.optimizers:
+    if longest is None or not trainer.optimizers:
         return None
     whole = memory_of_run(
         module,

@@ -43,7 +43,7 @@ def _data(module: XPOLightningModule, found: Findings) -> Iterator[str]:
 
 
 def _samples(module: XPOLightningModule, found: Findings) -> Iterator[str]:
-    pairs = found.step.experience.sampled
+    pairs = None if found.step is None else found.step.experience.sampled
     if pairs is None:
         return
     sides = (pairs.completions.by_policy, pairs.completions.by_sampler)

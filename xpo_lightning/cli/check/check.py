@@ -16,10 +16,10 @@ from xpo_lightning.cli.check.requirements import (
     disk,
 )
 from xpo_lightning.cli.check.survey import reward_rows, survey
-from xpo_lightning.cli.check.trainer_setup import attach, set_up_callbacks, set_up_data, set_up_loaders
+from xpo_lightning.cli.check.trainer_setup import attach, set_up_callbacks, set_up_data, set_up_loaders, shards_weights
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.module import XPOLightningModule
-from xpo_lightning.reporting.memory.run_plan import memory_of_run, rewards_with_models, standing_memory
+from xpo_lightning.reporting.memory.run_plan import memory_of_run, rewards_with_models, standing_memory, weight_bytes
 from xpo_lightning.training.optimizer import WarmupThenDecay, total_steps
 
 SAMPLES = 256
@@ -82,7 +82,9 @@ def check_run(trainer: Trainer, module: XPOLightningModule, data: PromptDataModu
     meter.start()
     with meter("models"):
         module.configure_model()
-        module.to(trainer.strategy.root_device)
+        fits = not shards_weights(trainer) or memory is None or weight_bytes(module) < memory
+        if fits:
+            module.to(trainer.strategy.root_device)
         module.sampler.begin(module.policy)
         module.reference.begin()
     check_loaded(trainer, module)
@@ -101,8 +103,10 @@ def check_run(trainer: Trainer, module: XPOLightningModule, data: PromptDataModu
     )
     standing, place = standing_memory(module, optimizer), disk(trainer)
     check_room(place, standing.checkpoint)
-    with meter("dry step"):
-        step = dry_step(module, trainer, samples[:: max(1, len(samples) // wanted)][:wanted])
+    step = None
+    if fits:
+        with meter("dry step"):
+            step = dry_step(module, trainer, samples[:: max(1, len(samples) // wanted)][:wanted])
     return Findings(
         survey=surveyed,
         steps=steps,

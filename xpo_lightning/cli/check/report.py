@@ -13,6 +13,7 @@ from xpo_lightning.core.printable import aligned
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.reporting.memory.estimate import MemoryEstimate, Standing
+from xpo_lightning.reporting.memory.fsdp import ShardedEstimate
 from xpo_lightning.reporting.run_description import batch_text, estimate_text, models_of, size_text
 
 
@@ -26,7 +27,7 @@ class Findings:
         processes: Number of processes of the run, of which one was tried out.
         reward_rows: For each reward model, how many prompts are too long.
         optimizer: The optimizer, which has taken no step.
-        step: The dry step.
+        step: The dry step; None if the models of a sharded run do not fit one device whole.
         meter: Seconds and memory of the parts: `data`, `models`, `dry step`.
         standing: Memory of what the run holds all the time.
         whole: Estimated memory of a step of the run; None for unknown architectures.
@@ -39,10 +40,10 @@ class Findings:
     processes: int
     reward_rows: list[RewardRows]
     optimizer: Optimizer
-    step: DryStep
+    step: DryStep | None
     meter: Meter
     standing: Standing
-    whole: MemoryEstimate | None
+    whole: MemoryEstimate | ShardedEstimate | None
     memory: int | None
     disk: Disk | None
 
@@ -75,6 +76,9 @@ def _prompts(prompts: Prompts) -> str:
 
 
 def _tried(found: Findings) -> Iterator[tuple[str, str]]:
+    if found.step is None:
+        yield "tried", "nothing: the models do not fit one device whole, and a check has no other"
+        return
     pairs = found.step.experience
     counts = [*pairs.completions.by_policy.counts, *pairs.completions.by_sampler.counts]
     ended = int(pairs.completions.by_policy.ended.sum() + pairs.completions.by_sampler.ended.sum())

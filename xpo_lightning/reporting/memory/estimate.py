@@ -111,6 +111,17 @@ class MemoryEstimate(Standing):
         return models + self.gradients + self.optimizer + self.replayed
 
     @property
+    def named(self) -> dict[str, int]:
+        """What a step takes, by name."""
+        return {
+            "models": self.policy + self.reference + self.reward + self.copies,
+            "gradient and optimizer": self.gradients + self.optimizer,
+            "completions": self.rollout,
+            "reward": self.scoring,
+            "micro-batch": self.micro_batch,
+        }
+
+    @property
     def peak(self) -> int:
         """Peak memory: the phases of a step come one after the other, so the largest counts."""
         return self.standing + max(self.rollout, self.scoring, self.micro_batch, self.update)

@@ -61,3 +61,21 @@ class Shape:
             tied=bool(getattr(text, "tie_word_embeddings", False)),
             gated=text.model_type not in _UNGATED,
         )
+
+
+def weight_count(shape: Shape) -> int:
+    """Count the weights of a decoder: matrices and norms, without biases and learned positions, which are under 1 %."""
+    attention = shape.hidden * shape.head_dim * 2 * (shape.heads + shape.kv_heads)
+    feed_forward = (3 if shape.gated else 2) * shape.hidden * shape.intermediate
+    embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+    return shape.layers * (attention + feed_forward + 2 * shape.hidden) + embeddings + shape.hidden
+
+
+def root_weight_count(shape: Shape) -> int:
+    """Count the weights outside of layers: the embedding, the vocabulary head, and the last norm."""
+    return shape.vocabulary * shape.hidden * (1 if shape.tied else 2) + shape.hidden
+
+
+def layer_weight_count(shape: Shape) -> int:
+    """Count the weights of a layer."""
+    return (weight_count(shape) - root_weight_count(shape)) // shape.layers

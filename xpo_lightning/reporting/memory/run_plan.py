@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -13,6 +14,7 @@ from xpo_lightning.models.forward.cpu_attention import cache_dtype
 from xpo_lightning.models.snapshot import Snapshot
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.reporting.memory.estimate import MemoryEstimate, MemoryInputs, Standing, estimate
+from xpo_lightning.reporting.memory.fsdp import ShardedEstimate, Sharding, estimate_sharded
 from xpo_lightning.reporting.memory.model_shape import Shape
 from xpo_lightning.rewards import SequenceClassifierReward
 from xpo_lightning.rollout.kv_cache import most_rows
@@ -27,8 +29,8 @@ def count(model: nn.Module) -> int:
 
 def memory_of_run(
     module: XPOLightningModule, optimizer: Optimizer, *, batch_size: int, longest: int, computes_in_bfloat16: bool
-) -> MemoryEstimate | None:
-    """Estimate the memory of a run.
+) -> MemoryEstimate | ShardedEstimate | None:
+    """Estimate the memory of a run on each of its devices.
 
     Args:
         module: The module, with its models loaded.
@@ -53,6 +55,7 @@ def memory_of_run(
     cached = cache_dtype(policy)
     new = module.sampling.max_new_tokens
     rows = min(batch_size, most_rows(policy, longest + new)) if device == "cpu" else batch_size
+    strategy = module.trainer.strategy
     compute = 2 if computes_in_bfloat16 else round(weight_bytes)
     plan = MemoryInputs(
         policy=shape,
@@ -67,7 +70,7 @@ def memory_of_run(
         new_tokens=new,
         micro_batch_size=min(batch_size, module.plan.most_pairs(longest, new)),
         completions=module.plan.completions,
-        replays=device in REPLAYING and module.rollout_graphs and module.device_mesh is None,
+        replays=device in REPLAYING and module.rollout_graphs and not isinstance(strategy, ModelParallelStrategy),
         read_tokens=TOKENS_AT_ONCE.get(device, TOKENS_AT_ONCE["cuda"]),
     )
     if reward is not None and of_reward is not None:
@@ -77,7 +80,23 @@ def memory_of_run(
             reward_bytes=next(reward.parameters()).element_size(),
             reward_rows=min(reward.rows_together(longest + new), 2 * module.candidates.count * batch_size),
         )
-    return estimate(plan, standing_memory(module, optimizer))
+    alone = estimate(plan, standing_memory(module, optimizer))
+    sharding = _sharding_of(module, -(-batch_size // plan.micro_batch_size))
+    return alone if sharding is None else estimate_sharded(plan, alone, sharding)
+
+
+def _sharding_of(module: XPOLightningModule, micro_batches: int) -> Sharding | None:
+    """Describe how a run is sharded, before or after it has been; None if it is not to be."""
+    strategy = module.trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return None
+    return Sharding(
+        processes=module.trainer.world_size,
+        micro_batches=micro_batches,
+        engine=module.rollout is not None,
+        reduces_each=getattr(strategy, "reduce_each_micro_batch", False),
+        offloads=getattr(strategy, "offload_reference", False),
+    )
 
 
 def standing_memory(module: XPOLightningModule, optimizer: Optimizer) -> Standing:
@@ -96,6 +115,11 @@ def standing_memory(module: XPOLightningModule, optimizer: Optimizer) -> Standin
         gradients=trained,
         optimizer=_states(optimizer) * trained,
     )
+
+
+def weight_bytes(module: XPOLightningModule) -> int:
+    """Count the bytes of the weights of all models."""
+    return _bytes(module.parameters())
 
 
 def _bytes(weights: Iterable[Tensor]) -> int:

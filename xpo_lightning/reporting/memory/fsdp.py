@@ -1,21 +1,21 @@
 """Estimates the memory of each rank of a run under `FSDP2Strategy` from the shapes of its models.
 
-`shapes.py` counts what a run on one device holds. This module counts the shard of each of N ranks, and the weights
+`estimate.py` counts what a run on one device holds. This module counts the shard of each of N ranks, and the weights
 that a rank holds unsharded: every model while completions are generated and scored, unless an engine generates them; a
 few layers at a time in all other passes.
 """
 
 from dataclasses import dataclass
 
-from benchmarks.scale.shapes import RunInputs, estimate, layer_weight_count, root_weight_count
-from xpo_lightning.reporting.memory.estimate import MemoryEstimate
+from xpo_lightning.reporting.memory.estimate import MemoryEstimate, MemoryInputs
+from xpo_lightning.reporting.memory.model_shape import layer_weight_count, root_weight_count
 
 IN_FLIGHT = 3
 """Layers unsharded at a time in a pass: the current one, the next one, and the buffer that an all-gather fills."""
 
 
 @dataclass(frozen=True)
-class ShardedFootprint:
+class ShardedEstimate:
     """Memory of one of N ranks, in bytes.
 
     Args:
@@ -47,6 +47,17 @@ class ShardedFootprint:
     def standing(self) -> int:
         """Memory that is allocated all the time."""
         return self.parts + self.gradients + self.optimizer
+
+    @property
+    def named(self) -> dict[str, int]:
+        """What a step takes, by name."""
+        return {
+            "part of the models": self.parts,
+            "of gradient and optimizer": self.gradients + self.optimizer,
+            "whole weights while it writes or scores": self.whole,
+            "completions or reward": self.writing,
+            "micro-batch": self.passing + self.summing + self.micro_batch,
+        }
 
     @property
     def rollout_peak(self) -> int:
@@ -84,23 +95,24 @@ class Sharding:
     offloads: bool = False
 
 
-def estimate_sharded(plan: RunInputs, sharding: Sharding) -> ShardedFootprint:
+def estimate_sharded(plan: MemoryInputs, alone: MemoryEstimate, sharding: Sharding) -> ShardedEstimate:
     """Estimate the memory of each rank, from the second step on.
 
     Args:
         plan: Inputs of one rank: `rows`, for example, are those of one rank.
+        alone: The estimate for these inputs without sharding.
         sharding: How the run is sharded.
     """
-    alone, processes = estimate(plan), sharding.processes
+    processes = sharding.processes
     models = alone.policy + alone.reference + alone.reward
     root, layer = _root_and_layer(plan, alone)
-    trained_root = 0 if plan.lora_rank is not None else root
-    trained_layer = alone.gradients // plan.policy.layers if plan.lora_rank is not None else layer
+    trained_root = root if plan.trains_head else 0
+    trained_layer = layer if plan.trains_head else alone.gradients // plan.policy.layers
     buffer = max(trained_root, trained_layer)  # gradients are copied into one buffer to be reduced
     passing = root + IN_FLIGHT * layer
     accumulates = sharding.micro_batches > 1 and not sharding.reduces_each
     kept = models + alone.copies - (alone.reference if sharding.offloads else 0)
-    return ShardedFootprint(
+    return ShardedEstimate(
         parts=-(-kept // processes),
         gradients=-(-alone.gradients // processes),
         optimizer=-(-alone.optimizer // processes),
@@ -113,13 +125,13 @@ def estimate_sharded(plan: RunInputs, sharding: Sharding) -> ShardedFootprint:
     )
 
 
-def _root_and_layer(plan: RunInputs, alone: MemoryEstimate) -> tuple[int, int]:
+def _root_and_layer(plan: MemoryInputs, alone: MemoryEstimate) -> tuple[int, int]:
     """Return the bytes of the policy's weights outside of layers, and of a layer with its adapters."""
     root = int(root_weight_count(plan.policy) * plan.weight_bytes)
     return root, (alone.policy - root) // plan.policy.layers
 
 
-def _reward_in_passes(plan: RunInputs) -> int:
+def _reward_in_passes(plan: MemoryInputs) -> int:
     """Count the bytes of the reward model that are unsharded while it scores layer by layer."""
     if plan.reward is None:
         return 0
