@@ -322,6 +322,8 @@ def test_missing_local_path_is_refused(write_config: Write, capsys: pytest.Captu
         ("trainer.accumulate_grad_batches", "4", "data.batch_size"),
         ("trainer.precision", "16-mixed", "bf16-mixed"),
         ("trainer.strategy", "deepspeed", "use FSDP2Strategy"),
+        ("trainer.strategy", "FSDP2Strategy", "--trainer.strategy.class_path FSDP2Strategy"),
+        ("trainer.strategy", "fsdp2", "strategy: {class_path: FSDP2Strategy}"),
         ("trainer.strategy", "fsdp", "use FSDP2Strategy"),
         ("trainer.precision", "bf16-true", "model.policy.dtype"),
         ("model.sampling.top_p", "1.5", "model.sampling.top_p"),

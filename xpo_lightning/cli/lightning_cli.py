@@ -149,6 +149,11 @@ class XPOCLI(LightningCLI):
         resume_point.check_request(str(self.subcommand), config.ckpt_path, config.weights_only)
         trainer = config.trainer
         strategy = trainer.get("strategy")
+        if isinstance(strategy, str) and strategy.lower() in ("fsdp2", "fsdp2strategy"):
+            raise InputError(
+                f"trainer.strategy={strategy} is a class of this package; write --trainer.strategy.class_path "
+                f"FSDP2Strategy, or in YAML a mapping: strategy: {{class_path: FSDP2Strategy}}"
+            )
         refuse_strategy(str(getattr(strategy, "class_path", strategy)))
         if str(trainer.get("precision")) in ("16", "16-mixed"):  # On a CPU, Lightning would take bf16-mixed instead.
             raise InputError(f"trainer.precision={trainer.precision} is not supported; use 32-true or bf16-mixed")
