@@ -192,6 +192,8 @@ def test_a_sharded_run_is_estimated_for_each_process(bench: Bench, capsys: pytes
     models = part(alone, "models")
     assert part(said["estimate"], "part of the models") == pytest.approx(models / 2, abs=0.1)
     assert part(said["estimate"], "whole weights while it writes or scores") == models
+    bench.trainer(devices=2, strategy="FSDP2Strategy")
+    assert report(capsys, "--config", bench.write())["estimate"] == said["estimate"]
     bench.trainer(devices=2, strategy=sharded(reduce_each_micro_batch=True, offload_reference=True))
     less = report(capsys, "--config", bench.write())["estimate"]
     assert part(less, "part of the models") == pytest.approx(models / 4, abs=0.1)  # half of the policy alone

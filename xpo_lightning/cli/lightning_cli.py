@@ -5,6 +5,7 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
@@ -149,11 +150,9 @@ class XPOCLI(LightningCLI):
         resume_point.check_request(str(self.subcommand), config.ckpt_path, config.weights_only)
         trainer = config.trainer
         strategy = trainer.get("strategy")
-        if isinstance(strategy, str) and strategy.lower() in ("fsdp2", "fsdp2strategy"):
-            raise InputError(
-                f"trainer.strategy={strategy} is a class of this package; write --trainer.strategy.class_path "
-                f"FSDP2Strategy, or in YAML a mapping: strategy: {{class_path: FSDP2Strategy}}"
-            )
+        if isinstance(strategy, str) and strategy.lower() == "fsdp2strategy":  # jsonargparse takes it for a plain text.
+            strategy = Namespace(class_path="xpo_lightning.FSDP2Strategy", init_args={})  # type: ignore[no-untyped-call]
+            trainer.strategy = strategy
         refuse_strategy(str(getattr(strategy, "class_path", strategy)))
         if str(trainer.get("precision")) in ("16", "16-mixed"):  # On a CPU, Lightning would take bf16-mixed instead.
             raise InputError(f"trainer.precision={trainer.precision} is not supported; use 32-true or bf16-mixed")
