@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from xpo_lightning import InputError
 from xpo_lightning.models.forward.capabilities import Sharing, sharing_of
 from xpo_lightning.models.forward.capabilities import rows_of as way_of_rows
+from xpo_lightning.models.forward.cpu import speed_up_linears
 from xpo_lightning.models.forward.unshared import Rows
 from xpo_lightning.rollout.opening import writing_of
 from xpo_lightning.rollout.writing import Memory
@@ -149,6 +150,7 @@ def _models(build: Build, mode: Mode, dtype: torch.dtype) -> tuple[nn.Module, nn
         randomize_adapters(policy, 0.1)
         for weight in policy.parameters():  # peft keeps the adapters of a bfloat16 model in float32
             weight.data = weight.data.to(dtype)
+    speed_up_linears(policy, reference)  # the same library as the module's, or some models amplify the rounding of two
     return policy.eval(), reference
 
 
