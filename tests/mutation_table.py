@@ -1471,6 +1471,10 @@ broken(
         "layer if plan.trains_head else alone.gradients",
         "layer if True else alone.gradients",
     ),
-    ("nothing is whole while it writes", "if sharding.engine else models", "if sharding.engine else 0"),
+    (
+        "nothing is whole while it writes",
+        "if sharding.engine else alone.models - alone.copies",
+        "if sharding.engine else 0",
+    ),
     ("an offloaded reference stays", "(alone.reference if sharding.offloads else 0)", "0"),
 )

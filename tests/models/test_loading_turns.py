@@ -51,7 +51,8 @@ def in_threads(hosts: list[str], monkeypatch: pytest.MonkeyPatch, work: Callable
     ("hosts", "room", "groups"),
     [
         ("aaaaa", 99, [1, 1, 1, 1, 1]),  # less than one needs: one at a time
-        ("aaaaa", 250, [1, 2, 2]),  # 0.8 times 250 is room for two of 100
+        ("aaaaa", 250, [1, 1, 1, 1, 1]),  # 0.8 times 250 is room for one of 100, and for the parts of all
+        ("aaaaa", 380, [1, 2, 2]),
         ("aaaaa", None, [1, 4]),  # unknown: all at a time after the first
         ("aabbb", 99, [2, 2, 1]),  # each of two machines has a turn of its own
     ],

@@ -43,8 +43,11 @@ def _load(load: Callable[[], None]) -> int | None:
 
 
 def _room_for(need: int | None) -> int:
-    """Return how many processes have room for this many bytes each; all of them if that is unknown."""
+    """Return how many processes have room for this many bytes each, at least one; all of them if that is unknown.
+
+    The parts that all processes keep are as much again.
+    """
     room = available()
     if need is None or room is None:
         return sys.maxsize
-    return max(1, int(ROOM * room / max(need, 1)))
+    return max(1, int(ROOM * room / max(need, 1)) - 1)

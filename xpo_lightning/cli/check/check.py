@@ -19,7 +19,7 @@ from xpo_lightning.cli.check.survey import reward_rows, survey
 from xpo_lightning.cli.check.trainer_setup import attach, set_up_callbacks, set_up_data, set_up_loaders, shards_weights
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.module import XPOLightningModule
-from xpo_lightning.reporting.memory.run_plan import memory_of_run, rewards_with_models, standing_memory, weight_bytes
+from xpo_lightning.reporting.memory.run_plan import memory_of_run, rewards_with_models, standing_memory
 from xpo_lightning.training.optimizer import WarmupThenDecay, total_steps
 
 SAMPLES = 256
@@ -82,7 +82,11 @@ def check_run(trainer: Trainer, module: XPOLightningModule, data: PromptDataModu
     meter.start()
     with meter("models"):
         module.configure_model()
-        fits = not shards_weights(trainer) or memory is None or weight_bytes(module) < memory
+        fits = (
+            not shards_weights(trainer)
+            or memory is None
+            or sum(weight.nbytes for weight in module.parameters()) < memory
+        )
         if fits:
             module.to(trainer.strategy.root_device)
         module.sampler.begin(module.policy)

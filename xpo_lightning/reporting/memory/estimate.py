@@ -78,6 +78,11 @@ class Standing:
     optimizer: int
 
     @property
+    def models(self) -> int:
+        """The weights of all models, and the copies."""
+        return self.policy + self.reference + self.reward + self.copies
+
+    @property
     def checkpoint(self) -> int:
         """Size of a checkpoint: the trained weights, the optimizer's state, and the copies."""
         return self.gradients + self.optimizer + self.copies
@@ -107,14 +112,13 @@ class MemoryEstimate(Standing):
     @property
     def standing(self) -> int:
         """Memory that is allocated all the time."""
-        models = self.policy + self.reference + self.reward + self.copies
-        return models + self.gradients + self.optimizer + self.replayed
+        return self.models + self.gradients + self.optimizer + self.replayed
 
     @property
     def named(self) -> dict[str, int]:
         """What a step takes, by name."""
         return {
-            "models": self.policy + self.reference + self.reward + self.copies,
+            "models": self.models,
             "gradient and optimizer": self.gradients + self.optimizer,
             "completions": self.rollout,
             "reward": self.scoring,

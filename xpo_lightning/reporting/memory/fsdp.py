@@ -104,19 +104,18 @@ def estimate_sharded(plan: MemoryInputs, alone: MemoryEstimate, sharding: Shardi
         sharding: How the run is sharded.
     """
     processes = sharding.processes
-    models = alone.policy + alone.reference + alone.reward
     root, layer = _root_and_layer(plan, alone)
     trained_root = root if plan.trains_head else 0
     trained_layer = layer if plan.trains_head else alone.gradients // plan.policy.layers
     buffer = max(trained_root, trained_layer)  # gradients are copied into one buffer to be reduced
     passing = root + IN_FLIGHT * layer
     accumulates = sharding.micro_batches > 1 and not sharding.reduces_each
-    kept = models + alone.copies - (alone.reference if sharding.offloads else 0)
+    kept = alone.models - (alone.reference if sharding.offloads else 0)
     return ShardedEstimate(
         parts=-(-kept // processes),
         gradients=-(-alone.gradients // processes),
         optimizer=-(-alone.optimizer // processes),
-        whole=max(passing, _reward_in_passes(plan)) if sharding.engine else models,
+        whole=max(passing, _reward_in_passes(plan)) if sharding.engine else alone.models - alone.copies,
         writing=max(alone.rollout, alone.scoring),
         passing=passing,
         summing=(alone.gradients if accumulates else trained_root + trained_layer) + buffer,

@@ -55,7 +55,8 @@ def memory_of_run(
     cached = cache_dtype(policy)
     new = module.sampling.max_new_tokens
     rows = min(batch_size, most_rows(policy, longest + new)) if device == "cpu" else batch_size
-    strategy = module.trainer.strategy
+    pairs = min(batch_size, module.plan.most_pairs(longest, new))
+    sharding = _sharding_of(module, -(-batch_size // pairs))
     compute = 2 if computes_in_bfloat16 else round(weight_bytes)
     plan = MemoryInputs(
         policy=shape,
@@ -68,9 +69,9 @@ def memory_of_run(
         rows=min(batch_size, module.rollout_batch_size or rows),
         prompt_tokens=longest,
         new_tokens=new,
-        micro_batch_size=min(batch_size, module.plan.most_pairs(longest, new)),
+        micro_batch_size=pairs,
         completions=module.plan.completions,
-        replays=device in REPLAYING and module.rollout_graphs and not isinstance(strategy, ModelParallelStrategy),
+        replays=device in REPLAYING and module.rollout_graphs and sharding is None,
         read_tokens=TOKENS_AT_ONCE.get(device, TOKENS_AT_ONCE["cuda"]),
     )
     if reward is not None and of_reward is not None:
@@ -81,7 +82,6 @@ def memory_of_run(
             reward_rows=min(reward.rows_together(longest + new), 2 * module.candidates.count * batch_size),
         )
     alone = estimate(plan, standing_memory(module, optimizer))
-    sharding = _sharding_of(module, -(-batch_size // plan.micro_batch_size))
     return alone if sharding is None else estimate_sharded(plan, alone, sharding)
 
 
@@ -115,11 +115,6 @@ def standing_memory(module: XPOLightningModule, optimizer: Optimizer) -> Standin
         gradients=trained,
         optimizer=_states(optimizer) * trained,
     )
-
-
-def weight_bytes(module: XPOLightningModule) -> int:
-    """Count the bytes of the weights of all models."""
-    return _bytes(module.parameters())
 
 
 def _bytes(weights: Iterable[Tensor]) -> int:
