@@ -6,6 +6,8 @@ Started by `measure.py` with a JSON spec; each process writes what it has measur
 import json
 import logging
 import warnings
+from bisect import bisect_left
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import nn
+from torch._C._profiler import _EventType
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
@@ -67,7 +70,7 @@ class Meter(Callback):
 
     def __init__(self, watches: bool) -> None:
         self.watches, self.loaded = watches, 0
-        self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False)
+        self.profiler = watch()
 
     def on_train_start(self, trainer: Trainer, pl_module: XPOLightningModule) -> None:
         """Set the peak to what is there now."""
@@ -83,13 +86,45 @@ class Meter(Callback):
             self.profiler.stop()
 
     def peak(self) -> int:
-        """Return the most bytes of tensors at a time: the weights, and every allocation and release since."""
-        events = [event for event in self.profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-        now = peak = self.loaded
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            now += event.nbytes()
-            peak = max(peak, now)
-        return peak
+        """Return the most bytes of tensors at a time: the weights, and every allocation and release since.
+
+        What another thread gives back, as those of gloo do when they are the last to let go of a tensor, torch does
+        not report. It is taken as given back where its address is given out anew.
+        """
+        nodes = list(self.profiler.profiler.kineto_results.experimental_event_tree())
+        events = []
+        while nodes:
+            node = nodes.pop()
+            nodes += node.children
+            if node.tag == _EventType.Allocation:
+                events.append((node.start_time_ns, node.typed[1].ptr, node.typed[1].alloc_size))
+        return self.loaded + most_bytes((address, size) for _, address, size in sorted(events))
+
+
+def watch() -> profile:
+    """Return what sees torch allocate memory and give it back."""
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False)
+
+
+def most_bytes(events: Iterable[tuple[int, int]]) -> int:
+    """Return the most bytes at a time of allocations and, of negative size, releases: address and size of each."""
+    now = most = 0
+    starts: list[int] = []
+    sizes: dict[int, int] = {}
+    for address, size in events:
+        at = bisect_left(starts, address)
+        if size > 0:
+            first = at - 1 if at and starts[at - 1] + sizes[starts[at - 1]] > address else at
+            last = bisect_left(starts, address + size)
+            now += size - sum(sizes.pop(start) for start in starts[first:last])
+            starts[first:last] = [address]
+            sizes[address] = size
+        else:
+            now += size
+            if sizes.pop(address, None) is not None:
+                del starts[at]
+        most = max(most, now)
+    return most
 
 
 def weight_bytes(module: nn.Module) -> int:

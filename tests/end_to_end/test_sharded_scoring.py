@@ -14,9 +14,8 @@ from test_processes import Run, metrics, run, weights
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.memory.worker import Meter, weight_bytes
+from benchmarks.memory.worker import Meter, watch, weight_bytes
 from xpo_lightning import RolloutEngine
-from xpo_lightning.models.forward.cpu import prefers_onednn
 
 __all__ = ["run"]
 
@@ -72,14 +71,15 @@ class Peak(Meter):
         pass
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 1:
+        if batch_idx < 2:  # the first too, since torch reports no release of what it was not seen to allocate
             states = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
             gradients = [weight.grad for weight in pl_module.trained_parameters() if weight.grad is not None]
             self.loaded = weight_bytes(pl_module) + sum(local(tensor).nbytes for tensor in (*states, *gradients))
+            self.profiler = watch()
             self.profiler.start()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 1:
+        if batch_idx < 2:
             self.profiler.stop()
             (self.folder / f"peak{RANK}.json").write_text(json.dumps(self.peak()))
 
@@ -168,10 +168,7 @@ def test_two_processes_score_in_parts_and_take_the_steps_of_one(engine_run: Call
     assert whole.keys() == first.keys()
     for name, value in first.items():
         torch.testing.assert_close(whole[name], value, rtol=1e-5, atol=1e-6)
-    # On AMD's processors 0.63 to 0.64 was measured, and on Intel's 0.59: more waits there to be exchanged at a time.
-    # oneDNN, by which they are told apart here, is not the cause: without it and AVX-512 it was 0.67 on the former.
-    most = 0.65 if prefers_onednn() else 0.6
-    assert peak_of(two) <= most * peak_of(one), (peak_of(two), peak_of(one))
+    assert peak_of(two) <= 0.6 * peak_of(one), (peak_of(two), peak_of(one))
     checkpoints = sorted((two / "version_0" / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
     for file in checkpoints[1:]:
         file.unlink()

@@ -233,6 +233,16 @@ def test_decoding_one_row_takes_as_long_as_reading_the_weights():
     assert floors.decoding(LLAMA_8B, 1, 1024, 512, 2).token_seconds == pytest.approx(floor.token_seconds / 2)
 
 
+# ---- the meter ----
+
+
+def test_memory_whose_release_was_not_seen_counts_until_its_address_is_given_out_anew():
+    """By hand: 8 + 4, then 8 at a place that overlaps both, which are gone: 8; 2 more, then less those."""
+    assert worker.most_bytes([(100, 8), (110, 4), (105, 8), (200, 2), (105, -8)]) == 12
+    assert worker.most_bytes([(100, 8), (100, 8), (108, 3), (90, 10)]) == 21, "neighbours do not overlap"
+    assert worker.most_bytes([(100, -5), (200, 4)]) == 0, "what was there before is in the weights"
+
+
 # ---- small runs ----
 
 SMALL = {
