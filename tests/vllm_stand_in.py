@@ -53,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
         self.handle_one(None)
 
     def do_POST(self) -> None:
-        self.handle_one(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.handle_one(json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"null"))
 
     def handle_one(self, payload: Any) -> None:
         server = self.server
@@ -95,11 +95,14 @@ class StandIn(ThreadingHTTPServer):
         leaks: Let an adapter into what the base model writes beside it, as vLLM 0.32 does on a CPU.
         dev: Whether it was started with VLLM_SERVER_DEV_MODE=1, and so loads other weights when told.
         kept: Parts of the names of weights that it does not take over when it loads others.
+        backend: That of --weight-transfer-config; None if it was started without.
+        workers: How many processes it has.
 
     Attributes:
         seen: Path and payload of each request.
         misbehave: Called with each request and its number among those of its path; where it returns True, it has
             answered, or will not.
+        broadcast: Weights on their way, of the transfer that a test puts in place of vLLM's.
         together: How often which models had completions under way at once.
     """
 
@@ -114,10 +117,12 @@ class StandIn(ThreadingHTTPServer):
         leaks: bool = False,
         dev: bool = False,
         kept: tuple[str, ...] = (),
+        backend: str | None = None,
+        workers: int = 1,
     ) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.version, self.context, self.leaks = folder, version, context, leaks
-        self.dev, self.kept = dev, kept
+        self.dev, self.kept, self.backend, self.workers = dev, kept, backend, workers
         self.start_anew()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.misbehave: Callable[[Handler, int], bool] | None = None
@@ -137,6 +142,8 @@ class StandIn(ThreadingHTTPServer):
             self.base = AutoModelForCausalLM.from_pretrained(self.folder).eval()
         self.adapters: dict[str, nn.Module] = {}
         self.weight_version = "default"
+        self.group: dict[str, Any] | None = None
+        self.broadcast: dict[str, torch.Tensor] = {}
         self.computed: dict[tuple[str, tuple[int, ...]], nn.Module] = {}
 
     def handle_error(self, *_: Any) -> None:
@@ -158,6 +165,9 @@ class StandIn(ThreadingHTTPServer):
         if self.dev:
             routes |= {"/collective_rpc": self.reload, "/reset_prefix_cache": self.reset}
             routes |= {"/update_weight_version": self.note, "/weight_info": self.info}
+            routes |= {"/get_world_size": lambda _: {"world_size": self.workers}}
+            routes |= {"/init_weight_transfer_engine": self.connect, "/update_weights": self.update}
+            routes |= dict.fromkeys(["/start_weight_update", "/finish_weight_update"], lambda _: {})
             routes |= {"/sleep": self.sleep, "/wake_up": self.wake_up}
         if path not in routes:
             raise ServerError(404, "Not Found")
@@ -198,6 +208,24 @@ class StandIn(ThreadingHTTPServer):
                     weight.copy_(old[name])
         self.base = fresh
         return {"results": [None]}
+
+    def connect(self, payload: Any) -> dict[str, Any]:
+        if self.backend is None:
+            raise ServerError(500, "Weight transfer is not configured", "InternalServerError")
+        self.group = payload["init_info"]
+        return {"message": "Weight transfer initialized"}
+
+    def update(self, payload: Any) -> dict[str, Any]:
+        """Take weights over as the test's transfer has them, which stands for a broadcast or shared memory."""
+        if self.group is None:
+            raise ServerError(500, "Weight transfer engine not initialized", "InternalServerError")
+        fresh = copy.deepcopy(self.base)
+        with torch.no_grad():
+            for name, weight in fresh.named_parameters():
+                if not any(part in name for part in self.kept):
+                    weight.copy_(self.broadcast[name])
+        self.base = fresh
+        return {"message": "Weights updated"}
 
     def reset(self, _: Any) -> dict[str, Any]:
         self.computed.clear()

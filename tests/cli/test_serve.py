@@ -15,6 +15,7 @@ import yaml
 from conftest import TEST_PATHS
 from test_cli import refused
 from vllm_stand_in import Handler, standing_in
+from vllm_transfer_stand_in import client_modules
 
 from xpo_lightning.cli.lightning_cli import main
 
@@ -74,6 +75,24 @@ def test_commands_have_what_the_run_needs(
     assert two.startswith(f"VLLM_SERVER_DEV_MODE=1 vllm serve {model} --host 0.0.0.0 --port 2 --dtype bfloat16")
     assert two.endswith("# on the machine of http://gpu2:2")
     assert reference == f"vllm serve {model} --host 127.0.0.1 --port 3 --dtype bfloat16"
+
+
+@pytest.mark.parametrize(("backend", "variables"), [("nccl", ""), ("ipc", "VLLM_ALLOW_INSECURE_SERIALIZATION=1 ")])
+def test_commands_name_the_transfer_of_the_weights(
+    write: Write,
+    model_folder: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    variables: str,
+) -> None:
+    for name, module in client_modules({}).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    config = write(weights="full", url="http://localhost:1", weights_backend=backend)
+    assert served(config, capsys) == [
+        f"VLLM_SERVER_DEV_MODE=1 {variables}vllm serve {model_folder('llama')} --host 127.0.0.1 --port 1 --dtype float32 "
+        f'--weight-transfer-config \'{{"backend": "{backend}"}}\''
+    ]
 
 
 def test_configs_are_laid_one_over_the_other_as_for_a_run(

@@ -3,6 +3,8 @@
 The tests are marked `vllm` and run only if asked for (`-m vllm`); XPO_VLLM_PYTHON names the interpreter that has vLLM.
 """
 
+import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import pairwise
@@ -98,3 +100,31 @@ def requests_of(url: str) -> float:
     except httpx2.TransportError:
         return 0.0
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(COUNTER))
+
+
+@pytest.mark.vllm
+def test_vllms_transfer_has_the_names_that_direct_sending_uses() -> None:
+    """Its client, sources and infos, without the GPUs that it sends between."""
+    code = """
+import inspect
+from vllm.distributed import weight_transfer as package
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+IPCTrainerInitInfo(rank=0)
+NCCLTrainerInitInfo(rank=0, master_address="127.0.0.1", master_port=1, world_size=2)
+package.HTTPVLLMWeightSyncClient("http://127.0.0.1:1", timeout=1.0)
+inspect.signature(package.WeightTransferTrainerFactory.trainer_init).bind(None, client=None, source=None)
+assert issubclass(package.ModuleSource, package.WeightSource)
+assert {"send_weights", "shutdown"} <= set(dir(package.TrainerWeightTransferEngine))
+"""
+    done = subprocess.run([os.environ["XPO_VLLM_PYTHON"], "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.vllm
+def test_server_with_vllms_transfer_says_how_many_processes_it_has(tmp_path: Path) -> None:
+    """On a CPU, that is as far as it goes: NCCL and CUDA IPC need GPUs."""
+    transfer = ("--enforce-eager", "--weight-transfer-config", '{"backend": "nccl"}')
+    with real_server(tmp_path, *transfer, VLLM_SERVER_DEV_MODE="1") as (url, _):
+        assert httpx2.get(f"{url}/get_world_size").json() == {"world_size": 1}
+        assert httpx2.get(f"{url}/weight_info").json().keys() == {"weight_version"}

@@ -1,5 +1,6 @@
 """Writes the commands that start the vLLM servers of a run."""
 
+import json
 import shlex
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -80,7 +81,10 @@ def server_commands(rollout: VLLMRollout, model: ServedModel) -> list[ServerComm
 def _for_the_policy(rollout: VLLMRollout, model: ServedModel) -> tuple[list[str], dict[str, str]]:
     """Return the options and the variables with which a server takes the policy."""
     if not rollout.needs_adapters:
-        return [], {"VLLM_SERVER_DEV_MODE": "1"}
+        backend, developing = rollout.weights_backend, {"VLLM_SERVER_DEV_MODE": "1"}
+        insecure = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if backend == "ipc" else {}
+        switches = [] if backend == "folder" else ["--weight-transfer-config", json.dumps({"backend": backend})]
+        return switches, {**developing, **insecure}
     rank = next((rank for rank in LORA_RANKS if model.rank is not None and rank >= model.rank), None)
     if rank is None:
         raise InputError(f"model.lora.r={model.rank} is above {LORA_RANKS[-1]}, the largest rank that vLLM serves")

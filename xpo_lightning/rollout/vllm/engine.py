@@ -14,6 +14,7 @@ from xpo_lightning.core.http.client import RequestError
 from xpo_lightning.rollout.engine import GenerationRequest, RolloutEngine, Writer
 from xpo_lightning.rollout.local import LocalRollout
 from xpo_lightning.rollout.vllm.client import Check, VLLMServer
+from xpo_lightning.rollout.vllm.direct import Backend, DirectTransfer
 from xpo_lightning.rollout.vllm.lora_sync import AdapterTransfer
 from xpo_lightning.rollout.vllm.protocol import (
     OPTIONS,
@@ -28,7 +29,7 @@ from xpo_lightning.rollout.vllm.protocol import (
 )
 from xpo_lightning.rollout.vllm.servers import ServerPool, run_together
 from xpo_lightning.rollout.vllm.transfer import PolicyTransfer
-from xpo_lightning.rollout.vllm.weights import SHARED_MEMORY, WeightsTransfer
+from xpo_lightning.rollout.vllm.weights import SHARED_MEMORY, SavedWeightsTransfer
 
 Request = tuple[Writer, dict[str, Any]]
 """Who is to write a completion, and the request without the model's name."""
@@ -83,6 +84,9 @@ class VLLMRollout(RolloutEngine):
             before; 0 has it wait.
         colocate: Whether the server is on the GPU of this run, which then has one process: it sleeps, with its weights
             in main memory and no keys and values, except while it writes.
+        weights_backend: How the weights go with `weights: full`: through a `folder`, or by vLLM's own transfer, with
+            `nccl` between GPUs or CUDA `ipc` on the same one, which needs vLLM in this environment too and has not been
+            tried on GPUs.
 
     Raises:
         InputError: An option is invalid.
@@ -108,6 +112,7 @@ class VLLMRollout(RolloutEngine):
         sync_every: int = 1,
         ahead: int = 0,
         colocate: bool = False,
+        weights_backend: Literal["folder", "nccl", "ipc"] = "folder",
     ) -> None:
         super().__init__(max_logp_drift, sync_every, ahead)
         if colocate and ahead:
@@ -120,7 +125,22 @@ class VLLMRollout(RolloutEngine):
         self.needs_adapters = self.takes_adapters = is_adapter
         self.has_reference = is_adapter or reference_url is not None
         self.model, self.together = model, together
-        self._transfer = _transfer(is_adapter, adapter_folder, weights_folder, reference_url, together)
+        self.weights_backend = weights_backend
+        backend = None if weights_backend == "folder" else weights_backend
+        of_weights = {"weights_folder": weights_folder, "reference_url": reference_url, "weights_backend": backend}
+        _refuse_of_the_other_way(is_adapter, of_weights, {"adapter_folder": adapter_folder})
+        if backend is not None and (sync_every > 1 or ahead):
+            raise InputError(
+                f"{OPTIONS}.weights_backend={backend} sends the policy as it is, and keeps nothing; "
+                f"sync_every={sync_every} and ahead={ahead} have the server write with earlier weights, so set it to "
+                f"folder, or leave them out"
+            )
+        if is_adapter:
+            self._transfer: PolicyTransfer = _adapter_transfer(adapter_folder, together)
+        elif backend is not None:
+            self._transfer = _direct_transfer(backend, weights_folder, timeout)
+        else:
+            self._transfer = _saved_transfer(weights_folder)
         options = (api_key_env, timeout, retries, backoff, concurrency)
         self.servers = self.reference_servers = ServerPool(_listed(url), *options)
         if reference_url is not None:
@@ -157,6 +177,11 @@ class VLLMRollout(RolloutEngine):
             raise InputError(
                 f"{OPTIONS}.colocate has the server sleep while one process trains, and the {processes} processes of "
                 f"this run do not write at the same time; set trainer.devices to 1"
+            )
+        if self.weights_backend != "folder" and processes > 1:
+            raise InputError(
+                f"{OPTIONS}.weights_backend={self.weights_backend} sends the policy from one process, and this run has "
+                f"{processes}; set trainer.devices to 1, or weights_backend to folder"
             )
         self._wake()
         self._vocabulary = policy.get_input_embeddings().num_embeddings  # type: ignore[operator]
@@ -345,29 +370,34 @@ class VLLMRollout(RolloutEngine):
         return self.completions(ids, logps, prompts, [answer.stopped_by is not None for answer in answers])
 
 
-def _transfer(
-    is_adapter: bool,
-    adapter_folder: str | None,
-    weights_folder: str | None,
-    reference_url: str | list[str] | None,
-    together: bool,
-) -> PolicyTransfer:
-    """Choose how the policy is sent, and refuse options that belong to the other way."""
-    of_weights = {"weights_folder": weights_folder, "reference_url": reference_url}
-    inert = of_weights if is_adapter else {"adapter_folder": adapter_folder}
+def _refuse_of_the_other_way(is_adapter: bool, of_weights: dict[str, Any], of_adapters: dict[str, Any]) -> None:
     way, other = ("adapter", "full") if is_adapter else ("full", "adapter")
-    for name in (name for name, value in inert.items() if value is not None):
+    for name in (name for name, value in (of_weights if is_adapter else of_adapters).items() if value is not None):
         raise InputError(f"{OPTIONS}.{name} is for {OPTIONS}.weights={other}, and that is {way}; set one of the two")
-    if not is_adapter:
-        if weights_folder is None and not Path(SHARED_MEMORY).is_dir():
-            raise InputError(f"{OPTIONS}.weights_folder must be set, as this machine has no {SHARED_MEMORY}")
-        return WeightsTransfer(SHARED_MEMORY if weights_folder is None else weights_folder)
-    if adapter_folder is None:
+
+
+def _adapter_transfer(folder: str | None, together: bool) -> AdapterTransfer:
+    if folder is None:
         raise InputError(
             f"{OPTIONS}.adapter_folder is not set; give a folder that the server can read, or set {OPTIONS}.weights to "
             f"full"
         )
-    return AdapterTransfer(adapter_folder, together=together)
+    return AdapterTransfer(folder, together=together)
+
+
+def _direct_transfer(backend: Backend, folder: str | None, timeout: float) -> DirectTransfer:
+    if folder is not None:
+        raise InputError(
+            f"{OPTIONS}.weights_folder is for {OPTIONS}.weights_backend=folder, and that is {backend}; set one of the "
+            f"two"
+        )
+    return DirectTransfer(backend, timeout)
+
+
+def _saved_transfer(folder: str | None) -> SavedWeightsTransfer:
+    if folder is None and not Path(SHARED_MEMORY).is_dir():
+        raise InputError(f"{OPTIONS}.weights_folder must be set, as this machine has no {SHARED_MEMORY}")
+    return SavedWeightsTransfer(SHARED_MEMORY if folder is None else folder)
 
 
 def _listed(urls: str | list[str]) -> list[str]:

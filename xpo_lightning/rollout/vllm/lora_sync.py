@@ -13,18 +13,18 @@ from xpo_lightning.core.http.client import RequestError
 from xpo_lightning.models.sharding import is_sharded, visit_full_tensors
 from xpo_lightning.rollout.vllm.client import Check, VLLMServer
 from xpo_lightning.rollout.vllm.protocol import OPTIONS, BaseModel
-from xpo_lightning.rollout.vllm.transfer import ROUNDING, Ask, PolicyTransfer, gap, trial
+from xpo_lightning.rollout.vllm.transfer import ROUNDING, Ask, FolderTransfer, gap, trial
 
 _BESIDE = 8
 
 
-class AdapterTransfer(PolicyTransfer):
+class AdapterTransfer(FolderTransfer):
     """Sends the policy's adapter, in PEFT's format.
 
     A server caches its computations on prompts by the name of the adapter, so each adapter gets a new name.
 
     Args:
-        folder: See `PolicyTransfer`.
+        folder: See `FolderTransfer`.
         together: Whether the base model may write beside an adapter.
 
     Raises:

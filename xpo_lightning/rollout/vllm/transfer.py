@@ -1,4 +1,4 @@
-"""Base class of the ways in which a policy's weights get from this process into a vLLM server."""
+"""Base classes of the ways in which a policy's weights get from this process into a vLLM server."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -33,25 +33,11 @@ class _Order(Enum):
 
 
 class PolicyTransfer(ABC):
-    """Saves a policy's weights to a folder, under a new name each time, and has servers load them from there.
+    """Brings a policy's weights into servers, under a new name each time.
 
     The first process does so. If the policy is sharded, the others are in `follow` meanwhile: they take part when
     weights are gathered or changed, and in the passes of the model.
-
-    Args:
-        folder: Folder from which the servers load the weights; it is created if it does not exist.
-        key: Key of the config that the folder is under, for messages.
-
-    Raises:
-        InputError: The path is empty, or is a file.
     """
-
-    def __init__(self, folder: str, key: str) -> None:
-        if not folder.strip():
-            raise InputError(f"{key} is empty; give a folder that the server can read")
-        self.path, self.key = Path(folder).expanduser().absolute(), key
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"{key} must be a folder, but {self.path} is a file")
 
     @abstractmethod
     def mark(self, policy: nn.Module) -> str:
@@ -59,7 +45,7 @@ class PolicyTransfer(ABC):
 
     @abstractmethod
     def save(self, policy: nn.Module) -> str:
-        """Save the policy's current weights, and return their new name.
+        """Make the policy's current weights ready to be sent, and return their new name.
 
         Raises:
             InputError: They cannot be written.
@@ -109,7 +95,7 @@ class PolicyTransfer(ABC):
 
     @abstractmethod
     def load(self, server: VLLMServer, name: str, check: Check) -> None:
-        """Have a server load saved weights.
+        """Have a server load weights that are ready.
 
         Raises:
             InputError: The server does not load them.
@@ -144,6 +130,28 @@ class PolicyTransfer(ABC):
 
     def forget(self, server: VLLMServer, name: str) -> None:  # noqa: B027  (a hook)
         """Have a server drop weights that are no longer needed, and ignore errors."""
+
+    def remove(self, name: str) -> None:  # noqa: B027  (a hook)
+        """Delete what was made ready under a name."""
+
+
+class FolderTransfer(PolicyTransfer):
+    """Saves a policy's weights to a folder, and has servers load them from there.
+
+    Args:
+        folder: Folder from which the servers load the weights; it is created if it does not exist.
+        key: Key of the config that the folder is under, for messages.
+
+    Raises:
+        InputError: The path is empty, or is a file.
+    """
+
+    def __init__(self, folder: str, key: str) -> None:
+        if not folder.strip():
+            raise InputError(f"{key} is empty; give a folder that the server can read")
+        self.path, self.key = Path(folder).expanduser().absolute(), key
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{key} must be a folder, but {self.path} is a file")
 
     def remove(self, name: str) -> None:
         """Delete the files of saved weights."""

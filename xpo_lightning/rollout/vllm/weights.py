@@ -2,6 +2,7 @@
 
 import hashlib
 import secrets
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -20,7 +21,7 @@ from xpo_lightning.models.saving_parts import save_parts
 from xpo_lightning.models.sharding import is_sharded, sharded_roots, visit_full_tensors
 from xpo_lightning.rollout.vllm.client import Check, VLLMServer
 from xpo_lightning.rollout.vllm.protocol import OPTIONS, BaseModel
-from xpo_lightning.rollout.vllm.transfer import PROMPT, ROUNDING, Ask, PolicyTransfer, gap, trial
+from xpo_lightning.rollout.vllm.transfer import PROMPT, ROUNDING, Ask, FolderTransfer, PolicyTransfer, gap, trial
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108
 _PREFIX = "xpo-weights-"
@@ -28,22 +29,19 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class WeightsTransfer(PolicyTransfer):
-    """Sends all weights of the policy, as safetensors files.
+    """Sends all weights of the policy, which take the place of the server's own.
 
-    The server loads them with its worker's `reload_weights` and then forgets what it has computed of prompts. The
-    version of its weights, which vLLM keeps for its users, tells later whether it still has them: a server that was
-    started anew has the base model and no version.
-
-    Args:
-        folder: See `PolicyTransfer`.
-
-    Raises:
-        InputError: The path is empty, or is a file.
+    The server then forgets what it has computed of prompts. The version of its weights, which vLLM keeps for its users,
+    tells later whether it still has them: a server that was started anew has the base model and no version.
     """
 
-    def __init__(self, folder: str) -> None:
-        super().__init__(folder, f"{OPTIONS}.weights_folder")
-        self._is_swept = False
+    @abstractmethod
+    def send(self, server: VLLMServer, name: str, check: Check) -> None:
+        """Have a server take weights over.
+
+        Raises:
+            RequestError: It does not.
+        """
 
     def mark(self, policy: nn.Module) -> str:
         """Hash the sums of all rows and all columns of the weights' bits, which is quick on any device."""
@@ -59,47 +57,27 @@ class WeightsTransfer(PolicyTransfer):
         visit_full_tensors(sorted(policy.named_parameters(), key=lambda named: named[0]), add)
         return digest.hexdigest()
 
-    def save(self, policy: Any) -> str:
-        """Save all weights; remove first what runs that were broken off have left in the folder."""
-        if not self._is_swept:
-            check_exportable(policy, merge_adapters=False, who=f"{OPTIONS}.weights=full")
-            self._sweep()
-        name = f"{_PREFIX}{secrets.token_hex(8)}.{this_process()}"
-        with self.saving(name) as folder:
-            if is_sharded(policy):
-                self.begin_gathering(policy)
-                save_parts(policy, folder)
-            else:
-                policy.save_pretrained(folder)
-        return name
-
-    def take_part(self, policy: nn.Module) -> None:
-        """See `PolicyTransfer.take_part`."""
-        save_parts(policy, None)
-
     def changed(self, policy: nn.Module) -> AbstractContextManager[None]:
         """See `PolicyTransfer.changed`."""
         return _rearranged(policy)
 
     def load(self, server: VLLMServer, name: str, check: Check) -> None:
-        """Have the server load the weights, forget what it has computed with others, and note the version."""
-        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(self.path / name)}}
+        """Have the server take the weights over, forget what it has computed with others, and note the version."""
+        self.send(server, name, check)
+        version = f"{name}/{secrets.token_hex(4)}"
         try:
-            server.post("/collective_rpc", [reload], lambda _: None, check)
             server.post("/reset_prefix_cache", [{}], _read_reset, check)
-            server.post(
-                "/update_weight_version", [{"new_version": f"{name}/{secrets.token_hex(4)}"}], lambda _: None, check
-            )
+            server.post("/update_weight_version", [{"new_version": version}], lambda _: None, check)
         except RequestError as error:
-            raise _without_endpoints(error, f"and that sees {self.path} under this path") from None
+            raise without_endpoints(error) from None
 
     def ensure(self, server: VLLMServer, name: str, check: Check) -> str:
         """Return the version of the server's weights, new each time that they were loaded."""
-        version = self._version(server, check)
+        version = self.version(server, check)
         if version.startswith(f"{name}/"):
             return version
         self.load(server, name, check)
-        return self._version(server, check)
+        return self.version(server, check)
 
     def served_name(self, base: str, name: str) -> str:
         """Return the base model's name: the policy has taken its place."""
@@ -126,11 +104,57 @@ class WeightsTransfer(PolicyTransfer):
                 f"over only a part of them, or has another model; see 'All weights' in docs/vllm.md"
             )
 
-    def _version(self, server: VLLMServer, check: Check) -> str:
+    def version(self, server: VLLMServer, check: Check) -> str:
+        """Return the version that a server's weights were given.
+
+        Raises:
+            RequestError: It does not tell.
+        """
         try:
             return server.look("/weight_info", _read_version, check, patient=True)
         except RequestError as error:
-            raise _without_endpoints(error, "of a vLLM that keeps a version of its weights, as 0.32 does") from None
+            raise without_endpoints(error, "of a vLLM that keeps a version of its weights, as 0.32 does") from None
+
+
+class SavedWeightsTransfer(WeightsTransfer, FolderTransfer):
+    """Sends all weights as safetensors files, which the server loads with its worker's `reload_weights`.
+
+    Args:
+        folder: See `FolderTransfer`.
+
+    Raises:
+        InputError: The path is empty, or is a file.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder, f"{OPTIONS}.weights_folder")
+        self._is_swept = False
+
+    def save(self, policy: Any) -> str:
+        """Save all weights; remove first what runs that were broken off have left in the folder."""
+        if not self._is_swept:
+            check_exportable(policy, merge_adapters=False, who=f"{OPTIONS}.weights=full")
+            self._sweep()
+        name = f"{_PREFIX}{secrets.token_hex(8)}.{this_process()}"
+        with self.saving(name) as folder:
+            if is_sharded(policy):
+                self.begin_gathering(policy)
+                save_parts(policy, folder)
+            else:
+                policy.save_pretrained(folder)
+        return name
+
+    def take_part(self, policy: nn.Module) -> None:
+        """See `PolicyTransfer.take_part`."""
+        save_parts(policy, None)
+
+    def send(self, server: VLLMServer, name: str, check: Check) -> None:
+        """See `WeightsTransfer.send`."""
+        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(self.path / name)}}
+        try:
+            server.post("/collective_rpc", [reload], lambda _: None, check)
+        except RequestError as error:
+            raise without_endpoints(error, f"and that sees {self.path} under this path") from None
 
     def _sweep(self) -> None:
         """Remove the weights of runs that are gone: in shared memory they would take room until the machine stops."""
@@ -153,10 +177,11 @@ def _read_version(value: Any) -> str:
     return str(value["weight_version"])
 
 
-def _without_endpoints(error: RequestError, further: str) -> RequestError:
+def without_endpoints(error: RequestError, further: str = "") -> RequestError:
+    """Return an error that says what the server needs for all weights."""
     message = (
         f"{error}; {OPTIONS}.weights=full needs a server that was started with VLLM_SERVER_DEV_MODE=1 in its "
-        f"environment, {further}"
+        f"environment{further and ', '}{further}"
     )
     return RequestError(message, error.status)
 
