@@ -50,14 +50,18 @@ ARMS = {
     "xpo_passes": "XPO, four steps a batch",
     "xpo_both_every_10": "XPO on both, weights every 10 batches",
     "xpo_both_every_100": "XPO on both, weights every 100 batches",
+    "xpo_both_ahead": "XPO on both, one batch ahead",
+    "online_dpo_every_10": "online DPO, weights every 10 batches",
     "bonus_alone": "the bonus alone, (π, ref)",
     "bonus_alone_both": "the bonus alone on both, (π, π)",
 }
 BASELINE = "online_dpo"
-MAIN = tuple(arm for arm in ARMS if not arm.startswith(("xpo_alpha", "xpo_eps", "xpo_passes", "xpo_both_", "bonus")))
+TRAP = ("xpo_alpha_0.005", "xpo_alpha_0.5", "xpo_eps", "xpo_passes")
+BEHIND = ("xpo_both_every_10", "xpo_both_every_100", "xpo_both_ahead", "online_dpo_every_10")
+REASON = ("bonus_alone", "bonus_alone_both")
+MAIN = tuple(arm for arm in ARMS if arm not in (*TRAP, *BEHIND, *REASON))
 FEW = ("online_dpo", "dpo_reference", "xpo", "entropy", "hot")
 LONG = ("online_dpo", "xpo_both", "sepopo", "entropy", "hot")
-TRAP = ("xpo_alpha_0.005", "xpo_alpha_0.5", "xpo_eps", "xpo_passes")
 
 TASKS = {
     "rare": Task(
@@ -72,13 +76,11 @@ TASKS = {
     "behind": Task(
         ("stories.yaml",),
         "the task `rare` with a policy that is behind when it writes",
-        ("xpo_both_every_10", "xpo_both_every_100"),
+        BEHIND,
         5,
         "sharpened",
     ),
-    "reason": Task(
-        ("stories.yaml",), "the task `rare` without preferences", ("bonus_alone", "bonus_alone_both"), 3, "sharpened"
-    ),
+    "reason": Task(("stories.yaml",), "the task `rare` without preferences", REASON, 3, "sharpened"),
     "covered": Task(
         ("stories.yaml",),
         "a control: the same scores where the reference, the embedded policy, ends a third of its stories badly",

@@ -89,10 +89,9 @@ def test_commands_name_the_transfer_of_the_weights(
     for name, module in client_modules({}).items():
         monkeypatch.setitem(sys.modules, name, module)
     config = write(weights="full", url="http://localhost:1", weights_backend=backend)
-    assert served(config, capsys) == [
-        f"VLLM_SERVER_DEV_MODE=1 {variables}vllm serve {model_folder('llama')} --host 127.0.0.1 --port 1 --dtype float32 "
-        f'--weight-transfer-config \'{{"backend": "{backend}"}}\''
-    ]
+    (command,) = served(config, capsys)
+    assert command.startswith(f"VLLM_SERVER_DEV_MODE=1 {variables}vllm serve {model_folder('llama')} ")
+    assert command.endswith(f""" --weight-transfer-config '{{"backend": "{backend}"}}'""")
 
 
 def test_configs_are_laid_one_over_the_other_as_for_a_run(
