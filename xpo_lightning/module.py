@@ -73,6 +73,7 @@ from xpo_lightning.training.config_checks import (
     refuse_inert_options,
     refuse_own_steps,
     refuse_sharding,
+    warn_of_earlier_samples,
     warn_of_weights,
 )
 from xpo_lightning.training.conversions import as_policy, as_reward
@@ -367,6 +368,7 @@ class XPOLightningModule(LightningModule):
             refuse_sharding(self, offloads=getattr(self.trainer.strategy, "offload_reference", False))
         if stage == "fit":
             warn_of_weights(self.objective)
+            warn_of_earlier_samples(self)
             self._check_data()
         self.run_state.seed = torch.initial_seed()
 

@@ -2,7 +2,9 @@
 
 import json
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from conftest import Recorder, fit_quietly
 
 from benchmarks.quality import sync_every
 from benchmarks.quality.earlier_policy import EarlierPolicy
+from xpo_lightning import PolicySampler
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["the cat", "a dog ran away from the hat and", "red", "on the mat today"] * 3
@@ -35,6 +38,27 @@ def test_with_a_delay_the_first_policy_writes_the_first_batches(make_module) -> 
     assert abs(second) < 1e-4
     assert abs(third) > 1e-3
     assert seen.of("rollout/staleness") == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("every", "options", "warns"),
+    [
+        (10, {"bonus_on": "both"}, True),
+        (10, {"bonus_on": "both", "alpha": 0.0}, False),
+        (10, {}, True),
+        (10, {"sampler": None}, False),
+        (1, {"bonus_on": "both"}, False),
+    ],
+    ids=["both", "no bonus", "the policy as sampler", "the reference as sampler", "no delay"],
+)
+def test_bonus_on_what_an_earlier_policy_wrote_is_warned_of(make_module, every: int, options: Any, warns: bool) -> None:
+    module = make_module(
+        rollout=EarlierPolicy(sync_every=every), **{"alpha": 1e-5, "sampler": PolicySampler(), **options}
+    )
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fit_quietly(module, PROMPTS, batch_size=4, max_steps=1)
+    assert any("of an earlier one then" in str(each.message) for each in seen) is warns
 
 
 def test_differences_are_those_of_one_seed() -> None:

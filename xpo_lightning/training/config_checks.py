@@ -123,6 +123,18 @@ def warn_of_weights(objective: Objective) -> None:
         )
 
 
+def warn_of_earlier_samples(options: Options) -> None:
+    """Warn of a bonus that pushes down what a policy of many batches ago wrote, which nothing then holds up."""
+    bonus, rollout = options.objective.bonus, options.rollout
+    own = isinstance(bonus, XPOBonus) and (bonus.target != "sampler" or options.sampler.is_policy)
+    if own and rollout is not None and rollout.sync_every > 1 and options.objective.weights(FIRST_STEP)["alpha"] > 0:
+        rank_zero_warn(
+            f"model.rollout has sync_every={rollout.sync_every}, and the bonus is on completions of the policy: of an "
+            f"earlier one then, whose probability falls without end. At 10 and an alpha of 0.05 beta, a small language "
+            f"model fell apart (docs/exploration_language_models.md); set it to 1, or model.alpha to 0"
+        )
+
+
 def refuse_combinations(options: Options) -> None:
     """Refuse pairs of options where one would make the other wrong or ineffective.
 
