@@ -207,7 +207,7 @@ WITH_POLICY = {
     "hot",
     "best_of_n",
 }
-WITHOUT_BONUS = {"online_dpo", "dpo_reference", "entropy", "hot", "best_of_n"}
+WITHOUT_BONUS = {"online_dpo_every_10", "online_dpo", "dpo_reference", "entropy", "hot", "best_of_n"}
 
 
 @pytest.mark.parametrize("task", ["rare", "long", "trap", "behind", "reason", "covered", "sums", "sums_covered"])
