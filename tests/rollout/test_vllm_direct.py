@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_vllm_weights import begun, change, written
-from vllm_rollouts import worst_gap
+from vllm_rollouts import broken, worst_gap
 from vllm_stand_in import StandIn, standing_in
 from vllm_transfer_stand_in import Engine, client_modules
 
@@ -98,6 +98,14 @@ def test_server_without_the_transfer_is_told_what_it_needs(serve: Serve, policy:
     with pytest.raises(InputError, match=r"did not take the weights: 500 .*--weight-transfer-config") as refused:
         begun(VLLMRollout(server.url, **QUICK, weights_backend="ipc"), policy)
     assert server.url in str(refused.value)
+
+
+def test_server_that_does_not_say_how_many_processes_it_has_is_named_once(serve: Serve, policy: Any) -> None:
+    server = serve(backend="nccl")
+    server.misbehave = broken("/get_world_size", lambda request: request.answer(404, {"error": "Not Found"}))
+    with pytest.raises(InputError, match="/get_world_size answered 404") as refused:
+        begun(VLLMRollout(server.url, **QUICK, weights_backend="nccl"), policy)
+    assert "did not take" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,8 @@ class DirectTransfer(WeightsTransfer):
                     engine = None
                 engine = engine or self._connect(server, check)
                 engine.send_weights()
+            except InputError:
+                raise
             except (OSError, RuntimeError, ValueError) as error:
                 raise self._failed(server, error) from error
         self._engines[server] = (engine, version)
