@@ -51,20 +51,21 @@ class DirectTransfer(WeightsTransfer):
 
     def save(self, policy: Any) -> str:
         """Keep the policy at hand."""
-        check_exportable(policy, merge_adapters=False, who=f"{OPTIONS}.weights=full")
+        if self._policy is None:
+            check_exportable(policy, merge_adapters=False, who=f"{OPTIONS}.weights=full")
         self._policy = policy
-        return f"xpo-weights-{secrets.token_hex(8)}"
+        return f"xpo-{secrets.token_hex(8)}"
 
     def take_part(self, policy: nn.Module) -> None:
         """Do nothing: the engine refuses a run of several processes."""
 
     def send(self, server: VLLMServer, name: str, check: Check) -> None:
         """See `WeightsTransfer.send`; the first time and after a restart of the server, connect with it anew."""
-        version = self.version(server, check)
         engine, sent = self._engines.pop(server, (None, ""))
+        has_lost = engine is not None and not self.version(server, check).startswith(f"{sent}/")
         with torch.accelerator.device_index(self._device()):
             try:
-                if engine is not None and version != sent:  # started anew, and no longer in the group
+                if has_lost:  # started anew, and no longer in the group
                     engine.shutdown()
                     engine = None
                 engine = engine or self._connect(server, check)
@@ -73,12 +74,7 @@ class DirectTransfer(WeightsTransfer):
                 raise
             except (OSError, RuntimeError, ValueError) as error:
                 raise self._failed(server, error) from error
-        self._engines[server] = (engine, version)
-
-    def load(self, server: VLLMServer, name: str, check: Check) -> None:
-        """See `WeightsTransfer.load`; note with which version the server is to be found next time."""
-        super().load(server, name, check)
-        self._engines[server] = (self._engines[server][0], self.version(server, check))
+        self._engines[server] = (engine, name)
 
     def _device(self) -> int | None:
         device: torch.device = next(self._policy.parameters()).device
