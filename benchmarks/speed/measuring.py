@@ -20,12 +20,14 @@ def read_prompts(spec: dict[str, Any]) -> tuple[list[Prompt], list[Prompt]]:
     """Read the prompts of the warm-up and those to time.
 
     Returns:
-        The prompts that no timed step sees, and the step's own; where fewer than the whole step are timed, they are
-        evenly spaced in order of length, so that their lengths are distributed as the step's are.
+        The prompts that no timed step sees, the longest first, so that what is done once for each length has been done;
+        and the step's own. Where fewer than the whole step are timed, they are evenly spaced in order of length, so
+        that their lengths are distributed as the step's are.
     """
     lines = Path(spec["prompts"]).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     step, warmup = rows[: spec["step_prompts"]], rows[spec["step_prompts"] :]
+    warmup.sort(key=lambda row: len(row["prompt_ids"]), reverse=True)
     wanted = spec["timed_prompts"]
     by_length = sorted(range(len(step)), key=lambda row: len(step[row]["prompt_ids"]))
     chosen = sorted(by_length[(2 * place + 1) * len(step) // (2 * wanted)] for place in range(wanted))
