@@ -1097,7 +1097,11 @@ broken(
         "positions = self.lengths[rows, None] + step",
         "positions = self.width + step + 0 * self.lengths[rows, None]",
     ),
-    ("new tokens see padding", "mask = self.mask[rows, :end]", "mask = torch.ones_like(self.mask[rows, :end])"),
+    (
+        "new tokens see padding",
+        "mask = self.mask[rows, : self.cache.columns_read(end)]",
+        "mask = torch.ones_like(self.mask[rows, : self.cache.columns_read(end)])",
+    ),
     (
         "the first features stay when rows move",
         "(self.mask, self.lengths, self.places, self.first, *others)",
@@ -1169,6 +1173,12 @@ broken(
         "tensor[here] = tensor[there]",
     ),
     ("a kept prompt is no copy", "memory_format=torch.contiguous_format, copy=True)", "copy=False)"),
+    (
+        "a step writes behind its column",
+        "self.column = torch.tensor([end - 1])",
+        "self.column = torch.tensor([min(end, columns - 1)])",
+        "test_bfloat16_cache_that_is_read_whole_hides_what_is_not_written",
+    ),
 )
 broken(
     "rollout/mixture.py",

@@ -10,6 +10,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from xpo_lightning.models.forward.causal_forward import base_of
 
+COLUMNS = 64
+"""Columns by which buffers grow that are read whole."""
+
 
 class RolloutCache(Cache):
     """Keeps the keys and values of a batch, in buffers allocated once per layer.
@@ -23,14 +26,17 @@ class RolloutCache(Cache):
         batch_size: Rows of the buffers, B.
         width: Columns of the buffers, for padded prompts and all tokens that will follow them, L.
         dtype: Dtype of the buffers; None is that of the model's keys and values.
+        is_read_whole: Whether a step reads all columns of the buffers, which then have few that are not filled.
 
     Attributes:
         column: The column at which each row writes one token, (1,); None uses `begin` and `length`.
     """
 
-    def __init__(self, batch_size: int, width: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, batch_size: int, width: int, dtype: torch.dtype | None = None, *, is_read_whole: bool = False
+    ) -> None:
         super().__init__(layers=[])
-        self.shape, self.dtype = (batch_size, width), dtype
+        self.shape, self.dtype, self.most, self.is_read_whole = (batch_size, width), dtype, width, is_read_whole
         self.rows, self.begin, self.length = slice(0, batch_size), 0, 0
         self.column: Tensor | None = None
 
@@ -41,6 +47,18 @@ class RolloutCache(Cache):
         while len(self.layers) <= layer_idx:
             self.layers.append(_BufferLayer(self))
         return self.buffers[layer_idx].update(key_states, value_states)
+
+    def columns_read(self, end: int) -> int:
+        """Prepare a step that writes at the last of `end` columns; return how many columns it reads."""
+        if not self.is_read_whole:
+            return end
+        columns = min(self.most, -(-end // COLUMNS) * COLUMNS)
+        if columns != self.shape[1]:
+            self.shape = (self.shape[0], columns)
+            for layer in self.buffers:
+                layer.resize(columns)
+        self.column = torch.tensor([end - 1])
+        return columns
 
     def swap(self, here: Tensor, there: Tensor) -> None:
         """Exchange rows `here` (N,) with rows `there` (N,)."""
@@ -117,6 +135,10 @@ class _BufferLayer(CacheLayerMixin):
             return torch.cat([buffer[cache.rows, :, cache.begin : cache.length], states], 2)
         buffer[cache.rows, :, cache.length : end] = states
         return states if cache.begin == cache.length else buffer[cache.rows, :, cache.begin : end]
+
+    def resize(self, columns: int) -> None:
+        wider = (0, 0, 0, columns - self.keys.shape[2])
+        self.keys, self.values = nn.functional.pad(self.keys, wider), nn.functional.pad(self.values, wider)
 
     def copied(self, cache: RolloutCache) -> "_BufferLayer":
         rows, length = cache.shape

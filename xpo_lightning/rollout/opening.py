@@ -9,7 +9,7 @@ from xpo_lightning.core.batch import Completions, Prompts
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.models.forward.capabilities import capabilities_of, rows_of, sharing_of
 from xpo_lightning.models.forward.causal_forward import base_of
-from xpo_lightning.models.forward.cpu_attention import cache_dtype
+from xpo_lightning.models.forward.cpu_attention import cache_dtype, reads_whole
 from xpo_lightning.models.forward.truth import name_of
 from xpo_lightning.models.forward.unshared import Rows
 from xpo_lightning.rollout.plain_session import PlainSession
@@ -66,8 +66,14 @@ def writing_of(model: nn.Module, length: int) -> Writing:
     """Return the way in which a model decodes rows of up to `length` tokens, prompt and completion."""
     found = capabilities_of(model)
     is_static = next(model.parameters()).device.type in REPLAYING
-    dtype, has_head = cache_dtype(base_of(model)), found.head is not None
-    ways = ways_for(dtype, has_head=has_head, is_fast=found.is_fast, is_static=is_static)
+    base, has_head = base_of(model), found.head is not None
+    ways = ways_for(
+        cache_dtype(base),
+        has_head=has_head,
+        is_fast=found.is_fast,
+        reads_whole=reads_whole(base),
+        is_static=is_static,
+    )
     return found.choose("writing", ways, _written, length, is_written=True)
 
 

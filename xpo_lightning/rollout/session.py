@@ -59,7 +59,8 @@ class Session:
         self.mask = torch.nn.functional.pad(mask, (0, room), value=True)
         self.workspace = self._enter() if way.is_static else None
         if self.workspace is None:
-            self.cache = RolloutCache(len(prompts), self.width + room, way.cache_dtype)
+            columns = self.width + room
+            self.cache = RolloutCache(len(prompts), columns, way.cache_dtype, is_read_whole=way.reads_whole)
         self.first = torch.cat([self._read(rows) for rows in self._cut(self.prompts.counts)])  # (B, F)
 
     def _enter(self) -> Workspace:
@@ -91,7 +92,7 @@ class Session:
             return self.workspace.advance(self.model, self.head, tokens)
         self._place(rows, 0, end - 1)
         positions = self.lengths[rows, None] + step
-        mask = self.mask[rows, :end]
+        mask = self.mask[rows, : self.cache.columns_read(end)]
         return last_features(self.model, tokens[:, None], mask, positions, 1, cache=self.cache, head=self.head)[:, 0]
 
     def retire(self, ended: Tensor) -> Tensor:
@@ -162,7 +163,7 @@ class Session:
         return features[:, 0]
 
     def _place(self, rows: slice, begin: int, length: int) -> None:
-        self.cache.rows, self.cache.begin, self.cache.length = rows, begin, length
+        self.cache.rows, self.cache.begin, self.cache.length, self.cache.column = rows, begin, length, None
 
     def _cut(self, widths: tuple[int, ...]) -> Iterator[slice]:
         """Split rows of these widths into slices whose padded size is at most `tokens_at_once`, or of a single row."""

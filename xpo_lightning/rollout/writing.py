@@ -28,6 +28,8 @@ class Writing:
         is_shared: Whether several completions of a prompt reuse one encoding of it, and rows that have ended leave the
             batch.
         cache_dtype: Dtype of the shared KV cache; None is the model's own.
+        reads_whole: Whether a new token reads the buffers of the shared KV cache whole; the mask hides what is not
+            written.
         is_static: Whether every token runs the same step on the same buffers, so that a GPU can replay it.
     """
 
@@ -35,13 +37,15 @@ class Writing:
     memory: Memory = Memory.KEYS_AND_VALUES
     is_shared: bool = False
     cache_dtype: torch.dtype | None = None
+    reads_whole: bool = False
     is_static: bool = False
 
     def __str__(self) -> str:
         """Describe this way in a message."""
         shared = "from shared prompts" if self.is_shared else self.memory.value
         dtype = "" if self.cache_dtype is None else f" in {self.cache_dtype}"
-        return f"{self.rows} {shared}{dtype}{', a token at a time in one step' if self.is_static else ''}"
+        whole = " that is read whole" if self.reads_whole else ""
+        return f"{self.rows} {shared}{dtype}{whole}{', a token at a time in one step' if self.is_static else ''}"
 
 
 UNSHARED = (
@@ -58,7 +62,12 @@ UNSHARED = (
 
 
 def ways_for(
-    cache_dtype: torch.dtype | None, *, has_head: bool, is_fast: bool, is_static: bool = False
+    cache_dtype: torch.dtype | None,
+    *,
+    has_head: bool,
+    is_fast: bool,
+    reads_whole: bool = False,
+    is_static: bool = False,
 ) -> list[Writing]:
     """List the ways in which a model may decode, the fastest first.
 
@@ -66,10 +75,12 @@ def ways_for(
         cache_dtype: Preferred dtype of the KV cache; None is the model's own.
         has_head: Whether the vocabulary head can be skipped, which prompts padded on the right require.
         is_fast: Whether prompts may be shared.
+        reads_whole: Whether reading buffers whole is the faster.
         is_static: Whether a GPU may replay the steps.
     """
     sides = [Rows.PADDED_RIGHT, Rows.PADDED_LEFT] if has_head else [Rows.PADDED_LEFT]
     dtypes = dict.fromkeys([cache_dtype, None])
     shared = [Writing(side, is_shared=True, cache_dtype=dtype) for side in sides for dtype in dtypes]
     static = [replace(way, is_static=True) for way in shared if is_static]
-    return [*(static + shared if is_fast else []), *UNSHARED]
+    whole = [replace(way, reads_whole=True) for way in shared if reads_whole]
+    return [*(static + whole + shared if is_fast else []), *UNSHARED]

@@ -86,6 +86,14 @@ def prefers_onednn() -> bool:
         return False
 
 
+def reads_bfloat16(tensor: Tensor) -> bool:
+    """Tell whether a CPU multiplies this tensor, such as keys, by few rows in bfloat16 as fast as it reads it.
+
+    Measured on AMD's processors alone, which have instructions for bfloat16 wherever they have AVX-512.
+    """
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and prefers_onednn()
+
+
 def speed_up_linears(*models: nn.Module) -> None:
     """Let the linear layers of models multiply with oneDNN where that is the faster library.
 

@@ -1,8 +1,9 @@
 """Attention for two cases in which torch's own is slow: a single query position, and bfloat16 on a CPU.
 
-For a single query position, heads that share a key head attend together, so that no key is copied for them. In bfloat16
-on a CPU, torch's kernel multiplies in float32 and also computes scores that the causal mask hides. Here, queries are
-processed in blocks, each with only the keys that it may see, and the backward pass recomputes the scores of a block.
+For a single query position, heads that share a key head attend together, so that no key is copied for them; by two
+plain products on a CPU that is fast at bfloat16. In bfloat16 on a CPU, torch's kernel multiplies in float32 and also
+computes scores that the causal mask hides. Here, queries are processed in blocks, each with only the keys that it may
+see, and the backward pass recomputes the scores of a block.
 Other devices, dtypes and options take transformers' own function.
 """
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from xpo_lightning.models.forward.cpu import prefers_onednn, reads_bfloat16
 
 BLOCK = 64
 """Queries in a block."""
@@ -74,14 +77,23 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
 def cache_dtype(model: nn.Module) -> torch.dtype | None:
     """Return the best dtype of the KV cache for sampling; None is the model's own.
 
-    On a CPU each step would otherwise convert a bfloat16 cache to float32 again. Under autocast, float32 weights make
-    bfloat16 keys and values too.
+    On a CPU that is slow at bfloat16, each step would otherwise convert the cache to float32 again. Under autocast,
+    float32 weights make bfloat16 keys and values too.
     """
+    return torch.float32 if _is_attention_ours(model) and not prefers_onednn() else None
+
+
+def reads_whole(model: nn.Module) -> bool:
+    """Tell whether sampling should read buffers of keys whole: products in bfloat16 would first copy a part of one."""
+    is_coarse = next(model.parameters()).dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    return is_coarse and _is_attention_ours(model) and prefers_onednn()
+
+
+def _is_attention_ours(model: nn.Module) -> bool:
     config: Any = getattr(model, "config", None)
     replaced = getattr(config, "_attn_implementation", None) == "sdpa" and _is_transformers_own()
     weight = next(model.parameters())
-    converted = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
-    return torch.float32 if replaced and converted else None
+    return replaced and weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
 
 
 def _attention_forward(
@@ -121,14 +133,30 @@ def _attention_forward(
 def _attended_from_last(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attend from a single query position, (B, H, 1, D)."""
     dtype = query.dtype
-    if query.device.type == "cpu":  # a product with a vector is fast in float32 only
+    if reads_bfloat16(key):
+        return _attended_by_products(query, key, value, mask, scale).to(dtype)
+    if query.device.type == "cpu":  # other products with a vector are fast in float32 only
         query, key, value = query.float(), key.float(), value.float()
     elif mask is not None and mask.dtype == torch.bool:
         mask = _added(mask, query.dtype)
-    grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])  # heads that share a key head
+    grouped = _grouped(query, key)
     with torch.autocast("cpu", enabled=False):
         out = nn.functional.scaled_dot_product_attention(grouped, key, value, mask, scale=scale)
     return out.reshape(*query.shape[:3], -1).to(dtype)
+
+
+def _attended_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        scores = (_grouped(query, key) * scale).to(key.dtype) @ key.transpose(2, 3)  # (B, K, G, M)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, HIDDEN) if mask.dtype == torch.bool else scores + mask
+        out = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    return out.reshape(*query.shape[:3], -1)
+
+
+def _grouped(query: Tensor, key: Tensor) -> Tensor:
+    """Put the heads that share a key head, (B, H, 1, D), beside each other, (B, K, G, D)."""
+    return query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
