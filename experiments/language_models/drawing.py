@@ -7,7 +7,7 @@ from statistics import mean
 import matplotlib as mpl
 from comparing import geometric, standard_error
 from results import Point
-from tasks import ARMS
+from tasks import ARMS, TASKS
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -16,7 +16,6 @@ NAMES = {
     "labels": "labelled pairs",
     "score": "mean score",
     "kl": "KL from the reference, nats a completion",
-    "rarity": "probability of a bad end",
 }
 COLOURS = plt.get_cmap("tab20")
 PANELS = (("labels", "score"), ("labels", "rarity"), ("labels", "kl"), ("kl", "score"))
@@ -24,6 +23,7 @@ PANELS = (("labels", "score"), ("labels", "rarity"), ("labels", "kl"), ("kl", "s
 
 def draw(points: Sequence[Point], task: str, path: Path) -> None:
     """Draw the mean over seeds of each arm of a task, with its standard error; of a probability, the geometric mean."""
+    names = NAMES | {"rarity": f"probability of {TASKS[task].best}"}
     figure, panels = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
     for panel, (across, up) in zip(panels.flat, PANELS, strict=True):
         for number, arm in enumerate(ARMS):
@@ -40,7 +40,7 @@ def draw(points: Sequence[Point], task: str, path: Path) -> None:
             xs = labels if across == "labels" else [mean(getattr(point, across) for point in group) for group in here]
             panel.errorbar(xs, [mean(group) for group in ups], [standard_error(group) for group in ups], capsize=2,
                            linewidth=1.2, elinewidth=0.8, **style)  # fmt: skip
-        panel.set(xlabel=NAMES[across], ylabel=NAMES[up], yscale="log" if up == "rarity" else "linear")
+        panel.set(xlabel=names[across], ylabel=names[up], yscale="log" if up == "rarity" else "linear")
         panel.grid(alpha=0.3)
     panels.flat[0].legend(fontsize=7)
     figure.savefig(path, dpi=100)

@@ -18,6 +18,7 @@ class Task:
         rarity: How likely a bad end is under the sharpened reference.
         beta: That of its config.
         own_arms: Folder of further overlays that some of its arms have; None if there are none.
+        best: What has the best score.
     """
 
     configs: tuple[str, ...]
@@ -28,6 +29,7 @@ class Task:
     rarity: float = 1e-4
     beta: float = 0.05
     own_arms: str | None = None
+    best: str = "a bad end"
 
 
 ARMS = {
@@ -95,6 +97,7 @@ TASKS = {
         3,
         "smollm2",
         own_arms="arms_sums",
+        best="the right answer",
     ),
     "sums_covered": Task(
         ("sums.yaml", "sums_covered.yaml"),
@@ -103,5 +106,6 @@ TASKS = {
         3,
         "smollm2",
         own_arms="arms_sums",
+        best="the right answer",
     ),
 }
