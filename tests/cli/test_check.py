@@ -1,5 +1,6 @@
 """`xpo check` as a user meets it: the numbers of a run that can start, and no file left by it."""
 
+import gc
 import json
 import math
 import re
@@ -22,6 +23,7 @@ from transformers import (
 
 from xpo_lightning.cli.check.survey import Prompts, pick_evenly
 from xpo_lightning.cli.lightning_cli import main
+from xpo_lightning.models.forward.cpu import give_memory_back
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PACKAGE = CONFIGS.parent / "xpo_lightning"
@@ -81,6 +83,8 @@ def test_numbers_of_a_small_run(bench: Bench, capsys: pytest.CaptureFixture[str]
 
 
 def test_measured_memory_holds_the_models(bench: Bench, capsys: pytest.CaptureFixture[str]):
+    gc.collect()  # What earlier tests have left would be freed meanwhile, or taken again.
+    give_memory_back()
     said = report(capsys, "--config", bench.write())
     _, tried = numbers(said["memory"])
     assert tried > 0
