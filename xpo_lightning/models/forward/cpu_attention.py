@@ -147,10 +147,8 @@ def _attended_from_last(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
 
 def _attended_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     with torch.autocast("cpu", enabled=False):
-        scores = (_grouped(query, key) * scale).to(key.dtype) @ key.transpose(2, 3)  # (B, K, G, M)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, HIDDEN) if mask.dtype == torch.bool else scores + mask
-        out = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+        scaled = (_grouped(query, key) * scale).to(key.dtype)
+        out = _weights(scaled, key, None if mask is None else mask[:, :, None]).to(value.dtype) @ value
     return out.reshape(*query.shape[:3], -1)
 
 
@@ -209,12 +207,15 @@ class _Attention(torch.autograd.Function):
 
 
 def _weights(query: Tensor, key: Tensor, seen: Tensor | None) -> Tensor:
-    """Return the softmax of scores in float32, of shape (B, K, G * N, M)."""
+    """Return the softmax of scores in float32, of shape (B, K, G * N, M); a mask that is not boolean is added."""
     scores = query @ key.transpose(2, 3)
     if seen is not None:
         last = seen.shape[-1]  # a causal block masks only its last keys
         grouped = scores.view(*scores.shape[:2], -1, seen.shape[-2], scores.shape[3])
-        grouped[..., -last:].masked_fill_(~seen, HIDDEN)
+        if seen.dtype == torch.bool:
+            grouped[..., -last:].masked_fill_(~seen, HIDDEN)
+        else:
+            grouped[..., -last:].add_(seen)
     return scores.softmax(-1, dtype=torch.float32)
 
 
