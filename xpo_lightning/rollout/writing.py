@@ -44,7 +44,7 @@ class Writing:
         """Describe this way in a message."""
         shared = "from shared prompts" if self.is_shared else self.memory.value
         dtype = "" if self.cache_dtype is None else f" in {self.cache_dtype}"
-        whole = " that is read whole" if self.reads_whole else ""
+        whole = ", reading the cache whole" if self.reads_whole else ""
         return f"{self.rows} {shared}{dtype}{whole}{', a token at a time in one step' if self.is_static else ''}"
 
 
