@@ -276,13 +276,14 @@ broken(
         "test_gradient_of_an_entropy_is_minus_p_times_log_p_plus_entropy "
         "test_head_entropies_and_gradients_equal_those_of_autograd_in_float64"
     ),
-    ("the peak is forgotten", "(chosen - peak - total.log())", "(chosen - total.log())"),
-    ("the gradient has no softmax", "weights.div_(total)", "weights"),
+    ("the peak is forgotten", " - logits.amax(1, keepdim=True)", ""),
+    ("the gradient has no softmax", "_residual(probabilities, wanted)", "_residual(logits, wanted)"),
+    ("the gradient is not the negative's", "scale = -grads[0]", "scale = grads[0]"),
     ("hidden states' gradient is not scaled", "(slopes * scale)", "slopes"),
     (
         "the residual has the wrong sign",
-        "return probabilities.neg_().scatter_add_",
-        "return probabilities.scatter_add_",
+        "torch.full_like(targets, -1, dtype",
+        "torch.full_like(targets, 1, dtype",
     ),
     (
         "the recomputed gradient of the head is not scaled",
@@ -970,9 +971,9 @@ broken(
     ),
     (
         "log-probabilities are those after the temperature",
-        "            weights, _ = _exponentials(processed)\n            sums = _block_sums(weights)\n",
-        "            weights, peak = _exponentials(processed)\n            sums = _block_sums(weights)\n"
-        "            logits, log_total = processed, sums.sum(1).log().float() + peak\n",
+        "            weights = processed.softmax(1)\n",
+        "            weights = processed.softmax(1)\n"
+        "            logits, log_total = processed, processed.logsumexp(1)\n",
     ),
     ("a temperature below 1 is ignored", "if self.temperature not in (0, 1):", "if self.temperature > 1:"),
     (
@@ -994,7 +995,7 @@ broken(
         "torch.searchsorted(cumulative, threshold, right=True)",
         "torch.searchsorted(cumulative, threshold, right=False)",
     ),
-    ("the peak is forgotten", "sums.sum(1).log().float() + peak", "sums.sum(1).log().float()"),
+    ("the peak is forgotten", "logits.amax(1) - weights.amax(1).log()", "-weights.amax(1).log()"),
     ("the last token stands for those beyond", "torch.where(columns < weights.shape[1], inside, 0.0)", "inside"),
     (
         "weights are taken for probabilities",

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from conftest import VOCABULARY, naive_token_logps, prompts_of, randomize_adapters
+from conftest import VOCABULARY, make_tokenizer, naive_token_logps, prompts_of, randomize_adapters
 from peft import LoraConfig, get_peft_model
 from rolling import PROMPT_ROWS, LoadModel, an_early_end, assert_logps_are_the_models_own, generated, roll, rows_of
 from torch import Tensor, nn
 
 from xpo_lightning.rollout import local as local_module
 from xpo_lightning.rollout.kv_cache import RolloutCache
+from xpo_lightning.rollout.local import LocalRollout
 from xpo_lightning.rollout.opening import writing_of
-from xpo_lightning.rollout.sampling import TokenSampler
+from xpo_lightning.rollout.sampling import Sampling, TokenSampler
 
 
 def test_greedy_equals_transformers_generate(arch: str, load_model: LoadModel):
@@ -123,6 +124,14 @@ def test_rows_at_once_keeps_the_order_of_the_rows(load_model: LoadModel, rows: i
     sampled = roll(model, prompts, [], rows, max_new_tokens=5)
     assert rows_of(sampled) == rows_of(roll(model, prompts, [], max_new_tokens=5)), "each row has its own numbers"
     assert_logps_are_the_models_own(model, prompts, sampled)
+
+
+def test_more_rows_are_decoded_together_where_prompts_are_short(monkeypatch: pytest.MonkeyPatch, load_model: LoadModel):
+    """With room for 60 columns: 3 rows of 10 + 10, then 5 of 2 + 10."""
+    monkeypatch.setattr(local_module, "most_rows", lambda _, width: 60 // width)
+    prompts = prompts_of([[1] * length for length in (2, 10, 2, 2, 10, 2, 2)])
+    rollout = LocalRollout(make_tokenizer(), Sampling(max_new_tokens=10), [])
+    assert rollout.groups(prompts, load_model()) == [[1, 4, 0], [2, 3, 5, 6]]
 
 
 def test_the_same_seed_gives_the_same_samples_and_another_gives_others(load_model: LoadModel):

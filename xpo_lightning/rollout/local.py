@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
-from xpo_lightning.core.batch import Completions, Prompts, chunk, concat_completions
+from xpo_lightning.core.batch import Completions, Prompts, concat_completions
 from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.rng import RolloutRNG
 from xpo_lightning.models.forward.causal_forward import eval_mode
@@ -121,12 +121,16 @@ class LocalRollout:
         return [gather(candidate, groups) for candidate in zip(*parts, strict=True)]
 
     def groups(self, prompts: Prompts, model: nn.Module) -> list[list[int]]:
-        """Group prompts of similar length, each group as large as may be decoded together."""
-        order = sorted(range(len(prompts)), key=prompts.counts.__getitem__)
-        most = self.rows_at_once or len(order)
-        if self.rows_at_once is None and prompts.ids.device.type == "cpu":
-            most = most_rows(model, prompts.ids.shape[1] + self.sampling.max_new_tokens)
-        return [list(rows) for rows in chunk(order, most)]
+        """Group prompts of similar length, the longest first, each group as large as may be decoded together."""
+        order = sorted(range(len(prompts)), key=prompts.counts.__getitem__, reverse=True)
+        groups: list[list[int]] = []
+        while order:
+            most = self.rows_at_once or len(order)
+            if self.rows_at_once is None and prompts.ids.device.type == "cpu":
+                most = most_rows(model, prompts.counts[order[0]] + self.sampling.max_new_tokens)
+            groups.append(order[:most])
+            order = order[most:]
+        return groups
 
     def uniforms(self, prompts: Prompts, noise: RolloutRNG) -> Tensor:
         """Draw all random numbers of a rollout in advance, so that a row's do not depend on the other rows.

@@ -99,18 +99,17 @@ class TokenSampler:
             Token ids (B,) and their log-probabilities at temperature 1 over the full vocabulary (B,).
         """
         logits = logits.float()
-        weights, peak = _exponentials(logits)
-        sums = _block_sums(weights)
-        log_total = sums.sum(1).log().float() + peak
+        weights = logits.softmax(1)
+        log_total = logits.amax(1) - weights.amax(1).log()  # of exp(logits): the largest weight is exp(peak) / total
+        processed = logits
         if self.processors:
-            processed = self.processors(cast("torch.LongTensor", context), cast("torch.FloatTensor", logits.clone()))
-            weights, _ = _exponentials(processed)
-            sums = _block_sums(weights)
-        tokens = weights.argmax(1) if self.greedy else draw(weights, uniforms, sums)
+            processed = self.processors(cast("torch.LongTensor", context), cast("torch.FloatTensor", logits))
+            weights = processed.softmax(1)
+        tokens = processed.argmax(1) if self.greedy else draw(weights, uniforms)
         return tokens, logits.gather(1, tokens[:, None])[:, 0] - log_total
 
 
-def draw(weights: Tensor, uniforms: Tensor, sums: Tensor | None = None) -> Tensor:
+def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Draw one index per row, with probability proportional to its weight, by inverting the weights' cumulative sum.
 
     The sum is inverted twice: first over the blocks of a row, then within the block that was found. A weight of 0 is
@@ -119,13 +118,11 @@ def draw(weights: Tensor, uniforms: Tensor, sums: Tensor | None = None) -> Tenso
     Args:
         weights: Not negative, not all 0. (B, V)
         uniforms: Random numbers in [0, 1), float64. (B,)
-        sums: The sums of the blocks, if they are known. (B, blocks)
 
     Returns:
         Indices. (B,)
     """
-    sums = _block_sums(weights) if sums is None else sums
-    blocks, share = _invert(sums, uniforms[:, None])
+    blocks, share = _invert(_block_sums(weights), uniforms[:, None])
     columns = blocks * BLOCK + torch.arange(BLOCK, device=weights.device)  # (B, BLOCK)
     inside = weights.gather(1, columns.clamp(max=weights.shape[1] - 1)).double()
     inside = torch.where(columns < weights.shape[1], inside, 0.0)
@@ -145,12 +142,6 @@ def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     weight = weights.gather(1, index)
     into = (threshold - (cumulative.gather(1, index) - weight)) / weight
     return index, into.clamp_(0.0, 1 - 2**-53)
-
-
-def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return exp(logits - peak) (B, V) and the peak of each row (B,)."""
-    peak = logits.amax(1, keepdim=True)
-    return (logits - peak).exp_(), peak[:, 0]
 
 
 def _block_sums(weights: Tensor) -> Tensor:

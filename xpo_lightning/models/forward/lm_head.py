@@ -20,8 +20,8 @@ def head_logps(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
     """Score tokens under a linear vocabulary head.
 
     Logits exist for a few positions at a time. The gradient of a token's log-probability with respect to its logits is
-    one-hot minus softmax, whatever the loss does with it: that much is done in the forward pass, where the logits are
-    at hand, and the backward pass only scales it.
+    one-hot minus softmax, whatever the loss does with it: its negative is computed in the forward pass, where the
+    logits are at hand, and the backward pass only scales it.
 
     Args:
         hidden: The last hidden states, at the positions that predict the targets. (N, D)
@@ -64,23 +64,25 @@ class _HeadLogps(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         wants_hidden, *wants_head, _ = ctx.needs_input_grad
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
-        slopes = torch.empty_like(hidden) if wants_hidden else None  # d logp / d hidden
+        slopes = torch.empty_like(hidden) if wants_hidden else None  # -d logp / d hidden
         shape = (len(hidden), len(weight))
         kept = weight.new_empty(shape) if any(wants_head) and shape[0] * shape[1] <= KEPT else None
         for rows in _cut(hidden, weight, CHUNK["cpu" if hidden.device.type == "cpu" else "cuda"]):
             logits = linear(hidden[rows], weight, bias).float()
             wanted = targets[rows, None]
-            chosen = logits.gather(1, wanted)
-            peak = logits.amax(1, keepdim=True)
-            weights = logits.sub_(peak).exp_()
-            total = weights.sum(1, keepdim=True)
-            logps[rows] = (chosen - peak - total.log())[:, 0]
-            if slopes is not None or kept is not None:
-                residual = _residual(weights.div_(total), wanted).to(weight.dtype)
-                if slopes is not None:
-                    slopes[rows] = linear(residual, weight.t())
-                if kept is not None:
-                    kept[rows] = residual
+            place = None if kept is None else kept[rows]
+            fits = place is not None and place.dtype == logits.dtype
+            probabilities = torch.softmax(logits, 1, out=place if fits else None)
+            # The largest probability is exp(peak) / sum of exp(logits).
+            gaps = logits.gather(1, wanted) - logits.amax(1, keepdim=True)
+            logps[rows] = (gaps + probabilities.amax(1, keepdim=True).log())[:, 0]
+            if slopes is None and kept is None:
+                continue
+            residual = _residual(probabilities, wanted)
+            if not fits:
+                residual = residual.to(weight.dtype) if place is None else place.copy_(residual)
+            if slopes is not None:
+                slopes[rows] = linear(residual, weight.t())
         ctx.save_for_backward(hidden, weight, bias, targets, logps, slopes, kept)
         return logps
 
@@ -88,7 +90,7 @@ class _HeadLogps(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         hidden, weight, bias, targets, _, slopes, kept = ctx.saved_tensors
         _, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        scale = grads[0][:, None]
+        scale = -grads[0][:, None]
         of_hidden = None if slopes is None else (slopes * scale).to(hidden.dtype)
         if not (wants_weight or wants_bias):
             return of_hidden, None, None, None
@@ -159,8 +161,8 @@ def _logits(features: Tensor, weight: Tensor | None, bias: Tensor | None) -> Ten
 
 
 def _residual(probabilities: Tensor, targets: Tensor) -> Tensor:
-    """Subtract probabilities (N, V) from the one-hot targets (N, 1), in place."""
-    return probabilities.neg_().scatter_add_(1, targets, torch.ones_like(targets, dtype=probabilities.dtype))
+    """Subtract the one-hot targets (N, 1) from probabilities (N, V), in place."""
+    return probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=probabilities.dtype))
 
 
 def _cut(features: Tensor, weight: Tensor | None, most: int) -> Iterator[slice]:
