@@ -16,7 +16,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names and numbers of glibc's malloc.h
 _CACHES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"  # oneDNN's, and PyTorch's own of the same
 _MADV_HUGEPAGE, _HUGE = 14, 2**21  # of Linux's mman.h, and the size of a huge page
 
-PRODUCTS_KEPT = 256
+PRODUCTS_KEPT = 128
 """Most shapes of products for which oneDNN keeps the code that it has generated, 0.6 MB each, in place of 1,024."""
 
 
