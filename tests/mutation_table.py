@@ -276,7 +276,7 @@ broken(
         "test_gradient_of_an_entropy_is_minus_p_times_log_p_plus_entropy "
         "test_head_entropies_and_gradients_equal_those_of_autograd_in_float64"
     ),
-    ("the peak is forgotten", " - logits.amax(1, keepdim=True)", ""),
+    ("the peak is forgotten", "[:, 0] - logits.amax(1)", "[:, 0]"),
     ("the gradient has no softmax", "_residual(probabilities, wanted)", "_residual(logits, wanted)"),
     ("the gradient is not the negative's", "scale = -grads[0]", "scale = grads[0]"),
     ("hidden states' gradient is not scaled", "(slopes * scale)", "slopes"),
@@ -972,8 +972,7 @@ broken(
     (
         "log-probabilities are those after the temperature",
         "            weights = processed.softmax(1)\n",
-        "            weights = processed.softmax(1)\n"
-        "            logits, log_total = processed, processed.logsumexp(1)\n",
+        "            probabilities = weights = processed.softmax(1)\n            logits = processed\n",
     ),
     ("a temperature below 1 is ignored", "if self.temperature not in (0, 1):", "if self.temperature > 1:"),
     (
@@ -995,7 +994,7 @@ broken(
         "torch.searchsorted(cumulative, threshold, right=True)",
         "torch.searchsorted(cumulative, threshold, right=False)",
     ),
-    ("the peak is forgotten", "logits.amax(1) - weights.amax(1).log()", "-weights.amax(1).log()"),
+    ("probabilities are those after the temperature", "(logits, probabilities, tokens", "(logits, weights, tokens"),
     ("the last token stands for those beyond", "torch.where(columns < weights.shape[1], inside, 0.0)", "inside"),
     (
         "weights are taken for probabilities",

@@ -16,6 +16,7 @@ from transformers import (
 
 from xpo_lightning.core.argument_types import check_arguments
 from xpo_lightning.core.errors import InputError
+from xpo_lightning.models.forward.lm_head import chosen_logps
 
 BLOCK = 256
 """Number of weights in a block; a draw first finds the block by its sum, then the weight within it."""
@@ -99,14 +100,13 @@ class TokenSampler:
             Token ids (B,) and their log-probabilities at temperature 1 over the full vocabulary (B,).
         """
         logits = logits.float()
-        weights = logits.softmax(1)
-        log_total = logits.amax(1) - weights.amax(1).log()  # of exp(logits): the largest weight is exp(peak) / total
+        probabilities = weights = logits.softmax(1)
         processed = logits
         if self.processors:
             processed = self.processors(cast("torch.LongTensor", context), cast("torch.FloatTensor", logits))
             weights = processed.softmax(1)
         tokens = processed.argmax(1) if self.greedy else draw(weights, uniforms)
-        return tokens, logits.gather(1, tokens[:, None])[:, 0] - log_total
+        return tokens, chosen_logps(logits, probabilities, tokens[:, None])
 
 
 def draw(weights: Tensor, uniforms: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def keep_memory() -> bool:
     """Have glibc keep freed memory in the process, and take memory from the system in huge pages.
 
     Otherwise each allocation of a vocabulary-sized tensor maps its memory anew, page by page, which takes longer than
-    the arithmetic on it.
+    the arithmetic on it. Have oneDNN keep less of the code that it generates, too, unless the user has said how much.
 
     Returns:
         Whether the C library accepted these settings; False for any other than glibc.

@@ -54,6 +54,23 @@ def logps_and_entropies(features: Tensor, head: nn.Linear | None, targets: Tenso
     return logps, entropies
 
 
+def chosen_logps(logits: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor:
+    """Return the log-probabilities of chosen tokens, with all digits where the probability itself has underflowed.
+
+    The largest probability is exp(largest logit) / sum of exp(logits).
+
+    Args:
+        logits: In float32. (N, V)
+        probabilities: Their softmax. (N, V)
+        chosen: Token ids. (N, 1)
+
+    Returns:
+        Natural log-probabilities. (N,)
+    """
+    gaps = logits.gather(1, chosen)[:, 0] - logits.amax(1)
+    return gaps + probabilities.amax(1).log()
+
+
 def apply_head(features: Tensor, head: nn.Linear | None) -> Tensor:
     """Turn features (N, F) into logits (N, V), without gradient; without a head they are logits already."""
     return features if head is None else linear(features, head.weight, head.bias)
@@ -73,9 +90,7 @@ class _HeadLogps(torch.autograd.Function):
             place = None if kept is None else kept[rows]
             fits = place is not None and place.dtype == logits.dtype
             probabilities = torch.softmax(logits, 1, out=place if fits else None)
-            # The largest probability is exp(peak) / sum of exp(logits).
-            gaps = logits.gather(1, wanted) - logits.amax(1, keepdim=True)
-            logps[rows] = (gaps + probabilities.amax(1, keepdim=True).log())[:, 0]
+            logps[rows] = chosen_logps(logits, probabilities, wanted)
             if slopes is None and kept is None:
                 continue
             residual = _residual(probabilities, wanted)
