@@ -155,11 +155,12 @@ def test_entropy_bonus_is_taken_from_the_loss_and_raises_the_entropy(make_module
         step["loss/dpo"] + step["loss/xpo"] - 0.7 * step["objective/token_entropy"], rel=1e-5
     )
     entropies = []
-    for weight in (0.0, 5.0):
+    for weight in (1e-6, 5.0):
         module, recorder = make_module(entropy_bonus=weight, learning_rate=0.01, alpha=0.0), Recorder()
         fit_quietly(module, MANY, batch_size=10, callbacks=[recorder])
-        entropies.append(recorder.of("objective/entropy")[-1])
-    assert entropies[1] > entropies[0] + 1
+        entropies.append(recorder.of("objective/token_entropy"))  # of the distributions; that of samples varies by 1
+    assert entropies[1][0] == entropies[0][0], "the first step is taken from the same weights"
+    assert entropies[1][-1] > entropies[0][-1] + 0.3, "4.84 to 4.89 against 4.19 to 4.44 with eight seeds"
 
 
 def test_alpha_may_change_from_iteration_to_iteration(make_module: MakeModule):
