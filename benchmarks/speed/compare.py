@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed.busy import busy_processes
 from benchmarks.speed.environments import our_python, start, trl_python
 from benchmarks.speed.options import absolute_path, make_assets, make_parser
 from benchmarks.speed.report import comparison, floor_table, header, tuning
 from benchmarks.speed.suites import SUITES, SYSTEMS, Suite, as_record, our_spec, trl_spec
+from xpo_lightning.cli.thread_waiting import OtherProcesses, choose_waiting
 
 Run = dict[str, Any]
 TUNED_BATCHES = (2, 4, 8, 16)
@@ -51,6 +53,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--suite", choices=[*SUITES, "all"], default="pythia")
     parser.add_argument("--repeats", type=int, default=3, help="fresh processes of each system, taking turns")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+    parser.add_argument("--others", type=int, default=0, help="processes that keep a core busy during each measurement")
     parser.add_argument("--quick", action="store_true", help="few prompts, once: shows that it runs, measures nothing")
     parser.add_argument("--trl-prompts", type=int, help="prompts to time of TRL's step, a multiple of its batch")
     parser.add_argument("--tune-trl", action="store_true", help="look for TRL's fastest settings, and do nothing else")
@@ -70,10 +73,10 @@ def _comparison_runs(suite: Suite, assets: Path, args: argparse.Namespace, pytho
         for system in args.systems:
             if system == "ours":
                 spec = our_spec(suite, assets, few or suite.prompts, args.options)
-                measured = _measure(pythons["ours"], "speed.worker_ours", spec, args.work)
+                measured = _measure(pythons["ours"], "speed.worker_ours", spec, args)
             else:
                 spec = trl_spec(suite, assets, system, args.trl_prompts or few or trl_prompts[system])
-                measured = _measure(pythons["trl"], "speed.worker_trl", spec, args.work)
+                measured = _measure(pythons["trl"], "speed.worker_trl", spec, args)
             _tell(f"{suite.name} {repeat + 1}/{args.repeats}", measured)
             yield {"repeat": repeat, "spec": spec, **measured}
 
@@ -85,16 +88,19 @@ def _tuning_runs(suite: Suite, assets: Path, args: argparse.Namespace, python: P
         for autocast in (False, True):
             if batch <= prompts:
                 spec = trl_spec(suite, assets, "trl-best", prompts, batch, bf16=autocast)
-                measured = _measure(python, "speed.worker_trl", spec, args.work)
+                measured = _measure(python, "speed.worker_trl", spec, args)
                 _tell(f"{suite.name} batch {batch}, autocast {autocast}", measured)
                 yield {"spec": spec, **measured}
 
 
-def _measure(python: Path, worker: str, spec: dict[str, Any], work: Path) -> Run:
+def _measure(python: Path, worker: str, spec: dict[str, Any], args: argparse.Namespace) -> Run:
     """Run a worker in a process of its own; its result is its last line."""
     # Both sides keep PyTorch's own number of threads; the tokenizers' threads would only get in their way.
     quiet = {"TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    output = start(python, worker, json.dumps(spec), cwd=work, env={**os.environ, **quiet})
+    with busy_processes(args.others):
+        # As `xpo` does before it loads torch; TRL's users set that themselves, in the environment of this command.
+        waiting = choose_waiting(OtherProcesses()) if spec["system"] == "ours" else {}
+        output = start(python, worker, json.dumps(spec), cwd=args.work, env={**os.environ, **quiet, **waiting})
     measured: Run = json.loads(output.splitlines()[-1])
     return measured
 

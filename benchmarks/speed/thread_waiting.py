@@ -4,7 +4,6 @@ import argparse
 import csv
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from benchmarks.speed.busy import busy_processes
 from benchmarks.speed.environments import start
 from xpo_lightning.cli import lightning_cli
 from xpo_lightning.module import XPOLightningModule
@@ -50,12 +50,8 @@ def main() -> None:
 
 
 def _measured(environment: dict[str, str], others: int) -> float:
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)]
-    try:
+    with busy_processes(others):
         printed = start(sys.executable, "speed.thread_waiting", "--worker", env={**os.environ, **environment})
-    finally:
-        for process in busy:
-            process.kill()
     return float(printed.split()[-1])
 
 

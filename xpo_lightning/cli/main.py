@@ -1,6 +1,7 @@
 """Entry point of `xpo`: runs verbs that need no models without importing the libraries that take seconds to load."""
 
 import logging
+import os
 import sys
 from importlib import import_module
 
@@ -27,5 +28,5 @@ def main() -> None:
             return
     except InputError as error:
         exit_with_error(str(error))
-    choose_waiting(others)
+    os.environ.update(choose_waiting(others))
     import_module("xpo_lightning.cli.lightning_cli").main()

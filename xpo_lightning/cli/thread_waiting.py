@@ -41,8 +41,8 @@ class OtherProcesses:
         return time.perf_counter(), busy / os.sysconf("SC_CLK_TCK"), time.process_time()
 
 
-def choose_waiting(others: OtherProcesses) -> None:
-    """Set how threads wait, in the environment, unless the user did or torch is there already.
+def choose_waiting(others: OtherProcesses) -> dict[str, str]:
+    """Return the environment variables that say how threads wait; none if the user has set one or torch is loaded.
 
     Results do not depend on it.
 
@@ -50,8 +50,7 @@ def choose_waiting(others: OtherProcesses) -> None:
         others: Has measured the machine since the command began.
     """
     if "torch" in sys.modules or any(name in os.environ for name in _OF_USER) or not _TIMES.is_file():
-        return
+        return {}
     if others.cores() > BUSY_CORES:
-        os.environ["OMP_WAIT_POLICY"] = "passive"
-    else:
-        os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+        return {"OMP_WAIT_POLICY": "passive"}
+    return {"GOMP_SPINCOUNT": str(SPIN_COUNT)}
