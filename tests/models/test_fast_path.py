@@ -267,31 +267,31 @@ def test_micro_batches_by_tokens_give_the_same_step(
 
 @torch.no_grad()
 def test_bfloat16_logps_are_as_close_to_float32_as_transformers_own(load_model: LoadModel):
-    """Root mean square over 10 completions of up to 9 tokens, against the same weights in float32."""
+    """Root mean square over 80 completions of up to 9 tokens, against the same weights in float32."""
+    lengths = [count % 9 + 1 for count in range(40)]
+    rows = random_rows(lengths, seed=1)
+    pair = Pair(
+        completions_of(random_rows(lengths[::-1], seed=2)), completions_of(random_rows(lengths[5:] + lengths[:5], 3))
+    )
     model = load_model().bfloat16()
     exact = load_model()
     exact.load_state_dict(model.state_dict())
+    expected = pair_logps(exact, prompts_of(rows), pair)
     errors = []
-    expected = pair_logps(exact, prompts_of(PROMPT_ROWS), PAIR)
-    for plain in (False, True):
-        logps = pair_logps(model, prompts_of(PROMPT_ROWS), PAIR) if not plain else _plain_transformers(model)
+    for logps in (pair_logps(model, prompts_of(rows), pair), pair.map(partial(_plain_transformers, model, rows))):
         gaps = torch.cat([logps.by_policy - expected.by_policy, logps.by_sampler - expected.by_sampler])
         errors.append(gaps.square().mean().sqrt().item())
-    assert errors[0] < 1.5 * errors[1]
+    assert errors[0] < 1.5 * errors[1], "0.9 to 1.3 times with six draws of such rows"
 
 
-def _plain_transformers(model: nn.Module) -> Pair[Tensor]:
+def _plain_transformers(model: nn.Module, rows: list[list[int]], side: Any) -> Tensor:
     """Score each row alone with transformers' own forward and attention."""
-
-    def logps(side: Any) -> Tensor:
-        sums = []
-        for prompt, ids, count in zip(PROMPT_ROWS, side.ids.tolist(), side.counts, strict=True):
-            completion = ids[:count]
-            logits = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
-            sums.append(logits.float().log_softmax(-1)[range(count), completion].sum())
-        return torch.stack(sums)
-
-    return PAIR.map(logps)
+    sums = []
+    for prompt, ids, count in zip(rows, side.ids.tolist(), side.counts, strict=True):
+        completion = ids[:count]
+        logits = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+        sums.append(logits.float().log_softmax(-1)[range(count), completion].sum())
+    return torch.stack(sums)
 
 
 # ---- adapters ----
