@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, ChainModel, chain_module, logits_of, make_tokenizer, randomize_adapters
+from conftest import (
+    CHAT_TEMPLATE,
+    CONFIGS,
+    ChainModel,
+    chain_module,
+    logits_of,
+    make_tokenizer,
+    noise,
+    randomize_adapters,
+)
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -182,7 +191,7 @@ def test_package_path_to_nothing_is_one_error_that_names_the_key(path: str, mess
 
 
 @pytest.mark.parametrize(
-    ("configured", "expected"), [(None, [282]), (7, [7, 282]), ([9, 7, 282], [7, 9, 282])], ids=["none", "one", "list"]
+    ("configured", "expected"), [(None, [282]), (7, [282, 7]), ([9, 7, 282], [282, 7, 9])], ids=["none", "one", "list"]
 )
 def test_end_token_ids_are_those_of_the_generation_config_and_the_tokenizer(
     load_model: LoadModel, tokenizer: Any, configured: Any, expected: list[int]
@@ -190,6 +199,31 @@ def test_end_token_ids_are_those_of_the_generation_config_and_the_tokenizer(
     model = load_model()
     model.generation_config.eos_token_id = configured
     assert end_token_ids(model, tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    ("eos", "template", "expected"),
+    [
+        ("<|im_end|>", CHAT_TEMPLATE, "<|im_end|>"),  # as Qwen's and Llama's chat models
+        ("<eos>", CHAT_TEMPLATE, "<|im_end|>"),  # as Gemma's
+        ("<|im_end|>", "{{ messages[0].content }}", "<|im_end|>"),
+        ("<|im_end|>", "{{ raise_exception('no') }}", "<|im_end|>"),
+        ("<eos>", None, "<eos>"),
+    ],
+)
+def test_given_completions_end_as_the_models_own_messages_do(
+    make_module: MakeModule, load_model: LoadModel, eos: str, template: str | None, expected: str
+):
+    model, tokenizer = load_model(), make_tokenizer()
+    model.generation_config.eos_token_id = [282, 284]  # <eos>, <|im_end|>
+    tokenizer.eos_token, tokenizer.chat_template = eos, template
+    module = make_module(policy=LoadedModel(model, tokenizer), reward=None, sampling=Sampling(max_new_tokens=20))
+    module.configure_model()
+    pairs = {"prompt": ["the cat"], "chosen": ["sat on the mat"], "rejected": ["ran"]}
+    given = module.collect({"preferences": pairs}, noise(), training=True).completions
+    for side in (given.by_policy, given.by_sampler):
+        assert tokenizer.convert_ids_to_tokens(side.ids[0][side.mask[0]].tolist())[-1] == expected
+        assert side.ended.all()
 
 
 def test_end_token_ids_without_any_eos_are_refused_by_name(load_model: LoadModel):

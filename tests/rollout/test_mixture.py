@@ -13,6 +13,7 @@ from xpo_lightning import (
     Candidates,
     Experience,
     InputError,
+    LoRASpec,
     MixtureSampler,
     PolicySampler,
     ReferenceRefresh,
@@ -84,6 +85,20 @@ def test_a_refreshed_reference_is_mixed(make_module: MakeModule):
     module.reference.begin()
     moved(module, seed=7)
     check_rows(module, collected(module), 0.5, "geometric", is_greedy=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_of_a_refreshed_reference_are_its_own_in_a_mixture(make_module: MakeModule, dtype: str):
+    """With all weight on the reference, its log-probabilities are those of the mixture."""
+    options = {"lora": LoRASpec(r=4), "spec": {"dtype": dtype}, "reference_refresh": ReferenceRefresh(1)}
+    module = make_module(sampler=MixtureSampler(1.0), **options)
+    module.configure_model()
+    moved(module, seed=5)
+    module.reference.begin()
+    moved(module, seed=7)
+    pairs = collected(module)
+    gaps = pairs.completions.by_sampler.logps - pairs.reference_logps.by_sampler
+    assert float(gaps.abs().max()) < 1e-3
 
 
 @pytest.mark.parametrize("kind", ["geometric", "by_token"])

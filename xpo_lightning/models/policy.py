@@ -225,12 +225,15 @@ def check_loaded(model: nn.Module, tokenizer: PreTrainedTokenizerBase, eos_token
 def end_token_ids(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, configured: list[int] | None = None
 ) -> list[int]:
-    """Return every token id that ends a completion.
+    """Return every token id that ends a completion; the first also ends one that is given as text.
+
+    That is the one that the chat template puts after a message or, without such, the tokenizer's. A chat model's
+    generation config often names the end of a document, too, which the model does not write after an answer.
 
     Args:
         model: The model, whose generation config may name some.
         tokenizer: The tokenizer, which may name one.
-        configured: `model.sampling.eos_token_ids`, which replaces both if given.
+        configured: `model.sampling.eos_token_ids`, which replaces both if given, and keeps its order.
 
     Raises:
         InputError: None of the three names one.
@@ -245,7 +248,22 @@ def end_token_ids(
             "model.sampling.eos_token_ids: neither the tokenizer nor the model's generation config names an EOS token; "
             "name the ids, or give [] if every completion is meant to run to max_new_tokens"
         )
-    return ends
+    first = [*_ends_of_message(tokenizer, ends), *[token for token in ends if token == tokenizer.eos_token_id], *ends]
+    return list(dict.fromkeys(first))
+
+
+def _ends_of_message(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> list[int]:
+    """Return those of some token ids that the tokenizer's chat template writes after an assistant's message."""
+    if tokenizer.chat_template is None:
+        return []
+    mark = "completion"
+    messages = [{"role": "user", "content": "prompt"}, {"role": "assistant", "content": mark}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # A template is a program, and may fail in any way.
+        return []
+    behind = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
+    return [token for token in behind if token in ends]
 
 
 def prompt_limit(config: Any, max_new_tokens: int) -> int | None:

@@ -37,7 +37,8 @@ class Snapshot:
     @contextmanager
     def lent(self, policy: nn.Module) -> Iterator[nn.Module]:
         """Lend the policy with the copied weights, in eval mode, without gradients; then restore its own weights."""
-        trained = _trained(policy)
+        # By name, which fails where other tensors stand for the weights, as in `cast_lora_weights`.
+        trained = {name: policy.get_parameter(name) for name in self.weights}
         own = {name: weight.data for name, weight in trained.items()}
         for name, weight in trained.items():
             weight.data = self.weights[name].to(weight.device, weight.dtype)

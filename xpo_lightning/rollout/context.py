@@ -1,7 +1,7 @@
 """Generation context for a group of prompts; keeps each model's KV cache, so that prompts are encoded once."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 from typing_extensions import deprecated
@@ -45,6 +45,12 @@ class RolloutContext:
         self._read_by_policy: AnySession | None = None
         self._read_by_reference: AnySession | None = None
 
+    @contextmanager
+    def lend_policy(self) -> Iterator[nn.Module]:
+        """Lend the policy as it samples, in eval mode, and not while the reference is lent: they may be one model."""
+        with eval_mode(self.policy), cast_lora_weights(self.policy):
+            yield self.policy
+
     def generate_with_reference(self, uniforms: Sequence[Tensor]) -> list[Completions]:
         """Generate with the reference, except for prompts whose completion is cached.
 
@@ -75,8 +81,8 @@ class RolloutContext:
         Returns:
             B completions for each entry of `uniforms`.
         """
-        with self.timer("policy_rollout", self.device), eval_mode(self.policy), cast_lora_weights(self.policy):
-            read, written = self.rollout.several(self.policy, self.prompts, uniforms, self._read_by_policy)
+        with self.timer("policy_rollout", self.device), self.lend_policy() as policy:
+            read, written = self.rollout.several(policy, self.prompts, uniforms, self._read_by_policy)
         self._read_by_policy = read
         return written
 
@@ -107,11 +113,13 @@ class RolloutContext:
             B completions for each entry of `uniforms`, with the mixture's log-probabilities of their tokens.
         """
         written: list[Completions] = []
-        with self.timer("reference_rollout", self.device), eval_mode(self.policy), cast_lora_weights(self.policy):
-            own = self.rollout.open(self.policy, self.prompts, replays=False)
-            with self.lend_reference() as reference:
-                other = self.rollout.open(reference, self.prompts, replays=False)
-            session = MixtureSession(own, other, self.lend_reference, share, kind)
+        lends = (self.lend_policy, self.lend_reference)
+        with self.timer("reference_rollout", self.device):
+            sessions = []
+            for lend in lends:
+                with lend() as model:
+                    sessions.append(self.rollout.open(model, self.prompts, replays=False))
+            session = MixtureSession((sessions[0], sessions[1]), lends, share, kind)
             for number, numbers in enumerate(uniforms):
                 session = session.again() if number else session
                 written.append(self.rollout.sample(session, numbers))
@@ -154,8 +162,8 @@ class RolloutContext:
         Returns:
             The policy's log-probability of each, summed over its tokens, in nats. (B,) each
         """
-        with self.timer("policy_rollout", self.device), eval_mode(self.policy), cast_lora_weights(self.policy):
-            read = self.rollout.open(self.policy, self.prompts)
+        with self.timer("policy_rollout", self.device), self.lend_policy() as policy:
+            read = self.rollout.open(policy, self.prompts)
             return [read.logps(some) for some in completions]
 
     def reference_logps(self, completions: Sequence[Completions]) -> list[Tensor]:

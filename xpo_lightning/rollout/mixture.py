@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from xpo_lightning.models.forward.lm_head import apply_head
 from xpo_lightning.rollout.opening import AnySession
 
 MixtureKind = Literal["geometric", "by_token"]
+T = TypeVar("T")
 Lend = Callable[[], AbstractContextManager[nn.Module]]
 
 
@@ -22,9 +23,8 @@ class MixtureSession:
     same way, so that a row is at the same place in both.
 
     Args:
-        own: Session of the policy.
-        other: Session of the reference for the same prompts.
-        lend: Lends the reference; the policy is not used meanwhile.
+        sessions: Those of the policy and of the reference, for the same prompts.
+        lends: Lend the policy and the reference, which may be one model with other weights, so one at a time.
         share: Weight of the reference, or one for each prompt, (B,). Outside of [0, 1], `geometric` extrapolates.
         kind: `geometric`: its logits weigh that much; `by_token`: each token is drawn from it with that probability.
 
@@ -36,16 +36,21 @@ class MixtureSession:
     head = None
 
     def __init__(
-        self, own: AnySession, other: AnySession, lend: Lend, share: float | Tensor, kind: MixtureKind
+        self,
+        sessions: tuple[AnySession, AnySession],
+        lends: tuple[Lend, Lend],
+        share: float | Tensor,
+        kind: MixtureKind,
     ) -> None:
-        self.own, self.other, self.lend, self.share, self.kind = own, other, lend, share, kind
+        self.lends, self.share, self.kind = lends, share, kind
+        self.own, self.other = own, other = sessions
         self.given, self.model = own.given, own.model
         if type(own) is not type(other):
             raise InputError(
                 "model.sampler=MixtureSampler runs the policy and the reference on the same rows, and they decode in "
                 "different ways here; take another sampler"
             )
-        self.first = self._mixed(own.first, lambda: other.first)
+        self.first = self._mixed(lambda session: session.first)
 
     @property
     def places(self) -> Tensor:
@@ -54,7 +59,7 @@ class MixtureSession:
 
     def advance(self, tokens: Tensor, step: int) -> Tensor:
         """Append a token to each of the first N rows; return the mixture's logits of the next one, (N, V)."""
-        return self._mixed(self.own.advance(tokens, step), lambda: self.other.advance(tokens, step))
+        return self._mixed(lambda session: session.advance(tokens, step))
 
     def retire(self, ended: Tensor) -> Tensor:
         """See `Session.retire`."""
@@ -63,15 +68,12 @@ class MixtureSession:
 
     def again(self) -> "MixtureSession":
         """See `Session.again`."""
-        with self.lend():
-            other = self.other.again()
-        return MixtureSession(self.own.again(), other, self.lend, self.share, self.kind)
+        own, other = self._of_each(lambda session: session.again())
+        return MixtureSession((own, other), self.lends, self.share, self.kind)
 
-    def _mixed(self, own: Tensor, other: Callable[[], Tensor]) -> Tensor:
+    def _mixed(self, features: Callable[[AnySession], Tensor]) -> Tensor:
         """Return logits of the mixture (N, V) from both models' features; each head is applied to its own."""
-        ours = apply_head(own, self.own.head).float()
-        with self.lend():
-            theirs = apply_head(other(), self.other.head).float()
+        ours, theirs = self._of_each(lambda session: apply_head(features(session), session.head).float())
         share = torch.as_tensor(self.share, dtype=ours.dtype, device=ours.device)
         if share.ndim:  # one for each prompt
             share = share[self.places[: len(ours)], None]
@@ -79,3 +81,10 @@ class MixtureSession:
             return ours.lerp(theirs, share)
         weights = torch.stack([1 - share, share]).log()
         return torch.logaddexp(ours.log_softmax(1) + weights[0], theirs.log_softmax(1) + weights[1])
+
+    def _of_each(self, compute: Callable[[AnySession], T]) -> tuple[T, T]:
+        """Compute something with each session, while its model is lent."""
+        with self.lends[0]():
+            own = compute(self.own)
+        with self.lends[1]():
+            return own, compute(self.other)

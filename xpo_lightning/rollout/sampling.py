@@ -35,7 +35,8 @@ class Sampling:
         repetition_penalty: Penalty on tokens that the prompt or the completion already has; 1 is none.
         stop_strings: Texts that end a completion; it then counts as ended by itself, as with EOS.
         eos_token_ids: Token ids that end a completion. None takes those of the model's generation config and tokenizer;
-            with an empty list no token ends a completion, and every one runs to `max_new_tokens`.
+            with an empty list no token ends a completion, and every one runs to `max_new_tokens`. A completion that is
+            given as text ends with the first; for None, with the one that the chat template puts after a message.
     """
 
     max_new_tokens: int = 64
