@@ -22,8 +22,6 @@ PROMPTS = [
 class TaskAndXPO(pl.LightningModule):
     """A classifier of prompts whose encoder is the policy of XPO."""
 
-    strict_loading = False  # a checkpoint holds the weights that are trained, not the reference and the reward
-
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False

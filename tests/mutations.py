@@ -241,9 +241,11 @@ def main(words: Sequence[str] | None = None) -> int:
         print(*wrong, sep="\n")
         return 2
     mutations = [one for one in MUTATIONS if options.only is None or one.name.startswith(tuple(options.only))]
-    if options.list or not mutations:
+    if not mutations:
+        parser.error(f"--only: no mutation has a name that begins with one of {options.only}; see --list")
+    if options.list:
         print(*(f"{one.name} ({one.file}; {one.tests})" for one in mutations), sep="\n")
-        return 0 if mutations else 2
+        return 0
     import_libraries()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory() as folder:

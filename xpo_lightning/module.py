@@ -18,7 +18,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
 from xpo_lightning.checkpointing.run_state import RunState
-from xpo_lightning.checkpointing.weights import check_reference, check_trained_state, trained_state
+from xpo_lightning.checkpointing.weights import (
+    check_reference,
+    check_trained_state,
+    let_frozen_be_missing,
+    trained_state,
+)
 from xpo_lightning.core.argument_types import check_arguments
 from xpo_lightning.core.batch import Experience, join_experiences
 from xpo_lightning.core.distributed import all_gather
@@ -158,7 +163,6 @@ class XPOLightningModule(LightningModule):
             numbers.
     """
 
-    strict_loading = False
     policy: nn.Module
     reference: Reference
     collector: Collector
@@ -240,6 +244,7 @@ class XPOLightningModule(LightningModule):
         self._steps_loaded = 0
         self._sampled = 0  # batches, where there is no trainer to count them
         self._together = ExitStack()
+        self.register_load_state_dict_post_hook(let_frozen_be_missing)  # type: ignore[no-untyped-call]
         refuse_combinations(self)
         refuse_with_bonus_sampler(self)
         refuse_with_previous(self)
@@ -550,7 +555,16 @@ class XPOLightningModule(LightningModule):
         self.on_validation_epoch_end()
 
     def on_predict_start(self) -> None:
-        """Have the models at hand for all batches, as ranks may have different batch counts; sync the engine once."""
+        """Have the models at hand for all batches, as ranks may have different batch counts; sync the engine once.
+
+        Raises:
+            InputError: The reward scores the batches of all processes together.
+        """
+        if self.reward.depends_on_batch and self.trainer.world_size > 1:
+            raise InputError(
+                "model.reward standardises scores over the batches of all processes (normalize: batch), and in a "
+                "prediction they may have different numbers of batches; set trainer.devices to 1, or normalize to none"
+            )
         self._together.enter_context(self._models_at_hand(nullcontext()))
         if self.rollout is not None:
             with self.guard.together():

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -182,6 +182,14 @@ def test_export_of_the_best_keeps_the_iterate_that_did_best(
     again.load_state_dict({**state, "best": -3.5})
     make_trainer(Values(), again).fit(build_module(), loader(), loader())
     assert steps == [4, 6, 12, 4], "a resumed run knows the best so far"
+
+
+@pytest.mark.parametrize("at", ["best", "validation"])
+def test_weights_that_a_validation_does_not_measure_are_not_exported_after_it(
+    make_trainer: Callable[..., pl.Trainer], at: Any
+) -> None:
+    with pytest.raises(InputError, match=rf"PolicyExport\.at is '{at}', .* the average of EMAWeightAveraging"):
+        make_trainer(PolicyExport(at=at), EMAWeightAveraging()).fit(build_module(), loader(), loader())
 
 
 def test_export_of_the_best_is_that_of_the_estimate_of_j_beta(make_trainer: Callable[..., pl.Trainer]) -> None:

@@ -18,7 +18,15 @@ from lightning.pytorch.callbacks import (
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from xpo_lightning import InputError, ModelSpec, PromptDataModule, PythonReward, XPOLightningModule
+from xpo_lightning import (
+    InputError,
+    LoRASpec,
+    ModelSpec,
+    PromptDataModule,
+    PythonReward,
+    ReferenceRefresh,
+    XPOLightningModule,
+)
 from xpo_lightning.callbacks import RunCheckpoint
 
 MakeModule = Callable[..., XPOLightningModule]
@@ -90,3 +98,24 @@ def test_moving_average_ends_with_the_averaged_weights(make_module: MakeModule, 
         average = [0.5 * old + 0.5 * new for old, new in zip(average, weights, strict=True)]
     assert any(not torch.equal(*both) for both in zip(average, seen[-1], strict=True))
     torch.testing.assert_close(list(module.trained_parameters()), average, check_stride=False)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lora": LoRASpec(r=2), "reference_refresh": ReferenceRefresh(3)}], ids=["all weights", "LoRA"]
+)
+def test_moving_average_resumes_exactly(make_module: MakeModule, tmp_path: Path, options: dict[str, Any]) -> None:
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("".join(f'{{"prompt": "the cat {number}"}}\n' for number in range(10)))
+
+    def run(resume: Path | None = None) -> list[Tensor]:
+        module = make_module(learning_rate=1e-2, **options)
+        saving = RunCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
+        averaging: Callback = EMAWeightAveraging(decay=0.5)
+        trainer = quiet_trainer(callbacks=[averaging, saving], enable_checkpointing=True, max_epochs=2)
+        pl.seed_everything(1, verbose=False)
+        trainer.fit(module, datamodule=PromptDataModule(str(source), batch_size=2, validation_size=2), ckpt_path=resume)
+        return [weight.detach().clone() for weight in module.trained_parameters()]
+
+    whole = run()
+    for one, other in zip(whole, run(tmp_path / "step=3.ckpt"), strict=True):
+        assert torch.equal(one, other)

@@ -256,6 +256,14 @@ def test_copo_finds_what_it_has_seen_often_less_rare():
     assert 0 < often < 0.5 * never
 
 
+def test_copo_learns_after_a_validation(make_module: MakeModule):
+    module = make_module(bonus=COPOBonus())
+    quiet_trainer(limit_val_batches=1).validate(module, loader(PROMPTS, 2), verbose=False)
+    recorder = Recorder()
+    fit_quietly(module, PROMPTS, callbacks=[recorder])
+    assert math.isfinite(recorder.of("loss/xpo")[-1])
+
+
 # ---- in a run ----
 
 

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PROMPTS, loader, longer_is_better, quiet_trainer
 from torch import Tensor
 from two_processes import in_two
 
+from xpo_lightning import PythonReward, XPOLightningModule
 from xpo_lightning.core.batch import RawPrompt
 from xpo_lightning.core.errors import InputError, NonFiniteError
 from xpo_lightning.core.fault_tolerance.guard import Guard, StopAsked
@@ -86,6 +88,17 @@ def guarded(rank: int, work: Callable[[], Any]) -> Any:
     with guard.step():
         again = standardised_on(rank)
     return outcome, again
+
+
+def test_prediction_on_processes_that_may_have_different_numbers_of_batches_is_refused(
+    make_module: Callable[..., XPOLightningModule], monkeypatch: pytest.MonkeyPatch
+):
+    module = make_module(reward=WeightedSum([PythonReward(longer_is_better)], [1.0], normalize="batch"))
+    trainer = quiet_trainer()
+    trainer.predict(module, loader(PROMPTS, 2))
+    monkeypatch.setattr(type(trainer), "world_size", 2)
+    with pytest.raises(InputError, match=r"model\.reward .*normalize: batch.* trainer\.devices to 1"):
+        trainer.predict(module, loader(PROMPTS, 2))
 
 
 def trouble_before_scoring(rank: int) -> Any:

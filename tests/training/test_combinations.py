@@ -12,13 +12,16 @@ from xpo_lightning import (
     GEBBonus,
     InputError,
     Judge,
+    MixedLoss,
     NashMDLoss,
     PILAFSampler,
     PolicySampler,
     PythonReward,
     ReferenceRefresh,
     ReferenceSampler,
+    RolloutEngine,
     SELMBonus,
+    SigmoidLoss,
     WeightedSum,
     XPOLightningModule,
 )
@@ -29,6 +32,16 @@ MakeModule = Callable[..., XPOLightningModule]
 class Coin(Judge):
     def compare(self, prompts: Any, firsts: Any, seconds: Any, columns: Any) -> torch.Tensor:
         return torch.full((len(prompts),), 0.5)
+
+
+class Behind(RolloutEngine):
+    copies_weights = True
+
+    def sync(self, policy: Any) -> None:
+        """Copy nothing."""
+
+    def write(self, prompts: Any, asked: Any) -> list[Any]:
+        return []
 
 
 def zeros(prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]) -> list[float]:
@@ -69,6 +82,26 @@ COMBINATIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("model.preference_loss=NashMDLoss", "model.sampler=PILAFSampler"): {
         "preference_loss": NashMDLoss(),
         "sampler": PILAFSampler(),
+    },
+    ("model.preference_loss=MixedLoss", "model.sampler=PILAFSampler"): {
+        "preference_loss": MixedLoss([NashMDLoss(), SigmoidLoss()], [1.0, 1.0]),
+        "sampler": PILAFSampler(),
+    },
+    ("model.preference_loss=NashMDLoss", "model.buffer"): {
+        "preference_loss": NashMDLoss(),
+        "buffer": BufferOptions(),
+    },
+    ("model.preference_loss=NashMDLoss", "model.updates_per_rollout"): {
+        "preference_loss": NashMDLoss(),
+        "updates_per_rollout": 2,
+    },
+    ("model.preference_loss=NashMDLoss", "model.epochs_per_rollout"): {
+        "preference_loss": NashMDLoss(),
+        "epochs_per_rollout": 2,
+    },
+    ("model.preference_loss=NashMDLoss", "model.rollout"): {
+        "preference_loss": NashMDLoss(),
+        "rollout": Behind(sync_every=2),
     },
 }
 

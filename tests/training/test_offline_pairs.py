@@ -19,7 +19,9 @@ from xpo_lightning import (
     INPOLoss,
     InputError,
     LabelRule,
+    NashMDLoss,
     PolicySampler,
+    PreferenceLoss,
     PromptDataModule,
     ReferenceRefresh,
     ReferenceSampler,
@@ -320,9 +322,12 @@ def test_options_of_scored_pairs_are_refused_if_validation_has_none_either(
     run(make_module(**options), validating, max_steps=1)
 
 
-def test_loss_on_the_writing_policy_is_refused(make_module: MakeModule, pairs_file: str, prompts_file: str):
-    module = make_module(sampler=PolicySampler(), preference_loss=INPOLoss(0.5))
-    with pytest.raises(InputError, match=r"model\.preference_loss=INPOLoss .*data\.preferences"):
+@pytest.mark.parametrize("loss", [INPOLoss(0.5), NashMDLoss()], ids=["INPOLoss", "NashMDLoss"])
+def test_loss_on_the_writing_policy_is_refused(
+    make_module: MakeModule, pairs_file: str, prompts_file: str, loss: PreferenceLoss
+):
+    module = make_module(sampler=PolicySampler(), preference_loss=loss)
+    with pytest.raises(InputError, match=rf"model\.preference_loss={type(loss).__name__} .*data\.preferences"):
         run(module, PromptDataModule(prompts_file, preferences=pairs_file), max_steps=1)
 
 

@@ -121,6 +121,13 @@ def test_first_loss_is_that_of_a_margin_of_zero(make_module: MakeModule, loss: P
     assert step["loss/dpo"] == pytest.approx(expected * (1 - step["pairs/identical"]), rel=1e-3)
 
 
+def test_the_positive_penalty_begins_above_rounding(make_module: MakeModule):
+    """At first the preferred one has lost nothing but rounding, which differs with the size of a forward pass."""
+    first = [step_of(make_module(preference_loss=DPOPositiveLoss(), micro_batch_size=size)) for size in (1, 2, 3, None)]
+    plain = step_of(make_module())
+    assert [step["grad_norm"] for step in first] == pytest.approx([plain["grad_norm"]] * 4, rel=1e-3)
+
+
 def test_length_normalisation_changes_the_step(make_module: MakeModule):
     """The gradient of a log-ratio per token is a fraction of that of the sum: completions have 6 at most."""
     whole, each = (

@@ -5,6 +5,7 @@ import re
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 
 from xpo_lightning.callbacks.base import FileWriter, folder_id, goes_on_in, is_fast_dev_run, our_module
 from xpo_lightning.core.errors import InputError
@@ -70,6 +71,12 @@ class PolicyExport(FileWriter):
         validates = trainer.enable_validation and getattr(trainer.datamodule, "has_validation", True)  # type: ignore[attr-defined]
         if self.at != "end" and not validates and not is_fast_dev_run(trainer):
             raise InputError(f"trainer.callbacks: PolicyExport.at is '{self.at}', but there are no validation prompts")
+        averaging = [type(other).__name__ for other in trainer.callbacks if isinstance(other, WeightAveraging)]  # type: ignore[attr-defined]
+        if self.at != "end" and averaging:
+            raise InputError(
+                f"trainer.callbacks: PolicyExport.at is '{self.at}', but what a validation measures is the average of "
+                f"{averaging[0]}, not the policy that would be saved; set at to end, where it is the average"
+            )
         check_replaceable(self.folder / self.export_folder)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -27,6 +27,21 @@ def trained_state(state: dict[str, Tensor], policy: nn.Module, prefix: str) -> d
     return {name: value for name, value in own.items() if not name.startswith(belonging)}
 
 
+def let_frozen_be_missing(module: nn.Module, keys: Any) -> None:
+    """Let a state dict lack what the module's own one leaves out; a hook behind `load_state_dict`.
+
+    What copies the module, such as an average of its weights, or contains it, loads strictly.
+
+    Args:
+        module: The Lightning module.
+        keys: `missing_keys` and `unexpected_keys` of all that is loaded, to be changed in place.
+    """
+    if not keys.missing_keys:
+        return
+    left_out = tuple(f".{name}" for name in nn.Module.state_dict(module).keys() - module.state_dict().keys())
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not f".{name}".endswith(left_out)]
+
+
 def check_trained_state(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Refuse a checkpoint that lacks trained weights, or has those of another model.
 

@@ -125,6 +125,7 @@ class COPOBonus(Bonus):
             )
         self.network, self.loaded = None, state
 
+    @torch.inference_mode(False)  # A validation may come first, and its network could not be trained.
     def _made(self, states: Tensor) -> tuple[CoinFlips, torch.optim.Adam]:
         """Return the network and its optimizer; they are made when the size and the device of a state are known."""
         if self.network is None or self.optimizer is None:

@@ -89,6 +89,7 @@ class MixedLoss(PreferenceLoss):
         for weight in weights:
             check_range("model.preference_loss.init_args.weights", abs(weight), least=0, is_finite=True)
         self.losses, self.weights = list(losses), list(weights)
+        self.is_policy_gradient = any(loss.is_policy_gradient for loss in losses)
         if any(loss.needs_previous for loss in losses):
             raise InputError("model.preference_loss.init_args.losses: INPOLoss stands alone; leave it out of MixedLoss")
 

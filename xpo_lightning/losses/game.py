@@ -19,6 +19,8 @@ class NashMDLoss(PreferenceLoss):
         length_normalized: As in `SigmoidLoss`: divide each log-ratio by its completion's number of tokens.
     """
 
+    is_policy_gradient = True
+
     def __call__(
         self, log_ratios: Pair[Tensor], labels: Tensor, beta: float, lengths: Pair[Tensor] | None = None
     ) -> Tensor:

@@ -2,12 +2,16 @@
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from xpo_lightning.core.batch import Pair
 from xpo_lightning.core.checks import check_range
 from xpo_lightning.core.errors import InputError
+
+ROUNDING = 1e-4
+"""Log-ratio, in nats, that may be the rounding of float32 alone."""
 
 
 class PreferenceLoss(ABC):
@@ -22,9 +26,11 @@ class PreferenceLoss(ABC):
 
     Attributes:
         needs_previous: Whether it also sees the log-ratios of the policy that wrote the pair, see `against_previous`.
+        is_policy_gradient: Whether it is right only for completions that the policy, as it is, has written itself.
     """
 
     needs_previous = False
+    is_policy_gradient = False
 
     def __init__(self, label_smoothing: float = 0.0, length_normalized: bool = False) -> None:
         check_range("model.preference_loss.init_args.label_smoothing", label_smoothing, least=0, below=0.5)
@@ -157,7 +163,8 @@ class DPOPositiveLoss(PreferenceLoss):
     """-log sigma(beta * (margin - penalty * max(0, -log-ratio of the preferred completion))): DPO-Positive.
 
     The sigmoid loss can be lowered by making both completions less probable, the other more so than the preferred one;
-    the penalty is on that (Pal et al. 2024, "Smaug", arXiv 2402.13228).
+    the penalty is on that (Pal et al. 2024, "Smaug", arXiv 2402.13228). A loss below `ROUNDING` counts as none: where
+    the policy is still its reference, rounding would decide over the penalty's gradient.
 
     Args:
         penalty: Weight of what the preferred completion has lost against the reference, at least 0; 0 gives the
@@ -173,4 +180,6 @@ class DPOPositiveLoss(PreferenceLoss):
 
     def of_preferred(self, chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
         """See `PreferenceLoss.of_preferred`."""
-        return -logsigmoid(beta * (chosen - rejected - self.penalty * relu(-chosen)))
+        lost = relu(-chosen)
+        lost = torch.where(lost > ROUNDING, lost, 0.0)
+        return -logsigmoid(beta * (chosen - rejected - self.penalty * lost))

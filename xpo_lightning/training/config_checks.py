@@ -11,7 +11,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.losses.bonuses import XPOBonus
-from xpo_lightning.losses.game import NashMDLoss
 from xpo_lightning.losses.schedules import FIRST_STEP
 from xpo_lightning.models.policy import LoadedModel, LoRASpec, ModelSpec
 from xpo_lightning.models.reference import ReferenceRefresh
@@ -23,6 +22,7 @@ from xpo_lightning.rollout.samplers import MixtureSampler, Sampler
 from xpo_lightning.training.metric_names import check_monitors
 from xpo_lightning.training.objective import Objective
 from xpo_lightning.training.replay_buffer.buffer import BufferOptions
+from xpo_lightning.training.update_plan import UpdatePlan
 
 INERT_OPTIONS = {
     "gradient_clip_val": (None, "model.max_grad_norm"),
@@ -109,6 +109,7 @@ class Options(Protocol):
     reference_refresh: ReferenceRefresh | None
     buffer_options: BufferOptions | None
     rollout: RolloutEngine | None
+    plan: UpdatePlan
     lora: LoRASpec | None
     policy_spec: ModelSpec | LoadedModel
 
@@ -186,13 +187,8 @@ def refuse_combinations(options: Options) -> None:
             "model.buffer keeps the reference's log-probabilities, and model.reference_refresh changes the reference; "
             "set one of the two to null",
         ),
-        (
-            options.sampler.writes_both and isinstance(options.objective.preference_loss, NashMDLoss),
-            f"model.preference_loss=NashMDLoss is a policy gradient on the policy's own completion, and model.sampler="
-            f"{type(options.sampler).__name__} writes another in its place; set one of the two to null",
-        ),
     ]
-    refuse_first([*_of_judging(options, judge), *refused])
+    refuse_first([*_of_judging(options, judge), *_of_policy_gradient(options), *refused])
     if options.rollout is not None:
         _refuse_with_engine(options, options.rollout)
 
@@ -237,6 +233,29 @@ def _refuse_with_engine(options: Options, rollout: RolloutEngine) -> None:
         ),
     ]
     refuse_first(refused)
+
+
+def _of_policy_gradient(options: Options) -> list[tuple[bool, str]]:
+    """Return what a policy gradient excludes: all by which another than the policy, as it is, wrote its completion."""
+    loss, rollout = options.objective.preference_loss, options.rollout
+    others = {
+        f"model.sampler={type(options.sampler).__name__} writes another in its place": options.sampler.writes_both,
+        "model.buffer keeps those of earlier policies": options.buffer_options is not None,
+        "model.updates_per_rollout and model.epochs_per_rollout change the policy between its updates": (
+            options.plan.step_count > 1
+        ),
+        "model.rollout has it written behind the policy (sync_every, ahead)": (
+            rollout is not None and (rollout.sync_every > 1 or rollout.ahead > 0)
+        ),
+    }
+    return [
+        (
+            loss.is_policy_gradient and is_set,
+            f"model.preference_loss={type(loss).__name__} is a policy gradient on the policy's own completion, and "
+            f"{what}; take another loss, or leave that option out",
+        )
+        for what, is_set in others.items()
+    ]
 
 
 def _of_judging(options: Options, judge: str) -> list[tuple[bool, str]]:

@@ -33,10 +33,10 @@ def refuse_with_preferences(options: Options, *, alone: bool) -> None:
         InputError: Such an option is set; the message names it.
     """
     loss, bonus = options.objective.preference_loss, options.objective.bonus
-    if loss.needs_previous:
+    if loss.needs_previous or loss.is_policy_gradient:
         raise InputError(
-            f"model.preference_loss={type(loss).__name__} compares with the policy that wrote both completions, and "
-            f"those of data.preferences were written by others; take another loss"
+            f"model.preference_loss={type(loss).__name__} is about completions that the policy wrote, and those of "
+            f"data.preferences were written by others; take another loss"
         )
     inert = {
         f"model.sampler={type(options.sampler).__name__}": not options.sampler.is_reference,
