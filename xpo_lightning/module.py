@@ -740,7 +740,7 @@ class XPOLightningModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record which reference the weights were trained against, and the state that a resumed run needs."""
-        normalize_loop_counters(checkpoint["loops"]["fit_loop"])
+        normalize_loop_counters(checkpoint["loops"]["fit_loop"], self.trainer)
         checkpoint["xpo_reference"] = self.reference_identity
         optimization = self.optimization.identity(self.trained_parameters())
         checkpoint["xpo_run"] = self.run_state.state(self.trainer, self.memory, optimization)

@@ -40,10 +40,10 @@ def noisy(prompts: list[Any], completions: list[str], columns: dict[str, list[An
 
 
 class Tape(pl.Callback):
-    """Keeps all that was logged and sampled at each step; and writes a checkpoint after each, if a folder is given."""
+    """Keeps all that was logged and sampled at each step; writes checkpoints, if a folder is given; may stop a run."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None = None, stop: int | None = None) -> None:
+        self.folder, self.stop = folder, stop
         self.logged: dict[int, dict[str, float]] = {}
         self.held_out: dict[int, dict[str, float]] = {}
         self.sampled: dict[int, list[Any]] = {}
@@ -56,6 +56,12 @@ class Tape(pl.Callback):
         self.logged[trainer.global_step] = numbers_of(trainer)
         if self.folder is not None:
             trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.stop
+
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.folder is not None:
+            trainer.save_checkpoint(self.folder / "end.ckpt")
 
     def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self.held_out[trainer.global_step] = numbers_of(trainer)
@@ -99,7 +105,8 @@ def run(make_module: MakeModule, tmp_path: Path) -> Run:
         trainer_options = {**TRAINER, **options.pop("trainer", {})}
         options = {"learning_rate": 1e-2, "warmup_ratio": 0.2, "lr_schedule": "cosine", **options}
         pl.seed_everything(options.pop("seed", 3), verbose=False)
-        module, tape = make_module(reward=PythonReward(noisy), **options), Tape(folder)
+        tape = Tape(folder, options.pop("stop", None))
+        module = make_module(reward=PythonReward(noisy), **options)
         trainer = quiet_trainer(callbacks=[tape], default_root_dir=tmp_path, **trainer_options)
         trainer.fit(module, datamodule=PromptDataModule(**data), ckpt_path=resume)
         return digest(module, trainer), tape
@@ -168,6 +175,39 @@ def test_every_step_resumes_exactly(run: Run, tmp_path: Path, case: str):
         found, rest = run(resume=tmp_path / f"{step}.ckpt", **CASES[case])
         assert rest.after(step) == whole.after(step), step
         assert found == expected, step
+
+
+EXTENDED: dict[str, dict[str, Any]] = {
+    "a file": {},
+    "a stream": CASES["stream"],
+    "a part of each epoch": {"trainer": {"limit_train_batches": 2}},
+    "all pairs": {"buffer": BufferOptions(), "updates_per_rollout": 2},
+}
+
+
+@pytest.mark.parametrize("case", ["a file", *(pytest.param(case, marks=pytest.mark.slow) for case in [*EXTENDED][1:])])
+def test_a_run_that_ended_amid_an_epoch_is_extended_exactly(run: Run, tmp_path: Path, case: str):
+    """Epochs have 2 or 3 batches. A run ends after its steps, or as a callback says, and a longer one goes on."""
+
+    def until(ends: dict[str, Any], *folders: Path | None, stop: int | None = None) -> tuple[str, Tape]:
+        options = {**EXTENDED[case], "lr_schedule": "constant", "warmup_ratio": 0.0, "stop": stop}
+        at_ends = {"val_check_interval": 1.0, "check_val_every_n_epoch": 1}
+        return run(*folders, **options | {"trainer": {**options.get("trainer", {}), **at_ends, **ends}})
+
+    end = {"max_steps": 8, "max_epochs": -1}
+    expected, whole = until(end)
+    for steps, stop in ((2, None), (4, None), (6, None), (2, 2)):
+        until({"max_epochs": 4} if stop else {"max_steps": steps, "max_epochs": -1}, tmp_path, stop=stop)
+        found, rest = until(end, None, tmp_path / "end.ckpt")
+        assert found == expected
+        assert rest.after(steps)["sampled"] == whole.after(steps)["sampled"]
+        for step in (step for step in whole.logged if step > steps):
+            assert trained(rest.logged[step]) == trained(whole.logged[step])
+
+
+def trained(numbers: dict[str, float]) -> dict[str, float]:
+    """Return the numbers of a training step; those of the last validation stand beside them."""
+    return {name: value for name, value in numbers.items() if not name.startswith("eval/")}
 
 
 # ---- changed settings ----

@@ -45,21 +45,25 @@ def validation_is_due(trainer: Trainer) -> bool:
     return in_epoch and between_batches and fetcher is not None and epoch_loop._should_check_val_fx(fetcher)
 
 
-def normalize_loop_counters(fit_loop: dict[str, Any]) -> None:
+def normalize_loop_counters(fit_loop: dict[str, Any], trainer: Trainer) -> None:
     """Set a checkpoint's loop counters to those of the last finished batch.
 
     Lightning infers from small differences between counters in which hook a checkpoint was written, and resumes
     accordingly. It takes the wrong epoch if a checkpoint was written at the end of one with `max_steps` set, counts an
     interrupted batch as trained, and skips a validation that was due. With all counters equal it resumes with the next
-    batch.
+    batch. When a run stops amid an epoch, because of `max_steps` or a callback, Lightning also counts the epoch as
+    processed; a longer run goes on with its next batch.
 
     Args:
         fit_loop: State of Lightning's training loop, changed in place.
+        trainer: The trainer whose state it is.
     """
     epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
-    epoch_is_over = epochs["current"]["processed"] == epochs["current"]["ready"]
+    is_left = epochs["current"]["processed"] == epochs["current"]["ready"]
+    has_ended = batches["current"]["processed"] == 0 or trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+    epoch_is_over = is_left and has_ended
     for counters in (epochs["total"], epochs["current"]):
-        done = counters["processed"]
+        done = counters["processed"] - int(is_left and not has_ended)
         begun = done if epoch_is_over else done + 1
         counters.update(ready=begun, started=begun, processed=done, completed=done)
     if epoch_is_over:
