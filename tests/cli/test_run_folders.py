@@ -154,6 +154,10 @@ def test_run_that_fails_after_it_has_logged_stays(config: Path, capsys: pytest.C
     assert "metrics.csv" in names_in(Path("runs/version_0"))
 
 
+def constant(prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]) -> list[float]:
+    return [7.0] * len(completions)
+
+
 def words_of_training(prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]) -> list[Any]:
     """Score the baseline, and nothing after it."""
     CALLS.append(len(completions))
@@ -186,6 +190,19 @@ def test_folder_is_all_that_a_look_needs(run: Path, xpo: Xpo, capsys: pytest.Cap
     xpo("report", name)
     xpo("plot", name)
     assert {"report.html", "curves.png"} <= set(names_in(Path()))
+
+
+def test_options_of_the_classes_that_a_runs_config_names_are_known(
+    run: Path, xpo: Xpo, capsys: pytest.CaptureFixture[str]
+):
+    xpo("validate", "runs", "--model.reward.function", f"{__name__}.constant")
+    (row,) = rows_of(run / "validate" / "metrics.csv")
+    assert float(row["eval/objective/model_scores"]) == 7
+    with pytest.raises(SystemExit) as end:
+        xpo("validate", "runs", "--model.reward.functio", "x")
+    assert end.value.code == 2
+    message = "xpo: error: there is no option 'model.reward.functio' (on the command line); did you mean 'function'?\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 def test_folder_that_is_not_there_is_named_before_anything_else(xpo: Xpo, capsys: pytest.CaptureFixture[str]):

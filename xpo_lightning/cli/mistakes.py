@@ -245,7 +245,9 @@ class Written:
         return key
 
     def _options_under(self, key: str) -> dict[str, list[str]] | None:
-        """Return what the class under a key takes, or None if that is not known."""
+        """Return what the class under a key takes, or None if that is not known: another file may name the class."""
+        if self._has_other_files and key not in self._classes:
+            return None
         (base, *_) = [*classes_in(self.known.options.get(key, [])), ""]
         found = self.known.classes.get(self._classes.get(key, base))
         return None if found is None else found.options
@@ -347,7 +349,8 @@ def _unknown(key: str, place: Place, hint: str) -> InputError:
 
 
 def _closest(name: str, options: Iterable[str]) -> str:
-    return did_you_mean(name, options) or f"; there are {', '.join(options)}"
+    known = ", ".join(options)
+    return did_you_mean(name, options) or (f"; there are {known}" if known else "")
 
 
 def _shown(value: yaml.Node) -> str:
