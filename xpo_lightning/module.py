@@ -52,6 +52,7 @@ from xpo_lightning.models.forward.capabilities import refuse_untrainable
 from xpo_lightning.models.forward.causal_forward import eval_mode
 from xpo_lightning.models.forward.cpu import keep_memory, speed_up_linears
 from xpo_lightning.models.forward.joint_passes import joint_passes
+from xpo_lightning.models.forward.lengths import vocabulary_size
 from xpo_lightning.models.forward.randomness import stop_random_draws
 from xpo_lightning.models.loading_turns import load_in_turns
 from xpo_lightning.models.policy import LoadedModel, LoRASpec, ModelSpec, check_loaded, end_token_ids, prompt_limit
@@ -77,6 +78,7 @@ from xpo_lightning.training.config_checks import (
     refuse_combinations,
     refuse_inert_options,
     refuse_own_steps,
+    refuse_several_loaders,
     refuse_sharding,
     warn_of_earlier_samples,
     warn_of_weights,
@@ -271,10 +273,11 @@ class XPOLightningModule(LightningModule):
     @cached_property
     def prompt_encoder(self) -> PromptTokenizer:
         """Tokenizes prompts, and knows how long they may be; data modules use it to check prompts before training."""
-        limit = prompt_limit(self.policy_spec.load_config(), self.sampling.max_new_tokens)
+        config = self.policy_spec.load_config()
+        limit = prompt_limit(config, self.sampling.max_new_tokens)
         if self.rollout is not None:
             limit = self.rollout.prompt_limit(limit, self.sampling.max_new_tokens)
-        return PromptTokenizer(self.tokenizer, limit)
+        return PromptTokenizer(self.tokenizer, limit, vocabulary_size(config))
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -513,16 +516,26 @@ class XPOLightningModule(LightningModule):
         return averages.get("loss/total")
 
     def on_validation_start(self) -> None:
-        """Store the random state of training, and reset the averages of the last validation."""
+        """Store the random state of training, and reset the averages of the last validation.
+
+        Raises:
+            InputError: There are several loaders.
+        """
+        refuse_several_loaders(self.trainer)
         self.run_state.begin_validation()
         self.eval_averages.reset()
         self.eval_rollout_averages.reset()
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Experience:  # type: ignore[override]
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Experience:  # type: ignore[override]
         """Sample pairs for held-out prompts, one completion each by policy and initial reference, and measure them.
 
         Each validation draws the same random numbers, so two validations differ by the policy alone. Without a reward,
         the batch is one of preference pairs, and these are measured.
+
+        Args:
+            batch: Prompts, or preference pairs.
+            batch_idx: The batch's number.
+            dataloader_idx: 0; several loaders are refused.
         """
         with self._models_at_hand(self.guard.together()):
             weights = self._weights()
@@ -546,7 +559,7 @@ class XPOLightningModule(LightningModule):
         """See `on_validation_start`."""
         self.on_validation_start()
 
-    def test_step(self, batch: Any, batch_idx: int) -> Experience:  # type: ignore[override]
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Experience:  # type: ignore[override]
         """Measure held-out prompts as a validation does, under the same names."""
         return self.validation_step(batch, batch_idx)
 
@@ -558,8 +571,9 @@ class XPOLightningModule(LightningModule):
         """Have the models at hand for all batches, as ranks may have different batch counts; sync the engine once.
 
         Raises:
-            InputError: The reward scores the batches of all processes together.
+            InputError: The reward scores the batches of all processes together, or there are several loaders.
         """
+        refuse_several_loaders(self.trainer)
         if self.reward.depends_on_batch and self.trainer.world_size > 1:
             raise InputError(
                 "model.reward standardises scores over the batches of all processes (normalize: batch), and in a "
@@ -570,7 +584,7 @@ class XPOLightningModule(LightningModule):
             with self.guard.together():
                 self.rollout.sync(self.policy)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Experience:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Experience:
         """Sample and score pairs for a batch of prompts; ranks do not wait for each other."""
         self.guard.stop.check()
         return self.collect(batch, self._rng(Stream.PREDICTION, batch_idx))

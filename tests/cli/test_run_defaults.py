@@ -216,6 +216,16 @@ def test_listed_callbacks_join_the_defaults_and_replace_those_of_their_kind(writ
     assert any(isinstance(one, EarlyStopping) for one in added.callbacks)
 
 
+def test_default_of_a_callback_that_is_no_plain_value_is_written_as_one(write: Write):
+    write()
+    timer = {"class_path": "Timer", "init_args": {"duration": "00:00:10:00"}}
+    main(["fit", "--config", "mine.yaml", f"--trainer.callbacks={json.dumps([timer])}", "--trainer.max_steps=1"])
+    (config,) = Path("runs").rglob("config.yaml")
+    callbacks = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
+    (written,) = (one for one in callbacks if one["class_path"].endswith("Timer"))
+    assert written["init_args"]["interval"] == "step"
+
+
 def test_null_is_the_defaults_and_an_empty_list_is_none_of_them(write: Write):
     write()
     assert names(built("--trainer.callbacks=null")) == sorted([*SHOWN, "RunCheckpoint"])

@@ -269,6 +269,10 @@ def test_judge_is_asked_about_pairs_and_one_without_an_answer_is_left_out():
         (["reference", "--config", "quickstart", "--sampling.temprature", "1"], "did you mean 'sampling.temperature'?"),
         (["reference", "--config", "quickstart", "--device", "gpuu"], "--device"),
         (["reference", "--config", "quickstart", "--json", "no/such.json"], "--json: there is no folder 'no'"),
+        (
+            ["reference", "--config", "quickstart", "--sampling.temperature", "-1"],
+            "--sampling.temperature must be 0, or",
+        ),
         (["package:xpo_lightning/embedded/policy", "nowhere.ckpt", "--config", "quickstart"], "no checkpoint 'nowhere"),
     ],
     ids=str,
@@ -413,7 +417,7 @@ def test_chat_model_remembers_the_conversation(model_folder: Callable[..., str])
     answers = [speaker.answer(speaker.hear(line)).removesuffix(" …") for line in ("hi", "go")]
     assert [message["role"] for message in speaker.said] == ["user", "assistant"] * 2
     assert [message["content"] for message in speaker.said] == ["hi", answers[0], "go", answers[1]]
-    with pytest.raises(InputError, match="exceed the context"):
+    with pytest.raises(InputError, match=r"and --sampling\.max_new_tokens exceed the context .* leaves \d+ tokens"):
         speaker.hear("hat " * 70)
     assert len(speaker.said) == 4
     assert make_tokenizer("chat").chat_template is not None

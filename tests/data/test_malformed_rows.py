@@ -51,6 +51,12 @@ def test_blank_lines_are_skipped_but_counted(tmp_path: Path, streaming: bool):
         ("x.csv", b"", "", "there are no rows"),
         ("x.csv", b"prompt\n", "", "there are no rows"),
         ("x.jsonl", b'{"prompt": "a"}\n{"prompt": "b\n', ", line 2: ", "broken JSON"),
+        (
+            "x.jsonl",
+            b'{"prompt": "a"}\n{"prompt":"b"\n',
+            ", line 2: ",
+            "broken JSON (Expecting ',' delimiter at column 14)",
+        ),
         ("x.jsonl", b'{"prompt": "a"}\n["b"]\n', ", line 2: ", "expected a JSON object"),
         ("x.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n', ", line 2: ", "not valid UTF-8"),
         ("x.json", b'[{"prompt": "a"},\n {"prompt": }]', ": ", "broken JSON (Expecting value at line 2"),

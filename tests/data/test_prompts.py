@@ -1,5 +1,6 @@
 """How prompts become token ids, and what a batch from somebody else's loader must hold."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,11 +66,18 @@ def test_template_that_refuses_names_the_row():
         ({"prompt": ["a", "b"], "prompt_ids": [[1], [1] * 9]}, "prompt 2 of a batch: .*9 tokens"),
         ({"prompt": ["a", None]}, "prompt 2 of a batch: the prompt is null"),
         ({"prompt": ["the cat " * 20]}, "prompt 1 of a batch: .*context"),
+        ([], "a batch has no prompts"),
+        ({"prompt": ["a", "b"], "prompt_ids": [[1, 2], [304]]}, "prompt 2 of a batch has the token 304 .*embeds 304"),
+        ({"prompt": ["a"], "prompt_ids": [[1, -1]]}, "prompt 1 of a batch has the token -1"),
     ],
 )
 def test_batch_that_is_malformed_is_refused(batch: Any, expected: str):
     with pytest.raises(InputError, match=expected):
-        as_prompts(batch, encoder(limit=8), CPU)
+        as_prompts(batch, replace(encoder(limit=8), embedded=304), CPU)
+
+
+def test_module_knows_how_many_tokens_its_model_embeds(make_module: Any):
+    assert make_module().prompt_encoder.embedded == 304
 
 
 def test_batch_keeps_given_ids_and_columns():

@@ -132,6 +132,17 @@ def test_option_of_the_trainer_is_refused_as_at_the_command_line(
         fit_quietly(make_module(), PROMPTS, **options)
 
 
+def test_several_loaders_of_held_out_prompts_are_refused(make_module: Callable[..., XPOLightningModule]):
+    module, loaders = make_module(), [DataLoader(PROMPTS, batch_size=2, collate_fn=list) for _ in range(2)]
+    trainer = quiet_trainer()
+    for verb in (trainer.validate, trainer.test, trainer.predict):
+        with pytest.raises(InputError, match=r"2 loaders of held-out prompts, .* one set; .*ConcatDataset"):
+            verb(module, loaders)  # type: ignore[operator]
+    with pytest.raises(InputError, match="2 loaders of held-out prompts"):
+        trainer.fit(make_module(), loaders[0], loaders)
+    trainer.predict(module, [loaders[0]])
+
+
 def test_test_measures_what_validation_does(make_module: Callable[..., XPOLightningModule]):
     loader = DataLoader(PROMPTS, batch_size=2, collate_fn=list)
     module = make_module()

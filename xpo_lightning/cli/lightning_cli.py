@@ -3,8 +3,10 @@
 import os
 import sys
 import warnings
+from enum import Enum
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -48,6 +50,8 @@ from xpo_lightning.training.config_checks import refuse_inert_options, refuse_st
 # A config can name only imported classes by their short names, so all public classes are imported here.
 for _name in xpo_lightning.__all__:
     getattr(xpo_lightning, _name)
+# Configs are written with the defaults of all classes, and that of Lightning's Timer is a member of an enumeration.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 WHERE_TO_LOOK = (
     "The options that matter most are model.*, data.* and a few of trainer.*. `xpo recipes` lists configs to start "

@@ -1,10 +1,12 @@
 """Checks and tokenizes prompts, from a row's text or messages to the token ids that the policy continues."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from xpo_lightning.core.batch import Prompts, RawPrompt, left_pad
@@ -79,10 +81,12 @@ class PromptTokenizer:
     Args:
         tokenizer: The policy's tokenizer.
         limit: Most tokens that a prompt may have: the model's context less the new tokens. None if it has no limit.
+        embedded: How many token ids the model embeds; None if that is not known.
     """
 
     tokenizer: PreTrainedTokenizerBase
     limit: int | None = None
+    embedded: int | None = None
 
     def __call__(self, prompt: RawPrompt, where: str = "prompt") -> list[int]:
         """Tokenize one prompt.
@@ -123,6 +127,20 @@ class PromptTokenizer:
                 raise InputError(f"prompt {number} of a batch has no tokens in 'prompt_ids'")
             self.fitting(row, f"prompt {number} of a batch")
         return rows
+
+    def check_embedded(self, ids: Tensor) -> None:
+        """Refuse token ids (B, P) that the model does not embed.
+
+        Raises:
+            InputError: There is one.
+        """
+        unknown = (ids < 0) | (ids >= (self.embedded or math.inf))
+        if unknown.any():
+            row, column = unknown.nonzero()[0].tolist()
+            raise InputError(
+                f"prompt {row + 1} of a batch has the token {int(ids[row, column])} in 'prompt_ids', and the model "
+                f"embeds {self.embedded} tokens; tokenize it with the policy's tokenizer"
+            )
 
     def truncate(
         self, prompt: RawPrompt, ids: list[int], max_tokens: int | None, rule: Truncation, where: str
@@ -232,7 +250,7 @@ def as_prompts(batch: Any, encoder: PromptTokenizer, device: torch.device) -> Pr
         device: Device of the tokens.
 
     Raises:
-        InputError: The batch has no prompts, or a prompt is malformed or too long.
+        InputError: The batch has no prompts, or a prompt is malformed, too long, or not of the policy's tokens.
     """
     columns = dict(batch) if isinstance(batch, Mapping) else {"prompt": batch}
     columns["prompt"] = _uncollated(columns.get("prompt"))
@@ -244,6 +262,10 @@ def as_prompts(batch: Any, encoder: PromptTokenizer, device: torch.device) -> Pr
             raise InputError(f"'{name}' of a batch must be a list with one entry a prompt, but is {values!r:.60}")
         if len(values) != len(columns["prompt"]):
             raise InputError(f"'{name}' of a batch has {len(values)} entries for {len(columns['prompt'])} prompts")
+    if not len(columns["prompt"]):
+        raise InputError("a batch has no prompts; leave empty batches out")
     raw, rows = columns.pop("prompt"), columns.pop("prompt_ids", None)
-    ids, mask = left_pad(encoder.encode_all(raw) if rows is None else encoder.check_all(rows), device)
-    return Prompts(ids, mask, tuple(raw), {name: tuple(values) for name, values in columns.items()})
+    ids, mask = left_pad(encoder.encode_all(raw) if rows is None else encoder.check_all(rows))
+    encoder.check_embedded(ids)
+    others = {name: tuple(values) for name, values in columns.items()}
+    return Prompts(ids.to(device), mask.to(device), tuple(raw), others)

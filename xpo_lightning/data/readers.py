@@ -138,7 +138,7 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
 
 def _parse_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
         raise InputError(f"{where}: broken JSON ({error.msg} at {place})") from error

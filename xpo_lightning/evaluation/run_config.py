@@ -107,5 +107,8 @@ def override_sampling(sampling: Sampling, changes: dict[str, Any] | None) -> Sam
     parser = _SamplingParser(prog="xpo")
     parser.add_class_arguments(Sampling, "sampling")
     parsed = parser.parse_object({"sampling": {**asdict(sampling), **changes}})
-    built: Sampling = parser.instantiate(parsed).sampling
+    try:
+        built: Sampling = parser.instantiate(parsed).sampling
+    except InputError as error:
+        raise InputError(str(error).replace("model.sampling.", "--sampling.")) from error
     return built

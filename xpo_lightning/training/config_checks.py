@@ -136,6 +136,23 @@ def warn_of_earlier_samples(options: Options) -> None:
         )
 
 
+def refuse_several_loaders(trainer: Trainer) -> None:
+    """Refuse several loaders of held-out prompts: a module measures one set of them.
+
+    Raises:
+        InputError: There are several.
+    """
+    found = {
+        TrainerFn.TESTING: trainer.test_dataloaders,
+        TrainerFn.PREDICTING: trainer.predict_dataloaders,
+    }.get(trainer.state.fn or TrainerFn.FITTING, trainer.val_dataloaders)
+    if isinstance(found, list | tuple | dict) and len(found) > 1:
+        raise InputError(
+            f"the trainer was given {len(found)} loaders of held-out prompts, and XPOLightningModule measures one set; "
+            f"put them into one (torch.utils.data.ConcatDataset), or call the trainer once for each"
+        )
+
+
 def refuse_combinations(options: Options) -> None:
     """Refuse pairs of options where one would make the other wrong or ineffective.
 

@@ -109,7 +109,13 @@ class Speaker:
             InputError: The line cannot be used, or the conversation is too long.
         """
         asked: RawPrompt = [*self.said, {"role": "user", "content": text}] if self.is_chat_model else text
-        ids, mask = left_pad(self.encoder.encode_all([asked]), next(self.writer.model.parameters()).device)
+        tokens, limit = self.encoder(asked), self.encoder.limit
+        if limit is not None and len(tokens) > limit:
+            raise InputError(
+                f"{len(tokens)} tokens to read and --sampling.max_new_tokens exceed the context of {self.name}, which "
+                f"leaves {limit} tokens to read; lower that"
+            )
+        ids, mask = left_pad([tokens], next(self.writer.model.parameters()).device)
         return Prompts(ids, mask, (asked,))
 
     def answer(self, heard: Prompts) -> str:

@@ -62,6 +62,12 @@ def context_length_in(config: Any) -> int | None:
     return int(length) if length and length > 0 else None
 
 
+def vocabulary_size(config: Any) -> int | None:
+    """Return how many tokens a model embeds by its config, or None where that does not say."""
+    size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    return int(size) if size else None
+
+
 def special_tokens(model: nn.Module) -> set[int]:
     """Collect the token ids that a config names: padding, placeholders of images, and so on."""
     named = (value for name, value in text_config(model).items() if name.endswith(("_token_id", "_token_index")))
