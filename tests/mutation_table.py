@@ -553,7 +553,6 @@ broken(
         'counters["processed"] - int(is_left and not has_ended)',
         'counters["processed"]',
     ),
-    ("an epoch that has ended is still under way", "or trainer.fit_loop.epoch_loop._num_ready_batches_reached()", ""),
 )
 
 broken(
