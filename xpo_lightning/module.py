@@ -58,7 +58,7 @@ from xpo_lightning.models.loading_turns import load_in_turns
 from xpo_lightning.models.policy import LoadedModel, LoRASpec, ModelSpec, check_loaded, end_token_ids, prompt_limit
 from xpo_lightning.models.reference import Reference, ReferenceRefresh
 from xpo_lightning.models.sharding import shard_all, unsharded
-from xpo_lightning.rewards.base import Feedback
+from xpo_lightning.rewards.base import Feedback, Judge
 from xpo_lightning.rewards.labels import LabelRule, check_penalty
 from xpo_lightning.rewards.no_reward import MISSING, is_missing
 from xpo_lightning.rewards.scorer import PairScorer
@@ -242,6 +242,8 @@ class XPOLightningModule(LightningModule):
         self.run_state = RunState(self.guard)
         self.rollout_averages, self.update_averages = PairAverages(), PairAverages()
         self.eval_rollout_averages, self.eval_averages = PairAverages(), PairAverages()
+        for averages in (self.rollout_averages, self.eval_rollout_averages):
+            averages.skips_nan = isinstance(self.reward, Judge)
         self._is_configured = self._is_quiet = False
         self._steps_loaded = 0
         self._sampled = 0  # batches, where there is no trainer to count them

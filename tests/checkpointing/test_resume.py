@@ -241,6 +241,7 @@ def test_changed_settings_of_the_optimizer_are_those_of_the_resumed_run(run: Run
     assert (group["weight_decay"], group["betas"], group["initial_lr"]) == (0.3, (0.5, 0.6), 2e-2)
 
 
+STREAM = {**WITHOUT_VALIDATION, "streaming": True}
 ONE_CYCLE = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1e-2, total_steps=10)
 UNSHAPED: dict[str, Any] = {"lr_schedule": None, "warmup_ratio": 0.0}
 
@@ -273,6 +274,7 @@ UNSHAPED: dict[str, Any] = {"lr_schedule": None, "warmup_ratio": 0.0}
         ({}, {"data": {"shuffle": False}}, r"data\.shuffle \(True there, False now\)"),
         ({}, {"data": {"max_prompts": 5}}, r"data\.prompts \(6 there, 5 now\)"),
         ({}, {"data": {"max_prompt_tokens": 3, "truncate": "left"}}, r"data\.token_ids"),
+        ({"data": STREAM}, {"data": {**STREAM, "max_prompts": 5}}, r"data\.stream\.max_prompts \(6 there, 5 now\)"),
     ],
 )
 def test_changed_settings_that_cannot_be_honoured_are_refused(

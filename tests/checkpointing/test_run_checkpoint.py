@@ -1,6 +1,10 @@
 """When checkpoints are written, and what a module can be made of."""
 
+import os
+import re
+import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,8 @@ from xpo_lightning import (
     ReferenceRefresh,
     XPOLightningModule,
 )
-from xpo_lightning.callbacks import RunCheckpoint
+from xpo_lightning.callbacks import GracefulStop, RunCheckpoint
+from xpo_lightning.core.fault_tolerance.guard import StopAsked
 
 MakeModule = Callable[..., XPOLightningModule]
 
@@ -82,6 +87,73 @@ def test_a_module_is_made_of_a_checkpoint(make_module: MakeModule, model_folder:
 def test_weight_averaging_that_would_average_nothing_is_refused(make_module: MakeModule) -> None:
     with pytest.raises(InputError, match=r"StochasticWeightAveraging copies the module .* use EMAWeightAveraging"):
         trained(make_module(), StochasticWeightAveraging(1e-3))
+
+
+def test_the_last_checkpoint_is_of_the_last_validation_also_if_it_is_none_of_the_best(
+    make_module: MakeModule, tmp_path: Path
+) -> None:
+    held: dict[int, int] = {}
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+            file = tmp_path / "last.ckpt"
+            held[trainer.global_step] = torch.load(file, weights_only=True)["global_step"] if file.exists() else 0
+
+        def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: XPOLightningModule) -> None:
+            pl_module.log("quality", -float(trainer.global_step))
+
+    batches = DataLoader(PROMPTS * 2, batch_size=2, collate_fn=list)
+    saving = RunCheckpoint(tmp_path, "{step}", monitor="quality", mode="max", save_last=True)
+    often = {"val_check_interval": 2, "check_val_every_n_epoch": None, "max_steps": 8, "max_epochs": -1}
+    trainer = quiet_trainer(callbacks=[Watch(), saving], enable_checkpointing=True, **often)
+    trainer.fit(make_module(), batches, batches)
+    assert held == {0: 0, 1: 0, 2: 2, 3: 2, 4: 4, 5: 4, 6: 6, 7: 6}
+    assert saved(tmp_path) == ["last", "step=2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "interval"), [({}, 2), ({"every_n_train_steps": 2}, 2), ({}, 1.0)], ids=["validation", "steps", "epoch"]
+)
+def test_a_checkpoint_whose_validation_was_stopped_is_saved_after_it(
+    make_module: MakeModule, tmp_path: Path, options: dict[str, Any], interval: float
+) -> None:
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("".join(f'{{"prompt": "the cat {number}"}}\n' for number in range(12)))
+
+    class Stop(Callback):
+        def __init__(self, step: int) -> None:
+            self.step = step
+
+        def on_validation_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+            if trainer.global_step == self.step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def run(folder: Path, stop: int = -1, resume: Path | None = None) -> dict[str, float]:
+        saving = RunCheckpoint(folder, "{step}", monitor="eval/objective/model_scores", save_top_k=-1, **options)
+        trainer = quiet_trainer(
+            callbacks=[saving, GracefulStop(), Stop(stop)],
+            enable_checkpointing=True,
+            max_epochs=2,
+            num_sanity_val_steps=0,
+            val_check_interval=interval,
+            default_root_dir=folder,
+        )
+        pl.seed_everything(1, verbose=False)
+        data = PromptDataModule(str(source), batch_size=2, validation_size=4)
+        with pytest.raises(StopAsked) if stop > 0 else nullcontext():
+            trainer.fit(make_module(learning_rate=1e-2), datamodule=data, ckpt_path=resume)
+        return {Path(file).name: float(score) for file, score in saving.best_k_models.items()}
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "stopped", stop=4)
+    assert run(tmp_path / "stopped", resume=tmp_path / "stopped" / "stopped.ckpt") == whole
+
+
+def test_a_file_that_would_be_in_a_folder_of_its_own_is_refused(tmp_path: Path) -> None:
+    name = "{step}-{eval/win_rate:.2f}"
+    with pytest.raises(InputError, match=rf"RunCheckpoint\.filename '{re.escape(name)}'.* auto_insert_metric_name"):
+        RunCheckpoint(tmp_path, name, monitor="eval/win_rate")
+    RunCheckpoint(tmp_path, name, monitor="eval/win_rate", auto_insert_metric_name=False)
 
 
 def test_moving_average_ends_with_the_averaged_weights(make_module: MakeModule, tmp_path: Path) -> None:

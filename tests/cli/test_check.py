@@ -71,13 +71,13 @@ def test_quickstart_is_reported_with_its_true_numbers_and_leaves_nothing(
 
 def test_numbers_of_a_small_run(bench: Bench, capsys: pytest.CaptureFixture[str]):
     """8 prompts are left to train on: 3 batches an epoch of 3, 3 and 2, each with 2 x 2 updates, in 2 epochs."""
-    bench.model(updates_per_rollout=2, epochs_per_rollout=2)
+    bench.model(updates_per_rollout=2, epochs_per_rollout=2, bonus_sampler="ReferenceSampler")
     said = report(capsys, "--config", bench.write())
     assert numbers(said["training"])[0] == 8
     assert numbers(said["validation"])[0] == 2
     assert said["run"] == "of 24 optimizer steps; 3 batches an epoch"
-    assert said["batch"].startswith("3 prompts, 6 completions;")
-    assert said["batch"].endswith("at most 30 new tokens; 4 optimizer step(s)")
+    assert said["batch"].startswith("3 prompts, 9 completions;"), "the third of each is for the bonus"
+    assert said["batch"].endswith("at most 45 new tokens; 4 optimizer step(s)")
     assert said["tried"].startswith("4 prompts: 8 completions of ")
     assert {"data", "models", "completions", "reward", "gradient"} <= set(re.findall(r"[a-z]+", said["seconds"]))
 

@@ -18,6 +18,7 @@ from test_prompt_order import orders
 from xpo_lightning.core.errors import InputError
 from xpo_lightning.data import PromptDataModule
 from xpo_lightning.data.prompts import PromptTokenizer
+from xpo_lightning.data.sources import Source
 
 # ---- batches ----
 
@@ -212,6 +213,17 @@ def test_holding_out_nothing_or_all(source: str, size: float):
 
 def test_token_limit_without_an_encoder(source: str):
     assert refusal(source, max_prompt_tokens=3).startswith("data.max_prompt_tokens: the model has no tokenizer")
+
+
+def test_sources_of_streams_are_told_apart_by_what_they_hold(tmp_path: Path):
+    one, same, longer, other = (
+        Source(write_jsonl(tmp_path / f"{number}.jsonl", [{"prompt": text}])).identity()
+        for number, text in enumerate(("a", "a", "ab", "b"))
+    )
+    assert one == same
+    assert one["bytes"] != longer["bytes"]
+    assert one["beginning"] != other["beginning"]
+    assert Source("owner/name", "test").identity() != Source("owner/name", "train").identity()
 
 
 def test_no_whole_batch(source: str):

@@ -53,7 +53,9 @@ def write_run(folder: Path, steps: int = 30) -> Path:
     }
     (folder / "start.json").write_text(json.dumps(start))
     event = {"step": 7, "text": f"Warning: the KL {SCRIPT} {LONG}"}
-    (folder / "events.jsonl").write_text(json.dumps(event) + "\n")
+    (folder / "events.jsonl").write_text(
+        json.dumps({**event, "text": event["text"] + " \u2028"}, ensure_ascii=False) + "\n"
+    )
     return folder
 
 

@@ -233,8 +233,10 @@ def test_pairs_without_an_answer_are_skipped_or_tied_or_end_the_run(make_module:
     assert step_of(make_module(reward=Longer("skip", "dog")))["pairs/unanswered"] == pytest.approx(0.2)
 
 
-def test_a_judge_decides_the_win_rate_of_validation(make_module: MakeModule):
-    module = make_module(reward=Longer(silent_about="dog"))
+@pytest.mark.parametrize("invalid", ["skip", "tie"])
+def test_a_judge_decides_the_win_rate_of_validation(make_module: MakeModule, invalid: str):
+    """A pair without an answer is half a win, or left out."""
+    module = make_module(reward=Longer(invalid, silent_about="dog"))
     (numbers,) = quiet_trainer().validate(module, loader(MANY), verbose=False)
     pairs = module.collector.collect(
         module.policy, as_prompts(MANY, module.prompt_encoder, module.device), module._rng(1, 0)
@@ -245,8 +247,12 @@ def test_a_judge_decides_the_win_rate_of_validation(make_module: MakeModule):
             pairs.completions.by_policy.texts, pairs.completions.by_sampler.texts, MANY, strict=True
         )
     ]
-    wins = [0.5 if silent or own == other else float(own > other) for own, other, silent in lengths]
-    assert numbers["eval/win_rate"] == pytest.approx(sum(wins) / len(wins))
+    counted = [length for length in lengths if invalid == "tie" or not length[2]]
+    wins = torch.tensor([0.5 if silent or own == other else float(own > other) for own, other, silent in counted])
+    assert numbers["eval/win_rate"] == pytest.approx(float(wins.mean()))
+    assert numbers["eval/win_rate_stderr"] == pytest.approx(float(wins.std() / len(wins) ** 0.5), rel=1e-4)
+    scores = [0.5 if silent or own == other else 0.9 if own > other else 0.1 for own, other, silent in counted]
+    assert numbers["eval/objective/model_scores"] == pytest.approx(sum(scores) / len(scores))
     assert numbers["eval/pairs/unanswered"] == pytest.approx(0.2)
 
 

@@ -34,8 +34,13 @@ def drop_events_after(folder: Path, step: int) -> None:
     file = folder / EVENTS
     if not file.is_file():
         return
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = event_lines(file.read_text(encoding="utf-8"))
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     if len(kept) < len(lines):
         with replacing_file(file) as new:
-            new.write("".join(kept))
+            new.write("".join(f"{line}\n" for line in kept))
+
+
+def event_lines(text: str) -> list[str]:
+    """Return the lines of the file; a text in them may hold other characters that end a line."""
+    return [line for line in text.split("\n") if line]

@@ -341,6 +341,10 @@ class PromptDataModule(LightningDataModule):
         if prompts is None:
             return {}
         order = self.batching.identity(prompts, self._share())
+        if isinstance(prompts, PromptStream):
+            rows = {"max_prompts": self.limits["training"], "prompt_column": self.encoding.prompt_column}
+            cut = {"max_prompt_tokens": self.encoding.max_tokens, "truncate": self.encoding.truncate}
+            order["stream"] = {**self.source.identity(), **rows, **cut}
         if isinstance(pairs, PromptDataset):
             order["preferences"] = pairs.fingerprint()
             order["preferences_batch_size"] = self.preferences_batch_size
@@ -355,7 +359,10 @@ class PromptDataModule(LightningDataModule):
         prompts = self._prompts.get("training")
         if prompts is None or self.trainer is None or self.trainer.state.fn != "fit":
             return
-        changed = differences(state_dict, self.state_dict())
+        current = self.state_dict()
+        if "stream" not in state_dict.get("data", {}):
+            current["data"].pop("stream", None)  # Earlier versions did not record it.
+        changed = differences(state_dict, current)
         if changed:
             raise InputError(
                 f"ckpt_path: the checkpoint's run had another {', '.join(changed)}; its place among the prompts has no "

@@ -1,14 +1,15 @@
 """Reads the rows of a data set, given its name."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from xpo_lightning.core.errors import InputError
-from xpo_lightning.core.paths import explaining_hub_errors, is_local, resolve
+from xpo_lightning.core.paths import existing_path, explaining_hub_errors, is_local, resolve
 from xpo_lightning.data.implicit_prompts import PAIR, has_implicit_prompt, with_prompt
 from xpo_lightning.data.preference_pairs import as_pair
 from xpo_lightning.data.readers import (
@@ -32,6 +33,7 @@ _TEXT_FILES: dict[str, Callable[[str], Iterator[LocatedRow]]] = {
     ".csv": read_csv,
 }
 _SPLIT_OF_A_FILE = "train"
+_BEGINNING = 2**16  # bytes
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,14 @@ class Source:
     split_key: str = "data.split"
     pair_column: str | None = None
     needs_pairs: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells two sources apart whose rows are not all at hand; of a file, its size and its beginning."""
+        path = existing_path(self.name)
+        if path is None or not path.is_file():
+            return {"source": self.name, "split": self.split, "subset": self.subset, "revision": self.revision}
+        with path.open("rb") as file:
+            return {"bytes": path.stat().st_size, "beginning": hashlib.sha256(file.read(_BEGINNING)).hexdigest()}
 
 
 @dataclass(frozen=True)

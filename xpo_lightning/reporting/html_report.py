@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from xpo_lightning import __version__
 from xpo_lightning.core.atomic_files import replacing_file
 from xpo_lightning.core.errors import InputError
-from xpo_lightning.core.run_events import EVENTS
+from xpo_lightning.core.run_events import EVENTS, event_lines
 from xpo_lightning.reporting import svg_chart as chart
 from xpo_lightning.reporting.metrics_file import Metrics
 from xpo_lightning.reporting.panels import BAND_OPACITY, COLORS, KINDS, PANELS, metrics_to_draw
@@ -177,7 +177,7 @@ def readable(text: Any) -> str:
 def _events(run: RunFiles) -> list[dict[str, Any]]:
     """Read the events of the run; return [] if there are none."""
     try:
-        events = [json.loads(line) for line in (run.text(EVENTS) or "").splitlines()]
+        events = [json.loads(line) for line in event_lines(run.text(EVENTS) or "")]
         return [{"step": int(event["step"]), "text": str(event["text"])} for event in events]
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"{run.folder / EVENTS} has a line that is no event of a run ({error}); remove it") from error

@@ -75,7 +75,13 @@ def batch_text(data: PromptDataModule, module: XPOLightningModule) -> str:
     if data.trains_on_pairs_alone:
         return f"{size:,} preference pairs"
     beside = "" if data.preferences is None else f", {data.preferences_batch_size:,} preference pairs"
-    return f"{size:,} prompts, {2 * module.candidates.count * size:,} completions{beside}"
+    return f"{size:,} prompts, {completions_written(data, module):,} completions{beside}"
+
+
+def completions_written(data: PromptDataModule, module: XPOLightningModule) -> int:
+    """Return how many completions are written for a batch."""
+    a_prompt = 2 * module.candidates.count + (module.bonus_sampler is not None)
+    return 0 if data.trains_on_pairs_alone else a_prompt * data.batching.size
 
 
 def _prompts(prompts: PromptDataset | PromptStream) -> str:

@@ -8,6 +8,10 @@ from xpo_lightning.core.batch import Experience, Pair
 from xpo_lightning.losses.xpo import XPOLoss
 
 WITH_ERRORS = ("win_rate", "objective/kl")
+OF_SCORES = (
+    *("objective/model_scores", "objective/ref_scores", "objective/scores_margin", "objective/rlhf_reward"),
+    *("pairs/tied", "win_rate"),
+)
 
 
 def rollout_metrics(experience: Experience, beta: float) -> dict[str, Tensor]:
@@ -20,7 +24,8 @@ def rollout_metrics(experience: Experience, beta: float) -> dict[str, Tensor]:
         beta: Strength of the KL constraint.
 
     Returns:
-        Each metric, one number per pair (B,); NaN where it does not apply, which is only the case with offline pairs.
+        Each metric, one number per pair (B,); NaN where it does not apply: most for offline pairs, and those of scores
+        where a judge has no answer and such pairs are left out.
     """
     scores, reference_logps = experience.scores, experience.reference_logps
     policy, sampler = experience.completions.by_policy, experience.completions.by_sampler
@@ -47,6 +52,9 @@ def rollout_metrics(experience: Experience, beta: float) -> dict[str, Tensor]:
     if experience.comparisons is not None:
         values["pairs/comparisons"] = experience.comparisons
     numbers = {name: value.detach().float() for name, value in values.items()}
+    if experience.answered is not None and experience.silent is not None:
+        left_out = experience.silent & ~experience.answered
+        numbers |= {name: numbers[name].masked_fill(left_out, torch.nan) for name in OF_SCORES}
     if experience.offline is not None:
         identical, cut = numbers["pairs/identical"], (~(policy.ended & sampler.ended)).float()
         numbers = {name: of_sampled(experience, value) for name, value in numbers.items()}

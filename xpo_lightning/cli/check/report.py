@@ -14,7 +14,7 @@ from xpo_lightning.data import PromptDataModule
 from xpo_lightning.module import XPOLightningModule
 from xpo_lightning.reporting.memory.estimate import MemoryEstimate, Standing
 from xpo_lightning.reporting.memory.fsdp import ShardedEstimate
-from xpo_lightning.reporting.run_description import batch_text, estimate_text, models_of, size_text
+from xpo_lightning.reporting.run_description import batch_text, completions_written, estimate_text, models_of, size_text
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _data(module: XPOLightningModule, found: Findings) -> Iterator[tuple[str, st
     yield "run", f"{length}; {epoch}" + (f" on each of {found.processes} devices" if found.processes > 1 else "")
     data: PromptDataModule = module.trainer.datamodule  # type: ignore[attr-defined]
     size = data.batching.size
-    written = 0 if data.trains_on_pairs_alone else 2 * module.candidates.count * size
+    written = completions_written(data, module)
     tokens = f"{size * survey.training.mean:,.0f} prompt tokens on average, at most {written * new:,} new tokens"
     yield "batch", f"{batch_text(data, module)}; {tokens}; {module.plan.step_count} optimizer step(s)"
 
