@@ -199,9 +199,9 @@ def test_options_of_the_classes_that_a_runs_config_names_are_known(
     (row,) = rows_of(run / "validate" / "metrics.csv")
     assert float(row["eval/objective/model_scores"]) == 7
     with pytest.raises(SystemExit) as end:
-        xpo("validate", "runs", "--model.reward.functio", "x")
+        xpo("validate", "runs", "--model.reward.function_", "x")
     assert end.value.code == 2
-    message = "xpo: error: there is no option 'model.reward.functio' (on the command line); did you mean 'function'?\n"
+    message = "xpo: error: there is no option 'model.reward.function_' (on the command line); did you mean 'function'?\n"
     assert capsys.readouterr().err.endswith(message)
 
 
