@@ -86,7 +86,7 @@ from xpo_lightning.training.config_checks import (
 from xpo_lightning.training.conversions import as_policy, as_reward
 from xpo_lightning.training.gradients import add_gradients, clip_gradient
 from xpo_lightning.training.memory_budget import MemoryBudget, counts_memory
-from xpo_lightning.training.metrics import PairAverages, rollout_metrics
+from xpo_lightning.training.metrics import OF_SCORES, PairAverages, rollout_metrics
 from xpo_lightning.training.objective import DEFAULT_ALPHA, Objective
 from xpo_lightning.training.offline_options import refuse_with_preferences, refuse_without_reward
 from xpo_lightning.training.optimizer import Optimization, WarmupThenDecay, total_steps
@@ -165,6 +165,7 @@ class XPOLightningModule(LightningModule):
             numbers.
     """
 
+    strict_loading = False  # Lightning compares the names of sharded weights itself, and so knows no hook.
     policy: nn.Module
     reference: Reference
     collector: Collector
@@ -394,6 +395,7 @@ class XPOLightningModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Prepare sampler and reference with the untrained policy, and open the reference cache and the buffer."""
+        self.run_state.begin()
         self.memory.begin(self.policy)
         self.reference.begin()
         with self._models_at_hand(nullcontext()):
@@ -554,6 +556,8 @@ class XPOLightningModule(LightningModule):
         """Log the averages over all held-out prompts and processes."""
         self.run_state.end_validation(self.trainer)
         numbers = {**self.eval_rollout_averages.compute(), **self.eval_averages.compute()}
+        if isinstance(self.reward, Judge):  # Where it has answered nothing, no earlier numbers may stand for these.
+            numbers = {**dict.fromkeys((*OF_SCORES, "win_rate_stderr"), torch.tensor(torch.nan)), **numbers}
         named = {f"eval/{name}": value for name, value in numbers.items()}
         self.log_dict({**named, "step": float(self.steps_taken)})
 

@@ -55,6 +55,11 @@ class CompletionsTable(FileWriter):
         self._due = False
         self._shown: list[Row] = []
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the validations of an earlier run."""
+        super().setup(trainer, pl_module, stage)
+        self._validations = 0
+
     @property
     def state_key(self) -> str:
         """Key of the state in a checkpoint; it tells a table that writes the file from one that does not."""

@@ -67,6 +67,7 @@ class PolicyExport(FileWriter):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        self.best, self._loaded = None, {}
         our_module(self, pl_module)
         validates = trainer.enable_validation and getattr(trainer.datamodule, "has_validation", True)  # type: ignore[attr-defined]
         if self.at != "end" and not validates and not is_fast_dev_run(trainer):

@@ -79,7 +79,7 @@ class PolicyWatch(FileWriter):
         """Judge the means at each logged step that was not skipped."""
         completions, self._completions = self._completions, None
         metrics = trainer.callback_metrics if trainer._logger_connector.should_update_logs else {}
-        if completions is None or "objective/kl" not in metrics:
+        if completions is None or not outputs or "objective/kl" not in metrics:  # No output: no step was taken.
             return
         ratio = float(metrics["completions/model_length"]) / float(metrics["completions/ref_length"])
         self._seen = [*self._seen, [float(metrics["objective/kl"]), ratio, float(repetition(completions))]][

@@ -41,6 +41,11 @@ class RunState:
     random: dict[str, Any] | None = field(default=None, init=False)
     loaded: dict[str, Any] | None = field(default=None, init=False)
 
+    def begin(self) -> None:
+        """Forget what an earlier run of the same module has counted; a resumed one then takes up its own."""
+        self.guard.in_a_row = self.guard.skipped = 0
+        self.validated, self.changed, self.random = -1, None, None
+
     @contextmanager
     def step(self) -> Iterator[None]:
         """Run a training step inside; if it is interrupted, checkpoints get the random state from before it.
