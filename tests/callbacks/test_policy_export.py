@@ -180,8 +180,8 @@ def test_export_of_the_best_keeps_the_iterate_that_did_best(
     state = best.state_dict()
 
     class Resumed(PolicyExport):
-        def setup(self, *arguments: Any) -> None:  # A trainer reads the state from the checkpoint after this.
-            super().setup(*arguments)
+        def setup(self, *arguments: Any, **named: Any) -> None:  # A trainer reads a checkpoint's state after this.
+            super().setup(*arguments, **named)
             self.load_state_dict({**state, "best": -3.5})
 
     values, again = iter([4.0, 3.0]), Resumed(at="best", monitor="quality", mode="min")
